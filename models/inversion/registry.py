@@ -1,0 +1,45 @@
+"""Every method by name, one lazy line each: importing this file loads no method's code."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+from models.errors import ConfigError
+from models.inversion.base import Method
+from models.stylegan2.generator import Generator
+
+METHODS: dict[str, str] = {
+    "e4e": "models.inversion.e4e:E4e",
+    "wplus": "models.inversion.wplus:WPlus",
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class behind a registry line.
+
+    Raises:
+        ConfigError: no such method; the message lists the known ones.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"method {name!r} is unknown; known methods: {', '.join(sorted(METHODS))}"
+        )
+    module, attribute = METHODS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def load_method(name: str, generator: Generator, **config: Any) -> Method:
+    """Build a method for a generator. Loads its assets, so a missing one fails here, before any work.
+
+    Raises:
+        ConfigError: unknown method or setting, or a value out of range.
+        AssetError: a weight file is missing or belongs to another generator.
+    """
+    cls = method_class(name)
+    known = {f.name for f in dataclasses.fields(cls.Config)}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ConfigError(
+            f"method {name}: unknown setting {unknown[0]!r}; known settings: {', '.join(sorted(known))}"
+        )
+    return cls(generator, cls.Config(**config))

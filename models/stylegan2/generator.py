@@ -1,0 +1,407 @@
+"""The StyleGAN2 generator: one forward pass with four doors.
+
+Legend: N batch, L num_ws (rows of w+), D w_dim, I/O in/out channels, C H W image.
+Parameter names and shapes are rosinality's, so the field's checkpoints load after a prefix strip.
+Source: StyleGAN2 (arXiv 1912.04958), config f (skip generator), lr_mul 0.01 in the mapping network.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.stylegan2.layers import SQRT2, Bias, EqualLinear, PixelNorm, leaky_relu
+from models.stylegan2.modulated_conv import Form, modulated_conv2d
+from models.stylegan2.resample import blur, upsample2x
+from models.stylegan2.residual import Residual
+
+Noise = Literal["const", "none", "random"] | Sequence[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorArchitecture:
+    """Everything that the weights do not say by themselves, and what they do.
+
+    Attributes:
+        resolution: output height and width, px (a power of two).
+        widths: channels of each block by resolution, e.g. {4: 512, ..., 1024: 32}.
+        z_dim, w_dim: dimensions of z and w.
+        mapping_layers: fully connected layers of the mapping network.
+        c_dim: size of the condition vector; 0 for an unconditional generator.
+        mapping_lr_mul: learning-rate multiplier of the mapping network.
+        conv_clamp: clamp of every layer's output (NVIDIA's half-precision networks use 256), or None.
+    """
+
+    resolution: int
+    widths: Mapping[int, int]
+    z_dim: int = 512
+    w_dim: int = 512
+    mapping_layers: int = 8
+    c_dim: int = 0
+    mapping_lr_mul: float = 0.01
+    conv_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", {int(k): int(v) for k, v in self.widths.items()})
+        expected = [2**i for i in range(2, self.resolution.bit_length())]
+        if (
+            self.resolution < 8
+            or expected[-1] != self.resolution
+            or sorted(self.widths) != expected
+        ):
+            raise ValueError(
+                f"generator widths: expected one width for each of {expected} at resolution "
+                f"{self.resolution}, found {sorted(self.widths)}"
+            )
+
+    @property
+    def num_ws(self) -> int:
+        """L = 2 log2(resolution) - 2."""
+        return 2 * int(math.log2(self.resolution)) - 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values (widths keyed by string)."""
+        return {**asdict(self), "widths": {str(k): v for k, v in self.widths.items()}}
+
+
+class ModulatedConv(nn.Module):
+    """A modulated convolution: kernel `weight` [1 O I k k] and its style affine `modulation`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        w_dim: int,
+        *,
+        up: bool,
+        demodulate: bool,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, out_channels, in_channels, kernel, kernel))
+        self.modulation = EqualLinear(w_dim, in_channels, bias_init=1.0)
+        self.scale = 1.0 / math.sqrt(in_channels * kernel * kernel)
+        self.up, self.demodulate = up, demodulate
+
+    def forward(
+        self, x: Tensor, styles: Tensor, *, gain: float, residual: Any, form: Form
+    ) -> Tensor:
+        if residual is not None:
+            residual = type(residual)(u=residual.u * self.scale, v=residual.v)
+        return modulated_conv2d(
+            x,
+            self.weight[0] * self.scale,
+            styles,
+            gain=gain,
+            should_demodulate=self.demodulate,
+            up=self.up,
+            residual=residual,
+            form=form,
+        )
+
+
+class NoiseStrength(nn.Module):
+    """The learned noise gain, rosinality's `NoiseInjection` (key `weight`, shape [1])."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class StyledConv(nn.Module):
+    """Modulated 3x3 convolution, filter after an up-convolution, noise, bias, LeakyReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, *, up: bool) -> None:
+        super().__init__()
+        self.conv = ModulatedConv(in_channels, out_channels, 3, w_dim, up=up, demodulate=True)
+        self.noise = NoiseStrength()
+        self.activate = Bias(out_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        styles: Tensor,
+        noise: Tensor | None,
+        *,
+        clamp: float | None,
+        residual: Any,
+        form: Form,
+    ) -> Tensor:
+        # LeakyReLU is positively homogeneous: its gain sqrt(2) rides on d, noise and bias for free.
+        y = self.conv(x, styles, gain=SQRT2, residual=residual, form=form)
+        if self.conv.up:
+            y = blur(y, padding=1, gain=4.0)
+        if noise is not None:
+            y = y + (noise * (self.noise.weight * SQRT2)).to(y.dtype)
+        y = leaky_relu(y + (self.activate.bias * SQRT2).to(y.dtype)[None, :, None, None])
+        return y if clamp is None else y.clamp(-clamp, clamp)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to three channels, added to the upsampled image so far."""
+
+    def __init__(self, in_channels: int, w_dim: int) -> None:
+        super().__init__()
+        self.conv = ModulatedConv(in_channels, 3, 1, w_dim, up=False, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(
+        self, x: Tensor, styles: Tensor, image: Tensor | None, *, clamp: float | None, form: Form
+    ) -> Tensor:
+        y = self.conv(x, styles, gain=1.0, residual=None, form=form)
+        y = y + self.bias.to(y.dtype)
+        if clamp is not None:
+            y = y.clamp(-clamp, clamp)
+        y = y.to(styles.dtype)  # the image accumulates in the master precision
+        return y if image is None else y + upsample2x(image)
+
+
+class ConstantInput(nn.Module):
+    """The learned 4x4 input (key `input`, shape [1 C 4 4])."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+
+class Generator(nn.Module):
+    """StyleGAN2: `mapping` draws w+, `synthesis` renders it, `styles` shows every affine's output.
+
+    Attributes:
+        resolution, num_ws, w_dim, z_dim, c_dim: see `GeneratorArchitecture`.
+        latent_avg: [D], the mean of W, in the state as a buffer. NaN until it is known.
+        compute_dtype: precision of the convolutions; parameters and the image stay in theirs.
+        form: exact form of every modulated convolution ("auto" chooses by shape).
+    """
+
+    latent_avg: Tensor
+
+    def __init__(self, architecture: GeneratorArchitecture) -> None:
+        super().__init__()
+        self.architecture = arch = architecture
+        self.resolution, self.num_ws = arch.resolution, arch.num_ws
+        self.w_dim, self.z_dim, self.c_dim = arch.w_dim, arch.z_dim, arch.c_dim
+        self.compute_dtype: torch.dtype | None = None
+        self.memory_format = torch.contiguous_format
+        self.form: Form = "auto"
+
+        in_dim = arch.z_dim
+        if arch.c_dim:
+            self.embed = EqualLinear(arch.c_dim, arch.w_dim)
+            in_dim += arch.w_dim
+        layers: list[nn.Module] = [PixelNorm()]
+        for index in range(arch.mapping_layers):
+            layers.append(
+                EqualLinear(
+                    in_dim if index == 0 else arch.w_dim,
+                    arch.w_dim,
+                    lr_mul=arch.mapping_lr_mul,
+                    is_activated=True,
+                )
+            )
+        self.style = nn.Sequential(*layers)
+
+        width = arch.widths
+        self.input = ConstantInput(width[4])
+        self.conv1 = StyledConv(width[4], width[4], arch.w_dim, up=False)
+        self.to_rgb1 = ToRGB(width[4], arch.w_dim)
+        self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        for res in sorted(width)[1:]:
+            self.convs.append(StyledConv(width[res // 2], width[res], arch.w_dim, up=True))
+            self.convs.append(StyledConv(width[res], width[res], arch.w_dim, up=False))
+            self.to_rgbs.append(ToRGB(width[res], arch.w_dim))
+        self.noises = nn.Module()
+        for index in range(self.num_convs):
+            res = self.conv_resolution(index)
+            self.noises.register_buffer(f"noise_{index}", torch.randn(1, 1, res, res))
+        self.register_buffer("latent_avg", torch.full((arch.w_dim,), float("nan")))
+
+    # ------------------------------------------------------------------ shape of the network
+
+    @property
+    def num_convs(self) -> int:
+        """Number of 3x3 modulated convolutions, L - 1."""
+        return self.num_ws - 1
+
+    def conv(self, index: int) -> StyledConv:
+        """The 3x3 layer `index`: 0 is `conv1`, i + 1 is `convs.i`. Its row of w+ is `index`."""
+        return self.conv1 if index == 0 else self.convs[index - 1]  # type: ignore[return-value]
+
+    @staticmethod
+    def conv_resolution(index: int) -> int:
+        """Output size of the 3x3 layer `index`, px."""
+        return 4 * 2 ** ((index + 1) // 2)
+
+    def layers(self) -> list[tuple[str, ModulatedConv, int]]:
+        """Every modulated layer in order, as (name, layer, row of w+), ToRGB included.
+
+        The ToRGB of a block shares the row of the next block's first convolution.
+        """
+        found = [("conv1", self.conv1.conv, 0), ("to_rgb1", self.to_rgb1.conv, 1)]
+        for block, to_rgb in enumerate(self.to_rgbs):
+            for half in (0, 1):
+                index = 2 * block + half
+                found.append((f"convs.{index}", self.convs[index].conv, index + 1))
+            found.append((f"to_rgbs.{block}", to_rgb.conv, 2 * block + 3))
+        return found  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------ the public face
+
+    def mapping(
+        self,
+        z: Float[Tensor, "N Z"],
+        c: Float[Tensor, "N K"] | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Float[Tensor, "N L D"]:
+        """Map z (and a condition) to w, repeated to every row, pulled towards `latent_avg`.
+
+        Args:
+            z: standard normal samples.
+            c: condition vectors (one-hot labels); required when `c_dim > 0`.
+            truncation_psi: 1 keeps w, 0 gives `latent_avg`.
+            truncation_cutoff: rows before it are truncated; None truncates all.
+        """
+        x = self.style[0](z)
+        if self.c_dim:
+            if c is None:
+                raise ValueError(
+                    f"this generator is conditional: mapping needs c of shape [N {self.c_dim}]"
+                )
+            embedded = self.embed(c)
+            # NVIDIA normalises z and the embedding each, then concatenates.
+            x = torch.cat([x, self.style[0](embedded)], dim=1)
+        for layer in self.style[1:]:
+            x = layer(x)
+        w_plus = x[:, None].repeat(1, self.num_ws, 1)
+        if truncation_psi == 1.0:
+            return w_plus
+        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        pulled = self.latent_avg.lerp(w_plus[:, :cutoff], truncation_psi)
+        return torch.cat([pulled, w_plus[:, cutoff:]], dim=1)
+
+    def styles(self, w_plus: Float[Tensor, "N L D"]) -> list[Float[Tensor, "N I"]]:
+        """Every affine's output in layer order (`layers`), ToRGB included, before any gain."""
+        return [layer.modulation(w_plus[:, row]) for _, layer, row in self.layers()]
+
+    def synthesis(
+        self,
+        w_plus: Float[Tensor, "N L D"],
+        noise: Noise = "const",
+        features: Mapping[int, Float[Tensor, "N C H W"]] | None = None,
+        residual: Residual | None = None,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """Render codes. The result is in about [-1, 1] for a trained generator.
+
+        Args:
+            w_plus: one w per layer.
+            noise: "const" uses the stored maps, "none" no noise, "random" fresh noise from torch's
+                generator, or one tensor [N or 1, 1, h, w] for each 3x3 convolution.
+            features: activations that replace the output of a 3x3 layer, keyed 1..L-1 in layer order
+                (5 is CLCAE's F: the second convolution at 16x16). The ToRGB of that resolution still
+                reads the activation that was replaced, as CLCAE does.
+            residual: low-rank kernel additions by index of the 3x3 layer (0 is `conv1`).
+        """
+        self._check_inputs(w_plus, features, residual)
+        maps = self._noise_maps(noise, w_plus)
+        styles = self.styles(w_plus)
+        dtype = self.compute_dtype or w_plus.dtype
+        clamp = self.architecture.conv_clamp
+        x = self.input.input.to(dtype).expand(w_plus.shape[0], -1, -1, -1)
+        x = x.contiguous(memory_format=self.memory_format)
+        image: Tensor | None = None
+        for index in range(self.num_convs):
+            # Styles run conv1, rgb1, then (conv, conv, rgb) a block.
+            at = 0 if index == 0 else 2 + 3 * ((index - 1) // 2) + (index - 1) % 2
+            x = self.conv(index)(
+                x,
+                styles[at],
+                maps[index],
+                clamp=clamp,
+                residual=residual.get(index) if residual else None,
+                form=self.form,
+            )
+            if index % 2 == 0:
+                to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
+                image = to_rgb(x, styles[at + 1], image, clamp=clamp, form=self.form)
+            if features is not None and index + 1 in features:
+                x = features[index + 1].to(dtype)
+        assert image is not None
+        return image
+
+    forward = synthesis
+
+    def activations(
+        self, w_plus: Float[Tensor, "N L D"], layer: int, noise: Noise = "const"
+    ) -> Float[Tensor, "N C H W"]:
+        """The output of the 3x3 layer `layer` (1..L-1, as in `features`)."""
+        if not 1 <= layer <= self.num_convs:
+            raise ValueError(f"activations: expected a layer in 1..{self.num_convs}, found {layer}")
+        captured: list[Tensor] = []
+        hook = self.conv(layer - 1).register_forward_hook(lambda _m, _i, out: captured.append(out))
+        try:
+            self.synthesis(w_plus, noise)
+        finally:
+            hook.remove()
+        return captured[0]
+
+    # ------------------------------------------------------------------ inside
+
+    def _noise_maps(self, noise: Noise, w_plus: Tensor) -> list[Tensor | None]:
+        if isinstance(noise, str):
+            if noise == "none":
+                return [None] * self.num_convs
+            if noise == "const":
+                return [getattr(self.noises, f"noise_{i}") for i in range(self.num_convs)]
+            if noise == "random":
+                # Follow the learned input's shape, so that a non-square input works too.
+                h, w = self.input.input.shape[2:]
+                sizes = [self.conv_resolution(i) // 4 for i in range(self.num_convs)]
+                n, like = w_plus.shape[0], {"dtype": w_plus.dtype, "device": w_plus.device}
+                return [torch.randn(n, 1, h * s, w * s, **like) for s in sizes]
+            raise ValueError(
+                f'noise: expected "const", "none", "random" or tensors, found {noise!r}'
+            )
+        if len(noise) != self.num_convs:
+            raise ValueError(f"noise: expected {self.num_convs} maps, found {len(noise)}")
+        return list(noise)
+
+    def _check_inputs(
+        self, w_plus: Tensor, features: Mapping[int, Tensor] | None, residual: Residual | None
+    ) -> None:
+        if w_plus.ndim != 3 or w_plus.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(
+                f"w_plus: expected [N {self.num_ws} {self.w_dim}] for this {self.resolution} px "
+                f"generator, found {list(w_plus.shape)}"
+            )
+        for layer in features or {}:
+            if not 1 <= layer <= self.num_convs:
+                raise ValueError(f"features: expected layers in 1..{self.num_convs}, found {layer}")
+        for index, part in (residual or {}).items():
+            if not 0 <= index < self.num_convs:
+                raise ValueError(
+                    f"residual: expected layers in 0..{self.num_convs - 1}, found {index}"
+                )
+            _, o, i, k, _ = self.conv(index).conv.weight.shape
+            want = ([w_plus.shape[0], o], [w_plus.shape[0], i, k, k])
+            have = (list(part.u.shape[:2]), [part.v.shape[0], *part.v.shape[2:]])
+            if want != have:
+                raise ValueError(
+                    f"residual of layer {index}: expected u [N O r] and v [N r I k k] with [N O], "
+                    f"[N I k k] = {want}, found {have}: was it made for another generator?"
+                )
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over the parameters and buffers in name order: the identity stored with every latent."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{list(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""Modulated convolution in the cheaper of two exact forms, with the grouped twin as the truth.
+
+Legend: N batch, I/O in/out channels, k kernel, H W input size, h w output size, r rank of a residual.
+
+The layer computes, per sample n, `y_n = conv(x_n, d_n * K_n)` with `K_n = W * s_n + u_n v_n` and
+`d_n,o = rsqrt(sum_ik K_n,oik^2 + 1e-8)` (StyleGAN2, equations 1-3; RefineStyle's residual between the
+two). With `up`, the convolution is a transposed one of stride 2 (the caller filters its result).
+
+- `grouped`: build every K_n and run one grouped convolution. The reference; slow and large.
+- `implicit`: `d * (conv(s * x, W) + u conv(x, v))`: one shared convolution for the whole batch. The
+  norm of K_n comes from `s^2 Q + 2 sum_r u C + diag(u G u^T)`, Q = sum_k W^2, C = W (s v)^T, G = v v^T.
+- `folded`: scale the kernel and convolve sample by sample. Cheaper where the kernel is small and the
+  activations are large. With a frozen kernel its backward pass computes no kernel gradient at all:
+  the gradient of s is `sum_hw x * conv^T(d gy, W)`, the one of d is `sum_hw gy y / d`.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from models.stylegan2.residual import LowRank
+
+Form = Literal["auto", "grouped", "implicit", "folded"]
+EPS = 1e-8
+
+
+def modulated_conv2d(
+    x: Float[Tensor, "N I H W"],
+    weight: Float32[Tensor, "O I k k"] | Float[Tensor, "O I k k"],
+    styles: Float[Tensor, "N I"],
+    *,
+    gain: float = 1.0,
+    should_demodulate: bool = True,
+    up: bool = False,
+    residual: LowRank | None = None,
+    form: Form = "auto",
+) -> Float[Tensor, "N O h w"]:
+    """Convolve every sample with its own kernel (see the module's first lines).
+
+    Args:
+        x: activations; their dtype is the dtype of the convolution.
+        weight: the shared kernel in its master precision, already scaled by 1/sqrt(I k k).
+        styles: per-sample input gains, in the kernel's precision.
+        gain: multiplies the result (sqrt(2) of the following LeakyReLU, which commutes with it).
+        should_demodulate: normalise each output channel's kernel (False in ToRGB).
+        up: transposed convolution of stride 2 without padding: h = 2H + k - 2.
+        residual: a per-sample low-rank addition, in the scale of `weight`.
+        form: which exact form to run; "auto" chooses by shape (`choose_form`).
+    """
+    if form == "auto":
+        form = choose_form(x, weight, styles, residual)
+    if form == "grouped":
+        return _grouped(x, weight, styles, gain, should_demodulate, up, residual)
+    if x.dtype == torch.float16 and should_demodulate and residual is None:
+        # Keep half-precision products in range; demodulation undoes both scales.
+        weight = weight / weight.detach().abs().amax()
+        styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
+    d = demodulate(weight, styles, residual) * gain if should_demodulate else None
+    if form == "implicit":
+        return _implicit(x, weight, styles, d, gain, up, residual)
+    return _folded(x, weight, styles, d, gain, up, residual)
+
+
+def choose_form(
+    x: Tensor, weight: Tensor, styles: Tensor, residual: LowRank | None
+) -> Literal["implicit", "folded"]:
+    """Fold where one sample's kernel is smaller than about twice its activations, else stay implicit.
+
+    A kernel that learns, a residual that learns and a GPU take the implicit form: it has an ordinary
+    (twice differentiable) graph and its kernel gradient is one convolution for the whole batch.
+    """
+    o, i, k, _ = weight.shape
+    is_learning = torch.is_grad_enabled() and (
+        weight.requires_grad
+        or (
+            residual is not None
+            and (
+                styles.requires_grad
+                or x.requires_grad
+                or residual.u.requires_grad
+                or residual.v.requires_grad
+            )
+        )
+    )
+    if is_learning or x.is_cuda:
+        return "implicit"
+    return "folded" if o * i * k * k < 2 * x.shape[2] * x.shape[3] * (i + o) else "implicit"
+
+
+def demodulate(
+    weight: Float[Tensor, "O I k k"], styles: Float[Tensor, "N I"], residual: LowRank | None = None
+) -> Float[Tensor, "N O"]:
+    """`d = 1 / ||K_n,o||` without building K_n (the low-rank identity above)."""
+    norm = styles.square() @ weight.square().sum(dim=(2, 3)).T  # [N O]
+    if residual is not None:
+        u, v = residual.u.to(styles.dtype), residual.v.to(styles.dtype)
+        n, r = v.shape[:2]
+        sv = (v * styles[:, None, :, None, None]).reshape(n * r, -1)
+        cross = (sv @ weight.reshape(weight.shape[0], -1).T).reshape(n, r, -1)  # [N r O]
+        gram = v.reshape(n, r, -1)
+        gram = gram @ gram.transpose(1, 2)  # [N r r]
+        norm = norm + 2 * (u * cross.transpose(1, 2)).sum(2) + ((u @ gram) * u).sum(2)
+    return torch.rsqrt(norm + EPS)
+
+
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    gain: float,
+    should_demodulate: bool,
+    up: bool,
+    residual: LowRank | None,
+) -> Tensor:
+    kernel = weight[None] * styles[:, None, :, None, None]  # [N O I k k]
+    if residual is not None:
+        kernel = kernel + residual.kernel().to(kernel.dtype)
+    if should_demodulate:
+        kernel = kernel * torch.rsqrt(kernel.square().sum(dim=(2, 3, 4), keepdim=True) + EPS)
+    return _per_sample_conv(x, (kernel * gain).to(x.dtype), up)
+
+
+def _implicit(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    d: Tensor | None,
+    gain: float,
+    up: bool,
+    residual: LowRank | None,
+) -> Tensor:
+    dtype = x.dtype
+    if d is None:
+        weight = weight * gain
+    y = _shared_conv(x * styles.to(dtype)[:, :, None, None], weight.to(dtype), up)
+    if residual is not None:
+        side = _per_sample_conv(x, residual.v.to(dtype), up)  # [N r h w]
+        u = residual.u.to(dtype) if d is not None else residual.u.to(dtype) * gain
+        n, r, h, w = side.shape
+        y = torch.baddbmm(y.reshape(n, -1, h * w), u, side.reshape(n, r, h * w))
+        y = y.reshape(n, -1, h, w)
+    return y if d is None else y * d.to(dtype)[:, :, None, None]
+
+
+def _folded(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    d: Tensor | None,
+    gain: float,
+    up: bool,
+    residual: LowRank | None,
+) -> Tensor:
+    if d is None:
+        d = styles.new_full((styles.shape[0], weight.shape[0]), gain)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or styles.requires_grad)
+    if needs_grad and residual is None and not weight.requires_grad:
+        return _FoldedConv.apply(x, weight, styles, d, up)  # type: ignore[no-any-return]
+    kernel = weight[None] * styles[:, None, :, None, None]
+    if residual is not None:
+        kernel = kernel + residual.kernel().to(kernel.dtype)
+    return _per_sample_conv(x, (kernel * d[:, :, None, None, None]).to(x.dtype), up)
+
+
+def _shared_conv(x: Tensor, weight: Tensor, up: bool) -> Tensor:
+    if up:
+        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    return F.conv2d(x, weight, padding=weight.shape[2] // 2)
+
+
+def _per_sample_conv(
+    x: Float[Tensor, "N I H W"], kernels: Float[Tensor, "N O I k k"], up: bool
+) -> Float[Tensor, "N O h w"]:
+    """One grouped convolution with a kernel per sample."""
+    n, o, i, k, _ = kernels.shape
+    x = x.reshape(1, n * i, *x.shape[2:])
+    if up:
+        weight = kernels.transpose(1, 2).reshape(n * i, o, k, k)
+        y = F.conv_transpose2d(x, weight, stride=2, groups=n)
+    else:
+        y = F.conv2d(x, kernels.reshape(n * o, i, k, k), padding=k // 2, groups=n)
+    return y.reshape(n, o, *y.shape[2:])
+
+
+class _FoldedConv(torch.autograd.Function):
+    """`conv(x, d W s)` with a frozen W: exact gradients of x, s and d, none of the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, styles: Tensor, d: Tensor, up: bool) -> Tensor:
+        kernel = weight[None] * (d[:, :, None] * styles[:, None, :])[..., None, None]
+        y = _per_sample_conv(x, kernel.to(x.dtype), up)
+        ctx.save_for_backward(x, weight, styles, d, y)
+        ctx.up = up
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, styles, d, y = ctx.saved_tensors  # type: ignore[attr-defined]
+        n, o, i, k = x.shape[0], *weight.shape[:3]
+        kernel = (weight[None] * d[:, :, None, None, None]).to(gy.dtype)  # [N O I k k]
+        flat = gy.reshape(1, n * o, *gy.shape[2:])
+        if ctx.up:  # type: ignore[attr-defined]
+            back = kernel.transpose(1, 2).reshape(n * i, o, k, k)
+            gu = F.conv2d(flat, back, stride=2, groups=n)
+        else:
+            back = kernel.reshape(n * o, i, k, k)
+            gu = F.conv_transpose2d(flat, back, padding=k // 2, groups=n)
+        gu = gu.reshape(x.shape)  # the gradient of s * x
+        gs = (x * gu).sum(dim=(2, 3)).to(styles.dtype)
+        gd = ((gy * y).sum(dim=(2, 3)).to(d.dtype)) / d
+        return gu * styles.to(gu.dtype)[:, :, None, None], None, gs, gd, None

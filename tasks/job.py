@@ -1,0 +1,101 @@
+"""What one inversion job is: plain frozen values that travel to every worker.
+
+`pipeline.config` validates a TOML file into these; `run_shard` reads nothing else.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One link of the method chain: a registry name and its settings (already validated)."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How a picture becomes a tensor."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    image_column: str = "image"
+    """Parquet: column with the encoded picture, binary or {bytes, path}."""
+    key_column: str | None = None
+    """Parquet: column with a unique sample key; default `<file name>:<row>`."""
+    fit: Literal["crop", "resize", "align"] = "crop"
+    """crop: largest centred square; resize: stretch; align: five landmarks onto `template`."""
+    landmarks_column: str = "landmarks5"
+    """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
+    template: Literal["face", "ffhq"] | str = "face"
+    """align: target points; "face" is the template of the bundled generator, or a JSON file of five."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels fail as rows (decompression bombs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What is stored of each sample."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    pictures: tuple[Literal["input", "inversion"], ...] = ("input", "inversion")
+    """Pictures kept in images/: the decoded input at the generator's resolution, and the inversion."""
+    picture_format: Literal["png", "webp", "jpeg"] = "png"
+    """png and webp are lossless; jpeg is quality 95."""
+    latents: Literal["float32", "float16"] = "float32"
+    """Precision of w_plus; float16 halves the size, worst error 0.33 % of its standard deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Everything that decides the bytes of a run, and nothing that does not (engine settings are elsewhere)."""
+
+    generator: str
+    """A bundled name ("faces64") or a path or URL of a checkpoint."""
+    methods: tuple[MethodConfig, ...]
+    input: InputConfig = field(default_factory=InputConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    batch: int = 16
+    """Pictures inverted together. It never changes a result by more than rounding."""
+    seed: int = 0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
+    perceptual: str = "auto"
+    """Perceptual distance to score with: "auto" (LPIPS where its weights are cached, else ours),
+    "refinery" (the bundled trunk), "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
+    identity: str | None = None
+    """Path or URL of ArcFace IR-SE50 weights; adds the `identity` column."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the part of run.json that is hashed."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSpec:
+    """One unit of work, retry and commit: a row of manifest.parquet.
+
+    Attributes:
+        id: 0-based, dense; also the name of the commit marker (`commits/00042.json`).
+        kind: "files" (members of a prefix), "tar" (a WebDataset tar), "parquet" (a range of rows).
+        uri: the prefix, the tar or the Parquet file.
+        members: files: keys relative to `uri`, sorted. Empty otherwise.
+        row_start, row_stop: parquet: half-open range of rows. 0, 0 otherwise.
+        num_samples: samples inside, or -1 where only reading tells (a tar).
+        num_bytes: encoded size, for planning.
+        etag: identity of the input's content as far as a listing tells it (sha256 over names, sizes
+            and ETags or modification times).
+    """
+
+    id: int
+    kind: Literal["files", "tar", "parquet"]
+    uri: str
+    members: tuple[str, ...] = ()
+    row_start: int = 0
+    row_stop: int = 0
+    num_samples: int = -1
+    num_bytes: int = 0
+    etag: str = ""

@@ -1,0 +1,62 @@
+"""Fixtures shared by all suites."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.stylegan2.generator import Generator, GeneratorArchitecture
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real pictures and reference outputs; tests that need it skip without it."""
+    path = Path(os.environ.get("REFINERY_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no shared data at {path}; set REFINERY_SHARED")
+    return path.resolve()
+
+
+def make_tiny_generator(seed: int = 0, resolution: int = 32) -> Generator:
+    """A small random generator: every mechanism of a large one, milliseconds a picture."""
+    widths = {res: 16 if res <= 8 else 8 for res in (4, 8, 16, 32, 64) if res <= resolution}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        generator = Generator(
+            GeneratorArchitecture(
+                resolution=resolution, widths=widths, z_dim=16, w_dim=16, mapping_layers=2
+            )
+        )
+        for index in range(generator.num_convs):
+            torch.nn.init.constant_(generator.conv(index).noise.weight, 0.1)
+        z = torch.randn(1000, generator.z_dim)
+    generator.latent_avg.copy_(generator.mapping(z)[:, 0].mean(0).detach())
+    return generator.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_generator() -> Generator:
+    return make_tiny_generator()
+
+
+def make_picture(seed: int, size: int = 48) -> Image.Image:
+    """A smooth random picture."""
+    values = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def face_bytes() -> list[bytes]:
+    """Eight encoded PNG pictures."""
+    found = []
+    for seed in range(8):
+        buffer = io.BytesIO()
+        make_picture(seed).save(buffer, "PNG")
+        found.append(buffer.getvalue())
+    return found
