@@ -1,0 +1,75 @@
+# Each target builds .venv through constraints.txt when it is missing or older than what it is made from.
+#
+#   make demo     plan, invert, query and report on the bundled sample shard
+#   make test     the tests; ARGS are passed on: make test ARGS="tests/tasks -x"
+#   make lint     ruff, codespell, pyright
+#   make bench    the figures of the README
+#
+# Settings: PYTHON (an interpreter, 3.11 or newer), VENV (where to install), TORCH_INDEX (URL of an index
+# with PyTorch's CPU wheels, for a machine without a GPU whose own index has only the CUDA build).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+ARGS ?=
+TORCH_INDEX ?=
+# The pins were exercised on 3.11, so it is tried first. The version is asked for, not read from the
+# name: a pyenv shim called python3.12 may exist and still refuse to start.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
+
+# Nothing here reports usage to anybody.
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export DO_NOT_TRACK ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help venv demo test lint format bench clean
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make: no Python 3.11 or newer on PATH; install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "==> creating $(VENV) with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv --clear $(VENV) || { \
+			echo "make: $(PYTHON) cannot create $(VENV); on Debian and Ubuntu install python3-venv" >&2; exit 1; }; fi
+	@echo "==> installing style-refinery[dev] through constraints.txt (about 2 minutes the first time)"
+	@$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) --build-constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
+	@$(BIN)/python -m pip check
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/refinery demo $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build dist
