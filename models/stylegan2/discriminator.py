@@ -14,16 +14,18 @@ from models.stylegan2.layers import SQRT2, Bias, EqualConv2d, EqualLinear, Pixel
 from models.stylegan2.resample import blur
 
 
-def _activate(x: Tensor, bias: Bias) -> Tensor:
+def _activate(x: Tensor, bias: Bias, clamp: float | None) -> Tensor:
     # The convolution before it already carries the activation's gain sqrt(2).
-    return leaky_relu(x + (bias.bias * SQRT2).to(x.dtype)[None, :, None, None])
+    y = leaky_relu(x + (bias.bias * SQRT2).to(x.dtype)[None, :, None, None])
+    return y if clamp is None else y.clamp(-clamp, clamp)
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second of stride 2, and a 1x1 skip; sum over sqrt(2)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, clamp: float | None) -> None:
         super().__init__()
+        self.clamp = clamp
         # The keys are rosinality's Sequential indices: conv2.0 and skip.0 are its blur buffers.
         self.conv1 = nn.ModuleDict(
             {"0": EqualConv2d(in_channels, in_channels, 3, padding=1), "1": Bias(in_channels)}
@@ -34,8 +36,9 @@ class ResBlock(nn.Module):
         self.skip = nn.ModuleDict({"1": EqualConv2d(in_channels, out_channels, 1)})
 
     def forward(self, x: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
-        y = _activate(self.conv1["0"](x, SQRT2), self.conv1["1"])
-        y = _activate(self.conv2["1"](blur(y, padding=2), SQRT2), self.conv2["2"])
+        y = _activate(self.conv1["0"](x, SQRT2), self.conv1["1"], self.clamp)
+        y = self.conv2["1"](blur(y, padding=2), SQRT2)
+        y = _activate(y, self.conv2["2"], self.clamp)
         skip = self.skip["1"](blur(x, padding=1, stride=2))
         return (y + skip) * (1.0 / SQRT2)
 
@@ -50,6 +53,7 @@ class Discriminator(nn.Module):
             features on an embedding of c (NVIDIA's `MappingNetwork` with z_dim 0).
         mapping_layers: depth of that embedding.
         stddev_group: images per group of the minibatch standard deviation.
+        conv_clamp: clamp of every activation (NVIDIA's half-precision networks use 256), or None.
     """
 
     def __init__(
@@ -60,16 +64,18 @@ class Discriminator(nn.Module):
         c_dim: int = 0,
         mapping_layers: int = 8,
         stddev_group: int = 4,
+        conv_clamp: float | None = None,
     ) -> None:
         super().__init__()
         self.resolution, self.c_dim, self.stddev_group = resolution, c_dim, stddev_group
+        self.conv_clamp = conv_clamp
         self.compute_dtype: torch.dtype | None = None
         self.memory_format = torch.contiguous_format
         from_rgb = nn.ModuleDict(
             {"0": EqualConv2d(3, widths[resolution], 1), "1": Bias(widths[resolution])}
         )
         sizes = [res for res in sorted(widths, reverse=True) if res <= resolution]
-        blocks = [ResBlock(widths[res], widths[res // 2]) for res in sizes if res > 4]
+        blocks = [ResBlock(widths[res], widths[res // 2], conv_clamp) for res in sizes if res > 4]
         self.convs = nn.ModuleList([from_rgb, *blocks])
         self.final_conv = nn.ModuleDict(
             {"0": EqualConv2d(widths[4] + 1, widths[4], 3, padding=1), "1": Bias(widths[4])}
@@ -112,12 +118,13 @@ class Discriminator(nn.Module):
         """Activations after from-RGB, after every block, and after the last 3x3 convolution."""
         dtype = self.compute_dtype or image.dtype
         x = image.to(dtype).contiguous(memory_format=self.memory_format)
-        taps = [_activate(self.convs[0]["0"](x, SQRT2), self.convs[0]["1"])]
+        clamp = self.conv_clamp
+        taps = [_activate(self.convs[0]["0"](x, SQRT2), self.convs[0]["1"], clamp)]
         for block in self.convs[1:]:
             taps.append(block(taps[-1]))
         x = taps[-1].to(image.dtype)
         x = torch.cat([x, minibatch_stddev(x, self.stddev_group)], dim=1)
-        taps.append(_activate(self.final_conv["0"](x, SQRT2), self.final_conv["1"]))
+        taps.append(_activate(self.final_conv["0"](x, SQRT2), self.final_conv["1"], clamp))
         return taps
 
 

@@ -177,6 +177,7 @@ class Generator(nn.Module):
         latent_avg: [D], the mean of W, in the state as a buffer. NaN until it is known.
         compute_dtype: precision of the convolutions; parameters and the image stay in theirs.
         form: exact form of every modulated convolution ("auto" chooses by shape).
+        provenance: where the weights came from; filled by `models.checkpoints`.
     """
 
     latent_avg: Tensor
@@ -189,6 +190,7 @@ class Generator(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.memory_format = torch.contiguous_format
         self.form: Form = "auto"
+        self.provenance: dict[str, Any] = {}
 
         in_dim = arch.z_dim
         if arch.c_dim:
