@@ -5,7 +5,8 @@ Legend: N batch, L num_ws, D w_dim, C H W image.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from models.errors import ConfigError
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank
 
@@ -75,7 +77,7 @@ class Inversion:
 
     @staticmethod
     def cat(parts: Sequence["Inversion"]) -> "Inversion":
-        """Join along the batch. All parts come from one method chain, so they carry the same doors."""
+        """Join along the batch. All parts come from one method chain: they carry the same doors."""
         first, failures, at = parts[0], {}, 0
         for part in parts:
             failures |= {at + row: why for row, why in part.failures.items()}
@@ -126,6 +128,18 @@ def sample_seed(run_seed: int, sample_key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+@contextmanager
+def frozen(generator: Generator) -> Iterator[None]:
+    """Inside, no parameter of the generator takes a gradient; on leaving, the flags come back."""
+    flags = [(p, p.requires_grad) for p in generator.parameters()]
+    generator.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 class Method(ABC):
     """One way to invert pictures. A method is a class of one verb; methods chain through `init`.
 
@@ -153,6 +167,30 @@ class Method(ABC):
         Raises:
             ConfigError: `init` is missing where `needs_init`, before any work.
         """
+
+    def check_inputs(
+        self, images: Float[Tensor, "N 3 H W"], init: Inversion | None, rng: SampleRng
+    ) -> None:
+        """Refuse what no method can work with, before any work.
+
+        Raises:
+            ConfigError: `init` is missing where `needs_init`.
+            ValueError: pictures of another size than the generator's, or counts that differ.
+        """
+        size = self.generator.resolution
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"{type(self).__name__}.invert: expected pictures [N 3 {size} {size}], "
+                f"found {list(images.shape)}"
+            )
+        if init is None and self.needs_init:
+            raise ConfigError(
+                f"{type(self).__name__}: it starts from the result of an earlier method and there "
+                "is none: put another [[method]] (for example e4e) before it"
+            )
+        counts = {"images": len(images), "rng": len(rng), "init": len(init or images)}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{type(self).__name__}.invert: row counts differ: {counts}")
 
     def hashes(self) -> dict[str, str]:
         """sha256 by name of every weight file this method computes with; part of the run's id."""

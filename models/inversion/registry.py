@@ -29,7 +29,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def load_method(name: str, generator: Generator, **config: Any) -> Method:
-    """Build a method for a generator. Loads its assets, so a missing one fails here, before any work.
+    """Build a method for a generator. It loads its assets: a missing one fails before any work.
 
     Raises:
         ConfigError: unknown method or setting, or a value out of range.
@@ -40,6 +40,7 @@ def load_method(name: str, generator: Generator, **config: Any) -> Method:
     unknown = sorted(set(config) - known)
     if unknown:
         raise ConfigError(
-            f"method {name}: unknown setting {unknown[0]!r}; known settings: {', '.join(sorted(known))}"
+            f"method {name}: unknown setting {unknown[0]!r}; "
+            f"known settings: {', '.join(sorted(known))}"
         )
     return cls(generator, cls.Config(**config))

@@ -1,0 +1,264 @@
+"""Encoder files: our own format, and the official e4e and pSp checkpoints, loaded strictly.
+
+Ours is NAME.safetensors beside NAME.json, the card: kind, architecture, generator_hash, sha256,
+provenance, terms, scores. Nothing in a file is executed.
+
+Legend: L num_ws, D w_dim.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.encoders.e4e import Encoder4Editing
+from models.encoders.latent_discriminator import LatentDiscriminator
+from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, PyramidEncoder
+from models.errors import AssetError
+
+OFFICIAL_KINDS = {"Encoder4Editing": "e4e", "GradualStyleEncoder": "psp"}
+"""`opts.encoder_type` of the official checkpoints that load here; both have the same key names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEncoder:
+    """An encoder ready to use, with what its file says about itself.
+
+    Attributes:
+        encoder: eval mode, float32, no gradients, on the CPU.
+        latent_avg: [D] or [L D] to add to its codes; None where the generator's own is meant.
+        generator_hash: the generator that it was trained with, None where the file does not say.
+        sha256: of the weight file.
+        card: the JSON card of our format; {"source": ...} for an official checkpoint.
+    """
+
+    encoder: PyramidEncoder
+    sha256: str
+    latent_avg: Tensor | None = None
+    generator_hash: str | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_encoder(architecture: EncoderArchitecture) -> PyramidEncoder:
+    """A freshly initialised encoder of the architecture's kind."""
+    cls = Encoder4Editing if architecture.kind == "e4e" else GradualStyleEncoder
+    return cls(architecture)
+
+
+def load_encoder(path: str | Path, num_ws: int, w_dim: int) -> LoadedEncoder:
+    """Open an encoder for a generator with `num_ws` rows of `w_dim`.
+
+    Args:
+        path: ours (.safetensors with its .json card) or an official e4e / pSp checkpoint (.pt).
+
+    Raises:
+        AssetError: missing, unreadable, damaged, or another layout; the message names what differs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AssetError(f"encoder {path}: no such file; set `checkpoint` to an encoder's file")
+    if path.suffix == ".safetensors":
+        return _load_native(path, num_ws, w_dim)
+    return _load_official(path, num_ws, w_dim)
+
+
+def save_encoder(
+    encoder: PyramidEncoder,
+    path: str | Path,
+    card: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write NAME.safetensors and its card NAME.json; returns the former's path.
+
+    Kernels and matrices are stored as `dtype`; vectors (biases, batch statistics) stay float32.
+    `architecture` and `sha256` are added to the card.
+    """
+    path = Path(path)
+    state = {
+        name: (t.to(dtype) if t.ndim > 1 and t.is_floating_point() else t).cpu().contiguous()
+        for name, t in encoder.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary)
+    card = {
+        "kind": encoder.architecture.kind,
+        **card,
+        "architecture": encoder.architecture.to_dict(),
+        "sha256": _sha256(temporary),
+    }
+    text = json.dumps(card, indent=2, sort_keys=True) + "\n"
+    card_temporary = path.with_suffix(".json.tmp")
+    card_temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    os.replace(card_temporary, path.with_suffix(".json"))
+    return path
+
+
+def load_latent_discriminator(path: str | Path, w_dim: int = 512) -> LatentDiscriminator:
+    """The latent discriminator of an official e4e training checkpoint, or a bare state of it.
+
+    Raises:
+        AssetError: missing, unreadable or another layout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AssetError(f"latent discriminator {path}: no such file")
+    saved = _torch_load(path)
+    state = saved.get("discriminator_state_dict", saved)
+    return _filled(LatentDiscriminator, (w_dim,), state, f"{path}: not e4e's latent discriminator")
+
+
+def check_layout(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str
+) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        AssetError: `complaint`, then what is missing, unexpected and of another shape.
+    """
+    missing = [f"{k} {list(v.shape)}" for k, v in expected.items() if k not in found]
+    unexpected = [f"{k} {list(v.shape)}" for k, v in found.items() if k not in expected]
+    reshaped = [
+        f"{k} expected {list(expected[k].shape)} found {list(v.shape)}"
+        for k, v in found.items()
+        if k in expected and v.shape != expected[k].shape
+    ]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if names
+    ]
+    if parts:
+        raise AssetError(f"{complaint}: {'; '.join(parts)}")
+
+
+# ---------------------------------------------------------------------- our format
+
+
+def _load_native(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
+    card = _read_card(path.with_suffix(".json"))
+    sha256 = _sha256(path)
+    if card.get("sha256") != sha256:
+        raise AssetError(
+            f"encoder {path}: sha256 is {sha256}, its card says {card.get('sha256')}: the file is "
+            "damaged or the card belongs to another one; fetch both again"
+        )
+    try:
+        architecture = EncoderArchitecture(**card["architecture"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AssetError(f"encoder card {path.with_suffix('.json')}: {error!r}") from error
+    if (architecture.num_ws, architecture.w_dim) != (num_ws, w_dim):
+        raise AssetError(
+            f"encoder {path}: it predicts {architecture.num_ws} rows of {architecture.w_dim}, the "
+            f"generator needs {num_ws} rows of {w_dim}: choose the encoder of this generator"
+        )
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AssetError(f"encoder {path}: cannot read the weights: {error}") from error
+    encoder = _filled(
+        build_encoder, (architecture,), state, f"encoder {path}: not as its card says"
+    )
+    return LoadedEncoder(
+        encoder=encoder, sha256=sha256, generator_hash=card.get("generator_hash"), card=card
+    )
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AssetError(
+            f"encoder card {path}: no such file; it belongs beside the .safetensors file"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AssetError(f"encoder card {path}: cannot read: {error}") from error
+    if not isinstance(card, dict) or card.get("kind") not in OFFICIAL_KINDS.values():
+        kind = card.get("kind") if isinstance(card, dict) else type(card).__name__
+        raise AssetError(f'encoder card {path}: expected kind "e4e" or "psp", found {kind!r}')
+    return card
+
+
+# ---------------------------------------------------------------------- official checkpoints
+
+
+def _load_official(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
+    saved = _torch_load(path)
+    options = saved.get("opts") or {}
+    options = vars(options) if isinstance(options, argparse.Namespace) else dict(options)
+    name = options.get("encoder_type", "Encoder4Editing")
+    if name not in OFFICIAL_KINDS:
+        raise AssetError(
+            f"{path}: its encoder is a {name}; expected one of {', '.join(OFFICIAL_KINDS)}"
+        )
+    state = saved.get("state_dict", saved)
+    prefix = "encoder."
+    if any(key.startswith(prefix) for key in state):
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    architecture = EncoderArchitecture(num_ws=num_ws, w_dim=w_dim, kind=OFFICIAL_KINDS[name])  # type: ignore[arg-type]
+    complaint = f"{path}: not an official {name} for a generator with {num_ws} rows of {w_dim}"
+    encoder = _filled(build_encoder, (architecture,), state, complaint)
+    latent_avg = saved.get("latent_avg")
+    if latent_avg is not None:
+        latent_avg = latent_avg.float()
+        if tuple(latent_avg.shape) not in ((w_dim,), (1, w_dim), (num_ws, w_dim)):
+            raise AssetError(
+                f"{path}: latent_avg is {list(latent_avg.shape)}, expected [{w_dim}] or "
+                f"[{num_ws} {w_dim}]"
+            )
+    if not options.get("start_from_latent_avg", True):
+        latent_avg = torch.zeros(w_dim)  # such a model was trained on absolute codes
+    return LoadedEncoder(
+        encoder=encoder,
+        sha256=_sha256(path),
+        latent_avg=latent_avg,
+        card={"source": f"official {name} checkpoint {path.name}"},
+    )
+
+
+def _torch_load(path: Path) -> dict[str, Any]:
+    """Tensors and plain values of a torch file; nothing in it is executed."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise AssetError(f"{path}: cannot read as a torch checkpoint: {error}") from error
+    if not isinstance(saved, dict):
+        raise AssetError(f"{path}: expected a dict of weights, found {type(saved).__name__}")
+    return saved
+
+
+def _filled(
+    make: Any, arguments: tuple[Any, ...], state: Mapping[str, Tensor], complaint: str
+) -> Any:
+    """Build on the meta device, check names and shapes, then adopt the tensors without a copy."""
+    with torch.device("meta"):
+        module: nn.Module = make(*arguments)
+    check_layout(state, module.state_dict(), complaint)
+    module.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True
+    )
+    return module.eval().requires_grad_(False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
