@@ -15,10 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.stylegan2.layers import SQRT2, Bias, EqualLinear, PixelNorm, leaky_relu
+from models.stylegan2.layers import SQRT2, Bias, EqualLinear, PixelNorm, leaky_relu, leaky_relu_
 from models.stylegan2.modulated_conv import Form, modulated_conv2d
 from models.stylegan2.resample import blur, upsample2x
 from models.stylegan2.residual import Residual
+
+CHUNK_BYTES = 32 << 20
+"""On a CPU without a graph, activations beyond this size are computed a few samples at a time."""
+LARGE_BATCH = 8
+"""Layers of which fewer samples than this fit in CHUNK_BYTES count as large."""
 
 Noise = Literal["const", "none", "random"] | Sequence[Tensor]
 
@@ -136,9 +141,16 @@ class StyledConv(nn.Module):
         y = self.conv(x, styles, gain=SQRT2, residual=residual, form=form)
         if self.conv.up:
             y = blur(y, padding=1, gain=4.0)
+        bias = (self.activate.bias * SQRT2).to(y.dtype)[None, :, None, None]
         if noise is not None:
-            y = y + (noise * (self.noise.weight * SQRT2)).to(y.dtype)
-        y = leaky_relu(y + (self.activate.bias * SQRT2).to(y.dtype)[None, :, None, None])
+            noise = (noise * (self.noise.weight * SQRT2)).to(y.dtype)
+        if not torch.is_grad_enabled() or not any(
+            t is not None and t.requires_grad for t in (y, noise, bias)
+        ):
+            # No graph: the fresh result of the convolution is changed in place.
+            y = leaky_relu_((y if noise is None else y.add_(noise)).add_(bias))
+        else:
+            y = leaky_relu((y if noise is None else y + noise) + bias)
         return y if clamp is None else y.clamp(-clamp, clamp)
 
 
@@ -159,6 +171,28 @@ class ToRGB(nn.Module):
             y = y.clamp(-clamp, clamp)
         y = y.to(styles.dtype)  # the image accumulates in the master precision
         return y if image is None else y + upsample2x(image)
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """What flows through the synthesis layers, for all samples or for some."""
+
+    x: Tensor
+    image: Tensor | None
+    styles: Sequence[Tensor]
+    maps: Sequence[Tensor | None]
+    features: Mapping[int, Tensor] | None
+    residual: Residual | None
+
+    def rows(self, rows: slice) -> "_Part":
+        return _Part(
+            x=self.x[rows],
+            image=None if self.image is None else self.image[rows],
+            styles=[s[rows] for s in self.styles],
+            maps=[m if m is None or len(m) == 1 else m[rows] for m in self.maps],
+            features=None if self.features is None else {k: f[rows] for k, f in self.features.items()},
+            residual=None if self.residual is None else {k: r[rows] for k, r in self.residual.items()},
+        )
 
 
 class ConstantInput(nn.Module):
@@ -188,7 +222,7 @@ class Generator(nn.Module):
         self.resolution, self.num_ws = arch.resolution, arch.num_ws
         self.w_dim, self.z_dim, self.c_dim = arch.w_dim, arch.z_dim, arch.c_dim
         self.compute_dtype: torch.dtype | None = None
-        self.memory_format = torch.contiguous_format
+        self.memory_format: torch.memory_format | None = None
         self.form: Form = "auto"
         self.provenance: dict[str, Any] = {}
 
@@ -313,28 +347,24 @@ class Generator(nn.Module):
         maps = self._noise_maps(noise, w_plus)
         styles = self.styles(w_plus)
         dtype = self.compute_dtype or w_plus.dtype
-        clamp = self.architecture.conv_clamp
         x = self.input.input.to(dtype).expand(w_plus.shape[0], -1, -1, -1)
-        x = x.contiguous(memory_format=self.memory_format)
-        image: Tensor | None = None
-        for index in range(self.num_convs):
-            # Styles run conv1, rgb1, then (conv, conv, rgb) a block.
-            at = 0 if index == 0 else 2 + 3 * ((index - 1) // 2) + (index - 1) % 2
-            x = self.conv(index)(
-                x,
-                styles[at],
-                maps[index],
-                clamp=clamp,
-                residual=residual.get(index) if residual else None,
-                form=self.form,
-            )
-            if index % 2 == 0:
-                to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
-                image = to_rgb(x, styles[at + 1], image, clamp=clamp, form=self.form)
-            if features is not None and index + 1 in features:
-                x = features[index + 1].to(dtype)
-        assert image is not None
-        return image
+        x = x.contiguous(memory_format=self._memory_format(styles, maps, features, residual))
+        part = _Part(x=x, image=None, styles=styles, maps=maps, features=features, residual=residual)
+        has_graph = torch.is_grad_enabled() and any(
+            t.requires_grad for t in self._graph_inputs(styles, maps, features, residual)
+        )
+        if has_graph or x.is_cuda or len(x) == 1 or self.form == "grouped":
+            return self._run(part, 0, self.num_convs)
+        # Large activations: a few samples at a time from here on. The result is the same, the memory
+        # is that of one sample, and it is still in the cache when it is used again.
+        split = self._first_large_layer(w_plus.dtype)
+        self._run(part, 0, split)
+        size = self._chunk(split, w_plus.dtype)
+        if size >= len(x):
+            return self._run(part, split, self.num_convs)
+        chunks = range(0, len(x), size)
+        images = [self._run(part.rows(slice(at, at + size)), split, self.num_convs) for at in chunks]
+        return torch.cat(images)
 
     forward = synthesis
 
@@ -353,6 +383,69 @@ class Generator(nn.Module):
         return captured[0]
 
     # ------------------------------------------------------------------ inside
+
+    def _run(self, part: "_Part", first: int, stop: int) -> Tensor:
+        """The 3x3 layers first..stop-1 with their ToRGBs; `part` holds what flows between them."""
+        clamp = self.architecture.conv_clamp
+        for index in range(first, stop):
+            # Styles run conv1, rgb1, then (conv, conv, rgb) a block.
+            at = 0 if index == 0 else 2 + 3 * ((index - 1) // 2) + (index - 1) % 2
+            part.x = self.conv(index)(
+                part.x,
+                part.styles[at],
+                part.maps[index],
+                clamp=clamp,
+                residual=part.residual.get(index) if part.residual else None,
+                form=self.form,
+            )
+            if index % 2 == 0:
+                to_rgb = self.to_rgb1 if index == 0 else self.to_rgbs[index // 2 - 1]
+                style = part.styles[at + 1]
+                part.image = to_rgb(part.x, style, part.image, clamp=clamp, form=self.form)
+            if part.features is not None and index + 1 in part.features:
+                part.x = part.features[index + 1].to(part.x.dtype)
+        return part.image  # type: ignore[return-value]
+
+    def _chunk(self, index: int, dtype: torch.dtype) -> int:
+        """Samples whose activations after layer `index` fit in CHUNK_BYTES together, at least 1."""
+        last = min(index, self.num_convs - 1)
+        size = self.conv_resolution(last) ** 2 * self.conv(last).conv.weight.shape[1]
+        return max(CHUNK_BYTES // (size * dtype.itemsize), 1)
+
+    def _first_large_layer(self, dtype: torch.dtype) -> int:
+        """The first layer (of an even number, a whole block) that runs on few samples at a time."""
+        for index in range(1, self.num_convs, 2):
+            if self._chunk(index, dtype) < LARGE_BATCH:
+                return index
+        return self.num_convs
+
+    def _graph_inputs(
+        self,
+        styles: Sequence[Tensor],
+        maps: Sequence[Tensor | None],
+        features: Mapping[int, Tensor] | None,
+        residual: Residual | None,
+    ) -> list[Tensor]:
+        found = [*styles, *(m for m in maps if m is not None), *(features or {}).values()]
+        for low_rank in (residual or {}).values():
+            found += [low_rank.u, low_rank.v]
+        return [*found, self.input.input, self.conv1.conv.weight]
+
+    def _memory_format(self, *doors: Any) -> torch.memory_format:
+        """Channels-last, except for optimisation through a frozen generator on a CPU.
+
+        Depthwise filters and convolutions are faster channels-last, but a folded kernel per sample
+        with a graph runs as one grouped convolution, which wants contiguous samples.
+        """
+        if self.memory_format is not None:
+            return self.memory_format
+        if self.form == "grouped":
+            return torch.contiguous_format
+        inputs = self._graph_inputs(*doors)
+        is_frozen = not self.conv1.conv.weight.requires_grad
+        has_graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        is_folding = has_graph and is_frozen and not inputs[0].is_cuda
+        return torch.contiguous_format if is_folding else torch.channels_last
 
     def _noise_maps(self, noise: Noise, w_plus: Tensor) -> list[Tensor | None]:
         if isinstance(noise, str):

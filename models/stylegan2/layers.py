@@ -19,6 +19,11 @@ def leaky_relu(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
 
 
+def leaky_relu_(x: Tensor) -> Tensor:
+    """`leaky_relu` in place."""
+    return F.leaky_relu(x, 0.2, inplace=True)
+
+
 def scaled_lrelu(x: Tensor) -> Tensor:
     """LeakyReLU(0.2) times sqrt(2), StyleGAN2's `lrelu` with its default gain."""
     return F.leaky_relu(x, 0.2) * SQRT2

@@ -72,22 +72,15 @@ def choose_form(
 
     A kernel that learns, a residual that learns and a GPU take the implicit form: it has an ordinary
     (twice differentiable) graph and its kernel gradient is one convolution for the whole batch.
+    Without a graph a batch stays implicit too, since its scalings then run in place; large
+    activations come one sample at a time (`Generator.synthesis`), and those fold.
     """
-    o, i, k, _ = weight.shape
-    is_learning = torch.is_grad_enabled() and (
-        weight.requires_grad
-        or (
-            residual is not None
-            and (
-                styles.requires_grad
-                or x.requires_grad
-                or residual.u.requires_grad
-                or residual.v.requires_grad
-            )
-        )
-    )
-    if is_learning or x.is_cuda:
+    tensors = [x, weight, styles, *([residual.u, residual.v] if residual else [])]
+    has_graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    is_learning = has_graph and (weight.requires_grad or residual is not None)
+    if is_learning or x.is_cuda or (not has_graph and x.shape[0] > 1):
         return "implicit"
+    o, i, k, _ = weight.shape
     return "folded" if o * i * k * k < 2 * x.shape[2] * x.shape[3] * (i + o) else "implicit"
 
 
@@ -121,7 +114,7 @@ def _grouped(
         kernel = kernel + residual.kernel().to(kernel.dtype)
     if should_demodulate:
         kernel = kernel * torch.rsqrt(kernel.square().sum(dim=(2, 3, 4), keepdim=True) + EPS)
-    return _per_sample_conv(x, (kernel * gain).to(x.dtype), up)
+    return _grouped_conv(x, (kernel * gain).to(x.dtype), up)
 
 
 def _implicit(
@@ -140,10 +133,30 @@ def _implicit(
     if residual is not None:
         side = _per_sample_conv(x, residual.v.to(dtype), up)  # [N r h w]
         u = residual.u.to(dtype) if d is not None else residual.u.to(dtype) * gain
-        n, r, h, w = side.shape
-        y = torch.baddbmm(y.reshape(n, -1, h * w), u, side.reshape(n, r, h * w))
-        y = y.reshape(n, -1, h, w)
-    return y if d is None else y * d.to(dtype)[:, :, None, None]
+        y = _add_mixed(y, side, u)
+    if d is None:
+        return y
+    d = d.to(dtype)[:, :, None, None]
+    return y * d if y.requires_grad or d.requires_grad else y.mul_(d)
+
+
+def _add_mixed(
+    y: Float[Tensor, "N O h w"], side: Float[Tensor, "N r h w"], u: Float[Tensor, "N O r"]
+) -> Float[Tensor, "N O h w"]:
+    """`y + u side`, as one batched matrix product in the memory order that y has."""
+    n, o, h, w = y.shape
+    if y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous():
+        flat = y.permute(0, 2, 3, 1).reshape(n, h * w, o)  # a view
+        side_flat = side.permute(0, 2, 3, 1).reshape(n, h * w, -1)
+        mixed = _baddbmm(flat, side_flat, u.transpose(1, 2))
+        return mixed.reshape(n, h, w, o).permute(0, 3, 1, 2)
+    return _baddbmm(y.reshape(n, o, h * w), u, side.reshape(n, -1, h * w)).reshape(n, o, h, w)
+
+
+def _baddbmm(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if base.requires_grad or a.requires_grad or b.requires_grad:
+        return torch.baddbmm(base, a, b)
+    return base.baddbmm_(a, b)
 
 
 def _folded(
@@ -175,7 +188,18 @@ def _shared_conv(x: Tensor, weight: Tensor, up: bool) -> Tensor:
 def _per_sample_conv(
     x: Float[Tensor, "N I H W"], kernels: Float[Tensor, "N O I k k"], up: bool
 ) -> Float[Tensor, "N O h w"]:
-    """One grouped convolution with a kernel per sample."""
+    """A kernel per sample: one grouped convolution, or a loop where grouping would copy x."""
+    n = len(kernels)
+    if n == 1:
+        return _shared_conv(x, kernels[0], up)
+    if not x.is_contiguous():
+        return torch.cat([_shared_conv(x[s : s + 1], kernels[s], up) for s in range(n)])
+    return _grouped_conv(x, kernels, up)
+
+
+def _grouped_conv(
+    x: Float[Tensor, "N I H W"], kernels: Float[Tensor, "N O I k k"], up: bool
+) -> Float[Tensor, "N O h w"]:
     n, o, i, k, _ = kernels.shape
     x = x.reshape(1, n * i, *x.shape[2:])
     if up:
