@@ -31,6 +31,9 @@ class InputConfig:
     """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
     template: Literal["face", "ffhq"] | str = "face"
     """align: target points; "face" is the template of the bundled generator, or a JSON file of five."""
+    detector: str | None = None
+    """align: "package.module:function" that finds the five points (0..1) in an upright uint8 [H W 3]
+    picture, or returns None; asked where there are no landmarks."""
     max_pixels: int = 100_000_000
     """Pictures with more pixels fail as rows (decompression bombs)."""
 
@@ -82,8 +85,10 @@ class ShardSpec:
         id: 0-based, dense; also the name of the commit marker (`commits/00042.json`).
         kind: "files" (members of a prefix), "tar" (a WebDataset tar), "parquet" (a range of rows).
         uri: the prefix, the tar or the Parquet file.
-        members: files: keys relative to `uri`, sorted. Empty otherwise.
-        row_start, row_stop: parquet: half-open range of rows. 0, 0 otherwise.
+        members: files: keys relative to `uri`, sorted. tar, parquet: one name, the file's relative to
+            the run's input, with which its sample keys begin; empty means the last part of `uri`.
+        row_start, row_stop: parquet: half-open range of rows. tar: 0 and the number of samples to
+            take. A stop of 0 means to the end.
         num_samples: samples inside, or -1 where only reading tells (a tar).
         num_bytes: encoded size, for planning.
         etag: identity of the input's content as far as a listing tells it (sha256 over names, sizes

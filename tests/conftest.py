@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from models.stylegan2.generator import Generator, GeneratorArchitecture
+from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,3 +62,21 @@ def face_bytes() -> list[bytes]:
         make_picture(seed).save(buffer, "PNG")
         found.append(buffer.getvalue())
     return found
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Moto's S3 server, one for the session."""
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty bucket (s3://...); the environment leads every S3 client there."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.make_bucket()

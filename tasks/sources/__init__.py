@@ -1,0 +1,1 @@
+"""Readers of the three kinds of input: loose files, WebDataset tars, Parquet."""
