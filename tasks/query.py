@@ -1,0 +1,219 @@
+"""SQL over a run's committed parts, and the result as a file.
+
+    query("runs/faces", "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10")
+
+Views: `latents`, `images`, `residuals` (those that the run has) and `commits`, one row per shard.
+Only parts that a commit marker names are in them, while a run is at work and after a crash alike.
+
+Codes: `latents.w_plus` is FLOAT[L*D], row by row of w+, so DuckDB's array functions work on it:
+
+    SELECT sample_key, array_cosine_similarity(
+        w_plus, (SELECT w_plus FROM latents WHERE sample_key = 'a.png')) AS cosine
+    FROM latents ORDER BY cosine DESC NULLS LAST LIMIT 5
+
+    SELECT * FROM nearest('a.png', 5)        -- ready made: sample_key, cosine, distance
+
+Failed rows have NULL codes. The array functions pass NULL on; list_cosine_similarity refuses a
+column that has one. Codes share a large mean, so cosines lie close to 1 and their order tells.
+"""
+
+import base64
+import csv
+import glob
+import io
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.errors import ConfigError, LedgerError
+from tasks.ledger import PART_KINDS, read_markers, read_run
+from tasks.marker import STAGES, Marker
+from tasks.storage import is_local, join, local_path, open_filesystem, write_bytes
+
+FORMATS = (".csv", ".json", ".parquet")
+
+
+def query(run_uri: str, sql: str) -> pa.Table:
+    """Run one SQL statement over a run.
+
+    Raises:
+        LedgerError: there is no run, nothing is committed yet, or a part cannot be read.
+        ConfigError: the statement is wrong; the message has DuckDB's reason and the known views.
+    """
+    with open_views(run_uri) as (connection, views):
+        try:
+            relation = connection.sql(sql)
+            return pa.table({}) if relation is None else relation.to_arrow_table()
+        except duckdb.IOException as error:
+            raise LedgerError(
+                f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
+            ) from error
+        except duckdb.Error as error:
+            raise ConfigError(
+                f"query: {error}\nviews: {', '.join(views)}; `DESCRIBE latents` lists the columns"
+            ) from error
+
+
+@contextmanager
+def open_views(run_uri: str) -> Iterator[tuple[duckdb.DuckDBPyConnection, list[str]]]:
+    """A DuckDB connection with the run's views, and their names.
+
+    Raises:
+        LedgerError: there is no run, or nothing is committed yet.
+    """
+    record, markers = read_run(run_uri), read_markers(run_uri)
+    if not any(marker.parts for marker in markers.values()):
+        raise LedgerError(
+            f"{run_uri}: nothing to query, {len(markers)} of {record['num_shards']} shards are "
+            "committed and none has a row; run `refinery invert` on it first"
+        )
+    # Else a name in the SQL may mean a variable of this module.
+    connection = duckdb.connect(config={"python_enable_replacements": False})
+    try:
+        if not is_local(run_uri):
+            connection.register_filesystem(open_filesystem(run_uri)[0])
+        views = ["commits"]
+        connection.from_arrow(commits_table(markers)).create_view("commits")
+        for kind in PART_KINDS:
+            uris = [
+                _duckdb_path(join(run_uri, marker.parts[kind].path))
+                for marker in markers.values()
+                if kind in marker.parts
+            ]
+            if uris:
+                _create_view(connection, kind, uris)
+                views.append(kind)
+        yield connection, views
+    finally:
+        connection.close()
+
+
+def commits_table(markers: dict[int, Marker]) -> pa.Table:
+    """One row per commit: the marker's fields, its seconds by stage, the bytes of its parts."""
+    rows = [
+        {
+            "shard": marker.shard,
+            "attempt": marker.attempt,
+            "rows": marker.rows,
+            "failed": marker.failed,
+            "bytes": sum(part.bytes for part in marker.parts.values()),
+            **{f"{stage}_s": float(marker.seconds.get(stage, 0.0)) for stage in STAGES},
+            "wall_s": float(marker.wall_s),
+            "device": marker.device,
+            "code_version": marker.code_version,
+            "notes": "; ".join(marker.notes),
+            "started_at": marker.started_at,
+            "finished_at": marker.finished_at,
+            "run_id": marker.run_id,
+        }
+        for marker in markers.values()
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _create_view(connection: duckdb.DuckDBPyConnection, kind: str, uris: list[str]) -> None:
+    files = connection.read_parquet(uris)
+    if kind != "latents":
+        files.create_view(kind)
+        return
+    # As a list, w_plus has no array functions; its length is the same in every part of a run.
+    (length,) = files.filter("status = 'ok'").limit(1).project("len(w_plus)").fetchall() or [(1,)]
+    files.create_view("latent_files")
+    connection.execute(
+        f"CREATE VIEW latents AS SELECT * REPLACE (w_plus::FLOAT[{int(length[0])}] AS w_plus) "
+        "FROM latent_files"
+    )
+    connection.execute(
+        "CREATE MACRO nearest(key, count) AS TABLE "
+        "SELECT l.sample_key, array_cosine_similarity(l.w_plus, q.w_plus) AS cosine, "
+        "array_distance(l.w_plus, q.w_plus) AS distance "
+        "FROM latents l, (SELECT w_plus FROM latents WHERE sample_key = key) q "
+        "WHERE l.status = 'ok' ORDER BY cosine DESC, l.sample_key LIMIT count"
+    )
+
+
+def _duckdb_path(uri: str) -> str:
+    """The path with pattern characters escaped: DuckDB expands [..], * and ? in file names."""
+    if is_local(uri):
+        return glob.escape(local_path(uri))
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{glob.escape(rest)}"
+
+
+# ---------------------------------------------------------------------------- export
+
+
+def export(table: pa.Table, path: str) -> None:
+    """Write a table as .csv, .json (one array of objects) or .parquet, locally or to s3://.
+
+    CSV holds lists and structs as JSON text. JSON and CSV hold pictures in base64, and what is not
+    a finite number as null (empty in CSV).
+
+    Raises:
+        ConfigError: the ending is none of these.
+        LedgerError: the file cannot be written.
+    """
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ConfigError(f"export to {path}: expected a name ending in {', '.join(FORMATS)}")
+    if suffix == ".parquet":
+        buffer = io.BytesIO()
+        pq.write_table(_with_element_names(table), buffer, compression="zstd", use_dictionary=False)
+        write_bytes(path, buffer.getvalue())
+        return
+    rows = ({name: _plain(value) for name, value in row.items()} for row in _rows(table))
+    if suffix == ".json":
+        body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        write_bytes(path, f"[{body}]\n".encode())
+        return
+    write_bytes(path, _to_csv(table.column_names, rows))
+
+
+def _to_csv(names: list[str], rows: Iterator[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow(
+            json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+            for value in row.values()
+        )
+    return text.getvalue().encode()
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=256):
+        yield from batch.to_pylist()
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold."""
+    if isinstance(value, dict):
+        return {name: _plain(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_plain(child) for child in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return str(value)  # dates, decimals
+
+
+def _with_element_names(table: pa.Table) -> pa.Table:
+    """DuckDB leaves the elements of lists nameless, which other readers of Parquet stumble over."""
+    fields = [
+        pa.field(f.name, pa.list_(pa.field("element", f.type.value_type), f.type.list_size))
+        if pa.types.is_fixed_size_list(f.type)
+        else f
+        for f in table.schema
+    ]
+    return table.cast(pa.schema(fields))
