@@ -1,0 +1,315 @@
+"""TOML plus `--set a.b=v` -> one frozen, validated config, whose plain values all else reads."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from models.errors import ConfigError
+from models.inversion.registry import METHODS, method_class
+from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
+
+T = TypeVar("T")
+Tables = dict[str, Any]
+
+DEFAULT_METHODS = ("e4e",)
+
+
+class EngineConfig(BaseModel):
+    """Where and how the shards run. Only `threads` and the kind of device touch the last bits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["ray", "inline"] = "ray"
+    """ray: a pool of actors; inline: a loop in this process, for debugging."""
+    address: str = ""
+    """Ray cluster ("auto", "ray://..."); empty: RAY_ADDRESS, else a Ray of our own on loopback."""
+    actors: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Workers; auto: as many as the cluster has room for, growing when nodes join."""
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Whole GPUs or a fraction; auto: 1 where the cluster has GPUs, else 0 (CPU)."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of PyTorch per worker. Sums split by thread count, so another value moves results
+    by rounding; one thread times many actors keeps bytes independent of the number of cores."""
+    shards_in_flight: int = Field(default=2, ge=1, le=8)
+    """Shards overlapped in one actor: one computes while others read, decode and write."""
+    shard_size: int = Field(default=256, ge=1)
+    """Samples per shard for loose files and Parquet; a tar is one shard."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Tries per shard before it is quarantined."""
+    retry_wait_s: float = Field(default=2.0, ge=0)
+    """Wait before the second try; four times longer for each further one."""
+    shard_timeout_s: float = Field(default=7200.0, gt=0)
+    """A worker that holds a shard for longer is restarted."""
+    patience_s: float = Field(default=600.0, gt=0)
+    """Give up when storage fails, or no worker comes up, for so long."""
+
+
+class RunConfig(BaseModel):
+    """One inversion run: the job (what decides the bytes) and the engine (what does not)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generator: str = "faces64"
+    batch: int = Field(default=16, ge=1)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    perceptual: str = "auto"
+    identity: str | None = None
+    input: InputConfig = InputConfig()
+    output: OutputConfig = OutputConfig()
+    method: tuple[MethodConfig, ...]
+    engine: EngineConfig = EngineConfig()
+
+    def job(self) -> JobConfig:
+        """The part that travels to the workers and is hashed into the run's id."""
+        return JobConfig(
+            generator=self.generator,
+            methods=self.method,
+            input=self.input,
+            output=self.output,
+            batch=self.batch,
+            seed=self.seed,
+            precision=self.precision,
+            perceptual=self.perceptual,
+            identity=self.identity,
+        )
+
+    def to_tables(self) -> Tables:
+        """Plain values in the layout of the TOML file; `load_config` reads them back unchanged."""
+        tables = self.model_dump(mode="json", exclude={"method"}, exclude_none=True)
+        plain = TypeAdapter(Any)
+        methods = [
+            {"name": m.name, **_without_none(plain.dump_python(m.settings, mode="json"))}
+            for m in self.method
+        ]
+        scalars = {k: v for k, v in tables.items() if not isinstance(v, dict)}
+        return {
+            **scalars,
+            "method": methods,
+            **{k: _without_none(v) for k, v in tables.items() if isinstance(v, dict)},
+        }
+
+    def to_toml(self) -> str:
+        """The resolved config as a TOML file."""
+        import tomlkit
+
+        return tomlkit.dumps(self.to_tables())
+
+
+def load_config(
+    path: str | None = None, sets: Sequence[str] = (), methods: Sequence[str] = ()
+) -> RunConfig:
+    """Read, override and validate the config of a run.
+
+    Args:
+        path: TOML file; None for the defaults (generator faces64, method e4e).
+        sets: overrides `a.b=value`; a value is TOML, or a plain string where it is not TOML.
+        methods: names of a chain that replaces the file's; a table of the file with the same name
+            keeps its settings.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; names the key and, for an
+            unknown one, the nearest valid key.
+    """
+    tables = read_toml(path) if path else {}
+    _choose_methods(tables, methods)
+    for item in sets:
+        apply_set(tables, item)
+    return validate(tables)
+
+
+def validate(tables: Tables) -> RunConfig:
+    """A RunConfig from the tables of a TOML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    chain = tables.get("method", [{"name": name} for name in DEFAULT_METHODS])
+    if not isinstance(chain, list) or not chain:
+        raise ConfigError(
+            f"method: expected one or more [[method]] tables, found {chain!r}; "
+            'write [[method]] and name = "e4e"'
+        )
+    methods = tuple(_method(table, f"method.{index}") for index, table in enumerate(chain))
+    if method_class(methods[0].name).needs_init:
+        raise ConfigError(
+            f"method.0: {methods[0].name} refines the result of an earlier method and cannot be "
+            "the first of the chain; put one such as e4e before it"
+        )
+    return _validated(RunConfig, {**tables, "method": methods}, "")
+
+
+def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
+    """A frozen config dataclass (the `Fit...Config` of a training) from TOML and overrides.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tables = read_toml(path) if path else {}
+    for item in sets:
+        apply_set(tables, item)
+    return _validated(cls, tables, "")
+
+
+def read_toml(path: str) -> Tables:
+    """The tables of a local TOML file.
+
+    Raises:
+        ConfigError: no such file, or not TOML (with line and column).
+    """
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}: cannot be read ({error.strerror}); check the path"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: not valid TOML: {error}") from error
+
+
+def apply_set(tables: Tables, item: str) -> None:
+    """Write one override into the tables. `method.0.steps=20` reaches into a list of tables.
+
+    Raises:
+        ConfigError: no "=", or a path through something that is not a table.
+    """
+    dotted, equals, text = item.partition("=")
+    names = [name.strip() for name in dotted.split(".")]
+    if not equals or not all(names):
+        raise ConfigError(f"--set {item}: expected key=value, e.g. --set input.fit=resize")
+    node: Any = tables
+    for depth, name in enumerate(names):
+        where, is_last = ".".join(names[:depth]), depth == len(names) - 1
+        if isinstance(node, list):
+            index = _list_index(node, name, where, item)
+            if is_last:
+                raise ConfigError(f"--set {item}: {dotted} is a table; name a key inside it")
+            node = node[index]
+        elif not isinstance(node, dict):
+            raise ConfigError(f"--set {item}: {where} is {node!r}, not a table")
+        elif is_last:
+            node[name] = _parse_value(text.strip())
+        else:
+            node = node.setdefault(name, {})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, or all of them."""
+    known = sorted(known)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {found[0]!r}?" if found else f"known: {', '.join(known)}"
+
+
+def _choose_methods(tables: Tables, names: Sequence[str]) -> None:
+    chain = tables.get("method")
+    if not names:
+        tables.setdefault("method", [{"name": name} for name in DEFAULT_METHODS])
+        return
+    written = [t for t in chain if isinstance(t, dict)] if isinstance(chain, list) else []
+    by_name = {table.get("name"): table for table in reversed(written)}
+    tables["method"] = [dict(by_name.get(name, {"name": name})) for name in names]
+
+
+def _list_index(node: list[Any], name: str, where: str, item: str) -> int:
+    if not name.isdigit() or int(name) > len(node):
+        raise ConfigError(
+            f"--set {item}: {where} has {len(node)} tables; expected a number from 0 to "
+            f"{len(node)} (the last adds one), found {name!r}"
+        )
+    if int(name) == len(node):
+        node.append({})
+    return int(name)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _method(table: Any, where: str) -> MethodConfig:
+    if not isinstance(table, dict) or "name" not in table:
+        raise ConfigError(
+            f"{where}: expected a [[method]] table with a name, found {table!r}; "
+            f"known methods: {', '.join(sorted(METHODS))}"
+        )
+    name = table["name"]
+    if name not in METHODS:
+        raise ConfigError(
+            f"{where}.name: unknown method {name!r}; {nearest(str(name), METHODS)} "
+            "(`refinery methods` lists them)"
+        )
+    settings = {key: value for key, value in table.items() if key != "name"}
+    config = _validated(method_class(name).Config, settings, where, extra_names=("name",))
+    return MethodConfig(name=name, settings=dataclasses.asdict(config))
+
+
+def _validated(
+    cls: type[T], tables: Mapping[str, Any], where: str, extra_names: Sequence[str] = ()
+) -> T:
+    known = _names(cls)
+    for key in tables:
+        if key not in known:
+            raise ConfigError(_unknown_key(where, key, [*known, *extra_names]))
+    try:
+        return TypeAdapter(cls).validate_python(tables)
+    except ValidationError as error:
+        raise ConfigError(_message(cls, error, where)) from error
+
+
+def _message(cls: type, error: ValidationError, where: str) -> str:
+    first, *others = error.errors(include_url=False)
+    location = [str(part) for part in first["loc"]]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        parent = ".".join(filter(None, [where, *location[:-1]]))
+        return _unknown_key(parent, location[-1], _names(_type_at(cls, location[:-1])))
+    keys = _keys(cls, location)
+    path = ".".join(filter(None, [where, *keys])) or "config"
+    if first["type"].startswith("missing"):
+        return f"{path}: missing; set it in the config file or with --set {path}=..."
+    if first["type"] == "value_error":
+        # A dataclass speaks for itself and says what it found.
+        reason = first["msg"].removeprefix("Value error, ")
+        return f"{where}.{reason}" if where else reason
+    # A union reports every branch that refused.
+    same = [first, *(e for e in others if _keys(cls, [str(p) for p in e["loc"]]) == keys)]
+    wanted = [e["msg"].removeprefix("Input should be ") for e in same]
+    return f"{path}: expected {' or '.join(dict.fromkeys(wanted))}; found {first['input']!r}"
+
+
+def _keys(cls: type, location: Sequence[str]) -> list[str]:
+    """The parts of an error's location that are keys; a union adds the name of its branch."""
+    return [part for depth, part in enumerate(location) if _is_key(cls, location[:depth], part)]
+
+
+def _unknown_key(where: str, key: str, known: Iterable[str]) -> str:
+    path = f"{where}.{key}" if where else key
+    return f"{path}: unknown key; {nearest(key, known)}"
+
+
+def _names(cls: Any) -> list[str]:
+    if isinstance(cls, type) and issubclass(cls, BaseModel):
+        return list(cls.model_fields)
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _type_at(cls: Any, location: Sequence[str]) -> Any:
+    for part in location:
+        if isinstance(cls, type) and issubclass(cls, BaseModel):
+            cls = cls.model_fields[part].annotation
+    return cls
+
+
+def _is_key(cls: Any, parents: Sequence[str], part: str) -> bool:
+    names = _names(_type_at(cls, parents))
+    return part in names if names else part.isdigit()
+
+
+def _without_none(table: Mapping[str, Any]) -> Tables:
+    return {key: value for key, value in table.items() if value is not None}

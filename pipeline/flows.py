@@ -1,0 +1,210 @@
+"""The Prefect flow: one task per stage, artifacts to look at, a GPU quota where the server has one.
+
+Prefect says when. What the stages do is in `pipeline.run`; how shards are retried is in
+`pipeline.schedule`. The ledger is the cache, so no task result is ever cached by Prefect.
+"""
+
+import base64
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, runtime, task
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
+
+from models.errors import RefineryError
+from pipeline import run as stages
+from pipeline.config import EngineConfig, RunConfig, load_config
+from pipeline.faults import is_passing
+from pipeline.preview import preview_png
+from pipeline.run import Outcome, Plan, Summary
+from pipeline.tally import OnProgress, Snapshot, ignore_progress
+
+logger = logging.getLogger(__name__)
+
+GPU_LIMIT = "gpu-pool"
+"""Global concurrency limit, `prefect gcl create gpu-pool --limit 8`; no such limit, no quota."""
+PROGRESS_INTERVAL_S = 10.0
+
+_listener: ContextVar[OnProgress] = ContextVar("listener", default=ignore_progress)
+
+
+class IncompleteRun(RefineryError):
+    """The run went to its end, but shards were quarantined or verification found problems.
+
+    Attributes:
+        summary: what `invert_dataset` would have returned.
+    """
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary = summary
+        outcome = summary.outcome
+        super().__init__(
+            f"{outcome.run_uri}: {len(outcome.quarantined)} of {outcome.num_shards} shards "
+            f"quarantined, {len(summary.problems)} problems found by verify; see failed/ in the run"
+        )
+
+
+@contextmanager
+def listening(listener: OnProgress) -> Iterator[None]:
+    """Pass the progress of flows in this block to a listener in this process (a terminal)."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
+    """Only a storage that did not answer; a wrong setting stays wrong."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and is_passing(error)
+
+
+RETRY_ON_OUTAGE: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 3,
+    "retry_delay_seconds": [10, 60, 300],
+    "retry_condition_fn": _is_worth_retrying,
+}
+
+
+@flow(name="invert-dataset", flow_run_name="{output_uri}")
+def invert_dataset(
+    input_uri: str,
+    output_uri: str,
+    config: str | None = None,
+    overrides: list[str] | None = None,
+    methods: list[str] | None = None,
+    limit: int | None = None,
+) -> Summary:
+    """Invert a dataset: plan, run shards, seal, verify, report.
+
+    Args:
+        input_uri: a prefix of pictures, WebDataset tars or Parquet files; local or s3://.
+        output_uri: the run directory. `{date}` becomes the day the run was scheduled for (UTC), so
+            that a nightly deployment writes one run a night.
+        config: TOML file; the defaults without it.
+        overrides: as `--set`, e.g. ["engine.actors=8"].
+        methods: names of the method chain, instead of the file's.
+        limit: only the first samples.
+
+    Raises:
+        IncompleteRun: shards were quarantined, or verification found problems.
+        RefineryError: as the stages of `pipeline.run`.
+    """
+    settings = load_config(config, overrides or [], methods or [])
+    run_uri = output_uri.replace("{date}", _scheduled_day())
+    stages.check_places(input_uri, run_uri)
+    planned = plan_run(input_uri, run_uri, settings, limit)
+    outcome = run_shards(planned, settings.engine)
+    problems = seal_and_verify(run_uri)
+    report_uri = write_report(run_uri)
+    summary = Summary(outcome=outcome, problems=problems, report_uri=report_uri)
+    publish(summary)
+    if not summary.is_clean:
+        raise IncompleteRun(summary)
+    return summary
+
+
+@task(name="plan", **RETRY_ON_OUTAGE)
+def plan_run(input_uri: str, run_uri: str, config: RunConfig, limit: int | None) -> Plan:
+    return stages.plan(input_uri, run_uri, config, limit=limit)
+
+
+@task(name="run-shards", **RETRY_ON_OUTAGE)
+def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
+    progress = _ProgressArtifact(_listener.get())
+    with gpu_quota(engine):
+        return stages.run(planned.run.uri, engine, progress)
+
+
+@task(name="seal-and-verify", **RETRY_ON_OUTAGE)
+def seal_and_verify(run_uri: str) -> tuple[str, ...]:
+    stages.seal(run_uri)
+    return tuple(stages.verify(run_uri).problems)
+
+
+@task(name="report", **RETRY_ON_OUTAGE)
+def write_report(run_uri: str) -> str:
+    return stages.report(run_uri)
+
+
+@task(name="publish", cache_policy=NO_CACHE)
+def publish(summary: Summary) -> None:
+    """What the Prefect UI shows of the run: figures, reasons, a few pairs of pictures."""
+    outcome = summary.outcome
+    rows = [
+        {"what": "rows", "value": outcome.rows},
+        {"what": "failed rows", "value": outcome.failed},
+        {"what": "shards", "value": outcome.num_shards},
+        {"what": "images/s", "value": round(outcome.images_per_s, 2)},
+        {"what": "report", "value": summary.report_uri},
+        *({"what": f"quarantined {i:05d}", "value": w} for i, w in outcome.quarantined.items()),
+        *({"what": "problem", "value": problem} for problem in summary.problems),
+    ]
+    create_table_artifact(table=rows, key="summary", description=f"Run {outcome.run_uri}")
+    picture = preview_png(outcome.run_uri)
+    if picture is None:
+        create_markdown_artifact("No picture was committed.", key="preview")
+        return
+    create_image_artifact(
+        image_url="data:image/png;base64," + base64.b64encode(picture).decode(),
+        key="preview",
+        description="Inputs above, their inversions below",
+    )
+
+
+class _ProgressArtifact:
+    """A bar in the Prefect UI, moved at most every few seconds; passes every snapshot on."""
+
+    def __init__(self, listener: OnProgress) -> None:
+        self._listener = listener
+        self._artifact = create_progress_artifact(0.0, key="progress", description="Shards done")
+        self._moved_at = -math.inf
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        self._listener(snapshot)
+        finished = snapshot.shards_done + snapshot.shards_quarantined
+        now, is_last = time.monotonic(), finished == snapshot.shards_total
+        if (is_last or now - self._moved_at > PROGRESS_INTERVAL_S) and isinstance(
+            self._artifact, UUID
+        ):
+            self._moved_at = now
+            percent = 100.0 * finished / max(snapshot.shards_total, 1)
+            update_progress_artifact(self._artifact, progress=percent)
+
+
+def gpu_quota(engine: EngineConfig) -> Any:
+    """Hold as many slots of the server's GPU limit as the pool will use, while it runs."""
+    gpus = _gpus_wanted(engine)
+    return concurrency(GPU_LIMIT, occupy=gpus) if gpus else nullcontext()
+
+
+def _gpus_wanted(engine: EngineConfig) -> int:
+    if engine.gpus_per_actor == 0:
+        return 0
+    if engine.gpus_per_actor == "auto" and stages.local_device() == "cpu" and not engine.address:
+        return 0
+    per_actor = 1.0 if engine.gpus_per_actor == "auto" else engine.gpus_per_actor
+    actors = 1 if engine.actors == "auto" or engine.kind == "inline" else engine.actors
+    return max(math.ceil(per_actor * actors), 1)
+
+
+def _scheduled_day() -> str:
+    when = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
+    return when.strftime("%Y-%m-%d")

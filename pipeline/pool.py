@@ -1,0 +1,272 @@
+"""The Ray engine: restartable actors, a `ray.wait` loop, and the schedule that says what is next.
+
+Ray's default is at-most-once and an error may be raised although the task did run; that is fine
+here, because a shard may be done twice. So every error is requeued; the ledger says what is done.
+
+    starting --start() ok--> ready --any actor error--> resting --back-off--> starting
+"""
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from models.errors import RefineryError
+from pipeline.config import EngineConfig
+from pipeline.schedule import Failure, Taken
+from pipeline.tally import Tally
+from pipeline.worker import ShardResult, ShardWorker, WorkOrder, failed_result
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+GROW_INTERVAL_S = 5.0
+MAX_REST_S = 10.0
+MAX_FAILED_STARTS = 5
+FORWARDED_PREFIX = "REFINERY_"
+
+
+class PoolActor(ShardWorker):
+    """The worker as a Ray actor. Its constructor cannot fail, so Ray always restarts it."""
+
+    def __init__(self, order: WorkOrder, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        os.environ["OMP_NUM_THREADS"] = str(order.threads)
+        logging.basicConfig(
+            level=logging.WARNING, format="%(levelname)s %(name)s pid=%(process)d %(message)s"
+        )
+        super().__init__(order)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One actor as the driver sees it."""
+
+    number: int
+    actor: Any
+    start_ref: Any = None
+    is_ready: bool = False
+    rest_until: float = 0.0
+    failed_starts: int = 0
+    in_flight: dict[Any, tuple[Taken, float]] = field(default_factory=dict)
+    overdue: set[int] = field(default_factory=set)
+
+    def room(self, limit: int) -> int:
+        if not self.is_ready or any(taken.is_alone for taken, _ in self.in_flight.values()):
+            return 0
+        return limit - len(self.in_flight)
+
+
+class Pool:
+    """Runs scheduled shards on actors until none is left.
+
+    Args:
+        order: what every worker gets. Its device is "cuda" exactly when `gpus` > 0.
+        gpus: of one actor; a fraction shares a GPU.
+    """
+
+    def __init__(self, order: WorkOrder, engine: EngineConfig, gpus: float, tally: Tally) -> None:
+        self._order, self._engine, self._gpus, self._tally = order, engine, gpus, tally
+        self._cpus = order.threads if gpus == 0 else 1
+        self._slots: list[_Slot] = []
+        self._all_down_since = time.monotonic()
+        self._grown_at = -math.inf
+
+    def run(self) -> None:
+        """Work until every shard is committed or quarantined.
+
+        Raises:
+            RefineryError: the run cannot go on. What is committed stays; run again to resume.
+        """
+        try:
+            self._tally.tell()
+            while not self._tally.schedule.is_empty() or any(s.in_flight for s in self._slots):
+                self._step()
+        finally:
+            for slot in self._slots:
+                ray.kill(slot.actor, no_restart=True)
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        if now - self._grown_at > GROW_INTERVAL_S:
+            self._grow(now)
+        for slot in self._slots:
+            self._wake(slot, now)
+            self._fill(slot, now)
+            self._stop_overdue(slot, now)
+        self._check_alive(now)
+        waiting = {ref: slot for slot in self._slots for ref in slot.in_flight}
+        waiting |= {s.start_ref: s for s in self._slots if s.start_ref is not None}
+        if not waiting:
+            time.sleep(min(TICK_S, 0.1))
+            return
+        pause = self._tally.schedule.wait_s(now)
+        ready, _ = ray.wait(
+            list(waiting),
+            num_returns=1,
+            timeout=min(TICK_S, pause) if pause else TICK_S,
+            fetch_local=False,
+        )
+        for ref in ready:
+            slot = waiting[ref]
+            if ref is slot.start_ref:
+                self._finish_start(slot)
+            else:
+                self._finish_shard(slot, ref)
+        if not ready:
+            self._tally.tell()
+
+    # ------------------------------------------------------------------ actors
+
+    def _grow(self, now: float) -> None:
+        """One slot per place in the cluster; called again and again, because nodes join."""
+        self._grown_at = now
+        wanted = pool_size(self._engine, self._gpus, ray.cluster_resources())
+        while len(self._slots) < wanted:
+            slot = _Slot(len(self._slots), self._new_actor())
+            slot.start_ref = slot.actor.start.remote()
+            self._slots.append(slot)
+
+    def _new_actor(self) -> Any:
+        return (
+            ray.remote(PoolActor)
+            .options(
+                num_cpus=self._cpus,
+                num_gpus=self._gpus,
+                max_restarts=-1,
+                max_task_retries=0,
+                # Shards overlap in threads; one more answers start() after a restart.
+                max_concurrency=self._engine.shards_in_flight + 1,
+            )
+            .remote(self._order, forwarded_environment())
+        )
+
+    def _wake(self, slot: _Slot, now: float) -> None:
+        if not slot.is_ready and slot.start_ref is None and now >= slot.rest_until:
+            slot.start_ref = slot.actor.start.remote()
+
+    def _finish_start(self, slot: _Slot) -> None:
+        reference, slot.start_ref = slot.start_ref, None
+        try:
+            where = ray.get(reference)
+        except RayTaskError as error:
+            # The models do not load: they would not load anywhere else either.
+            raise _as_refinery_error(error) from error
+        except RayError as error:
+            slot.failed_starts += 1
+            if isinstance(error, ActorDiedError):
+                if slot.failed_starts >= MAX_FAILED_STARTS:
+                    raise RefineryError(
+                        f"worker {slot.number} died {slot.failed_starts} times while it started: "
+                        f"{_first_line(error)}; see its log under /tmp/ray, or try --engine inline"
+                    ) from error
+                slot.actor = self._new_actor()
+            slot.rest_until = time.monotonic() + min(2.0**slot.failed_starts / 4, MAX_REST_S)
+            return
+        self._tally.begin()
+        slot.is_ready, slot.failed_starts = True, 0
+        slot.overdue.clear()
+        logger.info("worker %d is up at %s", slot.number, where)
+
+    def _check_alive(self, now: float) -> None:
+        if any(slot.is_ready for slot in self._slots):
+            self._all_down_since = now
+        elif now - self._all_down_since > self._engine.patience_s:
+            raise RefineryError(
+                f"no worker came up within {self._engine.patience_s:.0f} s: {len(self._slots)} "
+                f"actors want {self._cpus} CPU and {self._gpus:g} GPU each, the cluster has "
+                f"{ray.cluster_resources()}; lower engine.gpus_per_actor or engine.threads, add "
+                "nodes, or raise engine.patience_s. Run again to resume"
+            )
+
+    # ------------------------------------------------------------------ shards
+
+    def _fill(self, slot: _Slot, now: float) -> None:
+        while slot.room(self._engine.shards_in_flight) > 0:
+            taken = self._tally.schedule.take(now, is_idle=not slot.in_flight)
+            if taken is None:
+                return
+            slot.in_flight[slot.actor.run.remote(taken.shard)] = (taken, now)
+
+    def _finish_shard(self, slot: _Slot, ref: Any) -> None:
+        taken, _ = slot.in_flight.pop(ref)
+        try:
+            result = ray.get(ref)
+        except RayTaskError as error:
+            result = failed_result(taken.shard, _cause(error))
+        except RayError as error:
+            result = self._lost(slot, taken.shard, error)
+        self._tally.book(result)
+
+    def _lost(self, slot: _Slot, shard: int, error: RayError) -> ShardResult:
+        """The worker went away under a shard."""
+        slot.is_ready = False
+        slot.rest_until = time.monotonic() + 0.25
+        if shard in slot.overdue:
+            reason = f"took longer than engine.shard_timeout_s = {self._engine.shard_timeout_s:g} s"
+            return ShardResult(shard=shard, error=reason, failure=Failure.TIMEOUT)
+        if slot.overdue:
+            return ShardResult(
+                shard=shard, error="its worker was stopped", failure=Failure.NEIGHBOUR
+            )
+        reason = f"the worker died while it held this shard ({_first_line(error)})"
+        return ShardResult(shard=shard, error=reason, failure=Failure.DEATH)
+
+    def _stop_overdue(self, slot: _Slot, now: float) -> None:
+        late = {
+            taken.shard
+            for taken, since in slot.in_flight.values()
+            if now - since > self._engine.shard_timeout_s
+        }
+        if late and not slot.overdue:
+            logger.warning(
+                "worker %d holds shards %s for too long, restarting it", slot.number, late
+            )
+            slot.overdue = late
+            slot.is_ready = False
+            ray.kill(slot.actor, no_restart=False)
+
+
+def pool_size(engine: EngineConfig, gpus: float, resources: dict[str, float]) -> int:
+    """How many actors the engine wants on a cluster with these resources (at least one)."""
+    if engine.actors != "auto":
+        return engine.actors
+    if gpus > 0:
+        return max(int(resources.get("GPU", 0.0) / gpus + 1e-6), 1)
+    return max(int(resources.get("CPU", 1.0)) // engine.threads, 1)
+
+
+def gpus_per_actor(engine: EngineConfig, resources: dict[str, float]) -> float:
+    """The setting, or with "auto" a whole GPU where the cluster has any."""
+    if engine.gpus_per_actor != "auto":
+        return engine.gpus_per_actor
+    return 1.0 if resources.get("GPU", 0.0) >= 1 else 0.0
+
+
+def forwarded_environment() -> dict[str, str]:
+    """Our own variables go to the workers; credentials belong to the environment of each node."""
+    return {k: v for k, v in os.environ.items() if k.startswith(FORWARDED_PREFIX)}
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _as_refinery_error(error: RayTaskError) -> RefineryError:
+    cause = _cause(error)
+    if isinstance(cause, RefineryError):
+        return cause
+    return RefineryError(
+        f"the worker cannot load its models: {type(cause).__name__}: {_first_line(cause)}; "
+        "`--engine inline --debug` shows where"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,291 @@
+"""One run, stage by stage: plan -> run -> seal -> verify -> report.
+
+Plain functions over the run directory. The command line, the Prefect flow and a notebook call the
+same ones; each stage starts from what the one before it left in storage, so each can be repeated.
+"""
+
+import gc
+import importlib.metadata
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from models.errors import ConfigError, LedgerError
+from pipeline.config import EngineConfig, RunConfig
+from pipeline.schedule import Schedule
+from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
+from pipeline.worker import WorkOrder, load_inverter
+from tasks import ledger, manifest
+from tasks.job import JobConfig
+
+if TYPE_CHECKING:
+    from tasks.verify import VerifyReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that is written down and ready to be worked on.
+
+    Attributes:
+        hashes: sha256 of all weights by name.
+        num_samples: None where only reading tells (tars).
+        num_pending: shards still without a commit.
+    """
+
+    run: ledger.RunHandle
+    hashes: dict[str, str]
+    num_shards: int
+    num_samples: int | None
+    num_bytes: int
+    num_pending: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What stands in the run after the work.
+
+    Attributes:
+        rows, failed: over all commits.
+        rows_now, seconds: of this driver alone, from the first worker being ready.
+        startup_s: until then: engine, model loading.
+        quarantined: reason by shard.
+    """
+
+    run_uri: str
+    num_shards: int
+    rows: int
+    failed: int
+    rows_now: int
+    seconds: float
+    startup_s: float
+    quarantined: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def images_per_s(self) -> float:
+        return self.rows_now / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The end of `invert`: the outcome, what verification found, where the report is."""
+
+    outcome: Outcome
+    problems: tuple[str, ...]
+    report_uri: str
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing quarantined, nothing wrong. Failed rows are rows, and clean."""
+        return not self.outcome.quarantined and not self.problems
+
+
+def code_version() -> str:
+    """The version of this distribution, as the ledger and the markers record it."""
+    return importlib.metadata.version("style-refinery")
+
+
+def resolve_weights(job: JobConfig) -> dict[str, str]:
+    """Load the job's models once on the CPU: a wrong checkpoint fails here, before any other work.
+
+    Returns:
+        sha256 by name, the part of the run's id that speaks for the weights.
+
+    Raises:
+        AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
+    """
+    hashes = dict(load_inverter(job, "cpu").hashes)
+    gc.collect()
+    return hashes
+
+
+def plan(input_uri: str, run_uri: str, config: RunConfig, *, limit: int | None = None) -> Plan:
+    """List the input, write manifest and run.json, or recognise the run that is already there.
+
+    Args:
+        limit: only the first samples.
+
+    Raises:
+        AssetError, ConfigError: see `resolve_weights`.
+        ShardError: the input cannot be listed, or is empty.
+        LedgerError: the directory holds another run, or cannot be written.
+    """
+    job = config.job()
+    hashes = resolve_weights(job)
+    shards = manifest.plan_shards(input_uri, config.engine.shard_size, limit, job.input)
+    info = manifest.write_manifest(run_uri, shards)
+    run = ledger.create_run(run_uri, job, info, hashes, code_version())
+    return Plan(
+        run=run,
+        hashes=hashes,
+        num_shards=info.num_shards,
+        num_samples=info.num_samples,
+        num_bytes=info.num_bytes,
+        num_pending=len(ledger.pending(run_uri)),
+    )
+
+
+def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_progress) -> Outcome:
+    """Work off every shard that has no commit yet, on the engine of the config.
+
+    Raises:
+        RefineryError: the run cannot go on. What is committed stays; run again to resume.
+    """
+    record = ledger.read_run(run_uri)
+    handle, job = ledger.open_run(run_uri), ledger.load_job(run_uri)
+    markers = ledger.read_markers(run_uri)
+    waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
+    tally = Tally(
+        schedule=Schedule(
+            waiting,
+            max_attempts=engine.max_attempts,
+            retry_wait_s=engine.retry_wait_s,
+            patience_s=engine.patience_s,
+        ),
+        quarantine=lambda shard, why: ledger.quarantine(
+            run_uri, shard, why, attempts=engine.max_attempts
+        ),
+        shards_total=record["num_shards"],
+        rows_total=record["num_samples"],
+        shards_done=len(markers),
+        rows_done=sum(marker.rows for marker in markers.values()),
+        rows_failed=sum(marker.failed for marker in markers.values()),
+        on_progress=on_progress,
+    )
+    del markers
+    started = tally.started
+    if waiting:
+        _work(handle, job, record["weights"], engine, tally)
+    on_progress(tally.snapshot())
+    return Outcome(
+        run_uri=run_uri,
+        num_shards=record["num_shards"],
+        rows=tally.rows_done,
+        failed=tally.rows_failed,
+        rows_now=tally.rows_now,
+        seconds=tally.seconds,
+        startup_s=tally.started - started,
+        quarantined=tally.quarantined,
+    )
+
+
+def _work(
+    handle: ledger.RunHandle,
+    job: JobConfig,
+    hashes: dict[str, str],
+    engine: EngineConfig,
+    tally: Tally,
+) -> None:
+    def order(device: str) -> WorkOrder:
+        return WorkOrder(job=job, run=handle, hashes=hashes, device=device, threads=engine.threads)
+
+    if engine.kind == "inline":
+        from pipeline.inline import run_inline
+
+        run_inline(order(local_device()), tally)
+        return
+    if "://" not in handle.uri and engine.address:
+        logger.warning("%s is a local path: every node of the cluster must see it", handle.uri)
+    from pipeline.ray_session import ray_session
+
+    with ray_session(engine.address):
+        import ray
+
+        from pipeline.pool import Pool, gpus_per_actor
+
+        gpus = gpus_per_actor(engine, ray.cluster_resources())
+        Pool(order("cuda" if gpus > 0 else "cpu"), engine, gpus, tally).run()
+
+
+def local_device() -> str:
+    """ "cuda" where PyTorch sees a GPU in this process, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seal(run_uri: str) -> str:
+    """Close the run and remove what killed attempts left behind.
+
+    Returns:
+        The URI of _SEALED.json.
+
+    Raises:
+        LedgerError: a shard is neither committed nor quarantined.
+    """
+    uri = ledger.seal(run_uri)
+    ledger.remove_orphans(run_uri)
+    return uri
+
+
+def verify(run_uri: str, *, deep: bool = True) -> "VerifyReport":
+    """Check the promises of a run: every sample of the manifest once, every part as committed.
+
+    Raises:
+        LedgerError: there is no run.
+    """
+    from tasks.verify import verify as verify_run
+
+    return verify_run(run_uri, deep=deep)
+
+
+def report(run_uri: str) -> str:
+    """Write the run's page of pictures and figures.
+
+    Returns:
+        The URI of report.html.
+    """
+    from tasks.report import write_report
+
+    return write_report(run_uri)
+
+
+def invert(
+    input_uri: str,
+    run_uri: str,
+    config: RunConfig,
+    *,
+    limit: int | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Summary:
+    """All stages in this process, without Prefect.
+
+    Raises:
+        RefineryError: as the stages.
+    """
+    plan(input_uri, run_uri, config, limit=limit)
+    outcome = run(run_uri, config.engine, on_progress)
+    seal(run_uri)
+    found = verify(run_uri)
+    return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
+
+
+def check_places(input_uri: str, run_uri: str) -> None:
+    """Refuse an output inside the input, which would become input of the next run.
+
+    Raises:
+        ConfigError: the output folder lies in the input folder.
+    """
+    inside = run_uri.rstrip("/") + "/"
+    if inside.startswith(input_uri.rstrip("/") + "/"):
+        raise ConfigError(
+            f"OUT {run_uri} lies inside IN {input_uri}: its pictures would be found as input; "
+            "choose a folder outside"
+        )
+
+
+__all__ = [
+    "LedgerError",
+    "Outcome",
+    "Plan",
+    "Snapshot",
+    "Summary",
+    "check_places",
+    "invert",
+    "plan",
+    "report",
+    "run",
+    "seal",
+    "verify",
+]

@@ -1,0 +1,122 @@
+"""What the command line prints: short tables, nothing that a log file cannot hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.progress import duration
+from pipeline.run import Summary
+from pipeline.status import Status
+
+MAX_QUERY_ROWS = 50
+MAX_CELL = 60
+
+
+def pairs(title: str, values: Mapping[str, Any]) -> Table:
+    """Names and values, one a line."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(name, Text(str(value)))
+    return table
+
+
+def show_summary(console: Console, summary: Summary) -> None:
+    """The end of `invert`."""
+    outcome = summary.outcome
+    values: dict[str, Any] = {
+        "run": outcome.run_uri,
+        "rows": f"{outcome.rows} in {outcome.num_shards} shards, {outcome.failed} failed",
+        "this time": f"{outcome.rows_now} rows in {duration(outcome.seconds)} "
+        f"({outcome.images_per_s:.1f} images/s) after {outcome.startup_s:.1f} s of start-up",
+        "verify": f"{len(summary.problems)} problems" if summary.problems else "clean",
+        "report": summary.report_uri,
+    }
+    console.print(pairs("", values))
+    if outcome.quarantined:
+        console.print(reasons("Quarantined shards (run again to retry)", outcome.quarantined))
+    if summary.problems:
+        console.print(reasons("Problems", dict(enumerate(summary.problems))))
+
+
+def show_status(console: Console, status: Status) -> None:
+    """The answer of `status`."""
+    state = "sealed" if status.is_sealed else "open"
+    total = "" if status.rows_total is None else f" of {status.rows_total}"
+    shards = f"{status.num_committed} of {status.num_shards} committed"
+    values: dict[str, Any] = {
+        "run": f"{status.run_uri} ({status.run_id}, {state})",
+        "shards": f"{shards}, {status.num_pending} pending",
+        "rows": f"{status.rows}{total}",
+        "failed rows": _counts(status.failed, status.failures),
+        "last commit": status.last_commit_at or "none yet",
+    }
+    if status.images_per_s is not None:
+        values["pace"] = f"{status.images_per_s:.1f} images/s from first start to last commit"
+        values["busy"] = ", ".join(f"{k} {v:.1f} s" for k, v in status.seconds.items())
+    console.print(pairs("", values))
+    if status.quarantined:
+        console.print(reasons("Quarantined shards (run again to retry)", status.quarantined))
+
+
+def reasons(title: str, found: Mapping[int, str]) -> Table:
+    """Reasons by number."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="red", no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, reason in found.items():
+        table.add_row(f"{number:05d}", Text(reason))
+    return table
+
+
+def query_table(found: pa.Table) -> Table:
+    """The first rows of a result; long lists are cut, pictures named by their size."""
+    table = Table(title_justify="left", header_style="bold")
+    for name in found.column_names:
+        kind = found.schema.field(name).type
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in found.slice(0, MAX_QUERY_ROWS).to_pylist():
+        table.add_row(*(Text(cell(value)) for value in row.values()))
+    if found.num_rows > MAX_QUERY_ROWS:
+        table.caption = (
+            f"the first {MAX_QUERY_ROWS} of {found.num_rows} rows; --out FILE.csv, .json or "
+            ".parquet writes all"
+        )
+    return table
+
+
+def cell(value: Any) -> str:
+    """One value, short."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {cell(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        shown = ", ".join(cell(v) for v in value[:3])
+        return f"[{shown}{f', ... {len(value)}' if len(value) > 3 else ''}]"
+    text = str(value)
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
+
+
+def size(num_bytes: float) -> str:
+    """ "1.4 GB": decimal, as object stores bill."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def _counts(total: int, by_kind: Mapping[str, int]) -> str:
+    detail = ", ".join(f"{kind} {count}" for kind, count in by_kind.items())
+    return f"{total} ({detail})" if detail else str(total)

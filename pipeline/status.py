@@ -1,0 +1,76 @@
+"""Where a run stands, read from its markers: while it runs, after a crash, from any machine."""
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+
+from tasks import ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Counts over all commits.
+
+    Attributes:
+        rows_total: samples of the manifest, None where only reading tells (tars).
+        failures: failed rows by error_kind.
+        quarantined: reason by shard.
+        images_per_s: rows by the time from the first start to the last commit; None without one.
+        seconds: busy time by stage, summed over workers.
+    """
+
+    run_uri: str
+    run_id: str
+    is_sealed: bool
+    num_shards: int
+    num_committed: int
+    rows_total: int | None
+    rows: int
+    failed: int
+    failures: dict[str, int]
+    quarantined: dict[int, str]
+    images_per_s: float | None
+    seconds: dict[str, float]
+    last_commit_at: str
+
+    @property
+    def num_pending(self) -> int:
+        return self.num_shards - self.num_committed - len(self.quarantined)
+
+
+def read_status(run_uri: str) -> Status:
+    """Count the markers of a run.
+
+    Raises:
+        LedgerError: there is no run at this place, or a marker is damaged.
+    """
+    record = ledger.read_run(run_uri)
+    markers = list(ledger.read_markers(run_uri).values())
+    failures: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    for marker in markers:
+        failures.update(marker.failures)
+        seconds.update(marker.seconds)
+    rows = sum(marker.rows for marker in markers)
+    return Status(
+        run_uri=run_uri,
+        run_id=record["run_id"],
+        is_sealed=ledger.read_seal(run_uri) is not None,
+        num_shards=record["num_shards"],
+        num_committed=len(markers),
+        rows_total=record["num_samples"],
+        rows=rows,
+        failed=sum(marker.failed for marker in markers),
+        failures=dict(sorted(failures.items())),
+        quarantined={i: q.reason for i, q in ledger.read_quarantine(run_uri).items()},
+        images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
+        seconds=dict(seconds),
+        last_commit_at=max((m.finished_at for m in markers), default=""),
+    )
+
+
+def _pace(rows: int, started: list[str], finished: list[str]) -> float | None:
+    if not rows:
+        return None
+    span = datetime.fromisoformat(max(finished)) - datetime.fromisoformat(min(started))
+    return rows / span.total_seconds() if span.total_seconds() > 0 else None

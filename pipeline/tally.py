@@ -1,0 +1,132 @@
+"""Counts of one run stage: what both engines report to, and what a progress bar shows."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from models.errors import LedgerError, RefineryError
+from pipeline.schedule import Failure, Schedule, Verdict
+from pipeline.worker import ShardResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands. Counts are of the whole run; `seconds` and `rows_now` of this driver.
+
+    Attributes:
+        rows_total: samples of the manifest, or None where only reading tells (tars).
+    """
+
+    shards_total: int
+    shards_done: int
+    shards_quarantined: int
+    rows_total: int | None
+    rows_done: int
+    rows_failed: int
+    rows_now: int
+    seconds: float
+
+    @property
+    def images_per_s(self) -> float:
+        return self.rows_now / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at the pace so far; None before the first commit."""
+        if self.rows_now == 0 or self.shards_done == 0:
+            return None
+        if self.rows_total is not None:
+            rows_left = max(self.rows_total - self.rows_done, 0)
+        else:
+            shards_left = self.shards_total - self.shards_done - self.shards_quarantined
+            rows_left = shards_left * self.rows_done / self.shards_done
+        return rows_left / self.images_per_s
+
+
+OnProgress = Callable[[Snapshot], None]
+
+
+def ignore_progress(snapshot: Snapshot) -> None:
+    """The default listener."""
+
+
+@dataclass
+class Tally:
+    """Books results: schedule, quarantine, counts, listener. One per driver."""
+
+    schedule: Schedule
+    quarantine: Callable[[int, str], None]
+    """Writes the reason to the ledger."""
+    shards_total: int
+    rows_total: int | None
+    shards_done: int = 0
+    """Committed, earlier drivers included."""
+    rows_done: int = 0
+    rows_failed: int = 0
+    on_progress: OnProgress = ignore_progress
+    rows_now: int = 0
+    quarantined: dict[int, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    has_begun: bool = False
+
+    def begin(self) -> None:
+        """The first worker is ready: pace counts from here. Later calls change nothing."""
+        if not self.has_begun:
+            self.has_begun, self.started = True, time.monotonic()
+            self.tell()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first worker was ready."""
+        return time.monotonic() - self.started if self.has_begun else 0.0
+
+    def tell(self) -> None:
+        """Pass the counts on to the listener."""
+        self.on_progress(self.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            shards_total=self.shards_total,
+            shards_done=self.shards_done,
+            shards_quarantined=len(self.quarantined),
+            rows_total=self.rows_total,
+            rows_done=self.rows_done,
+            rows_failed=self.rows_failed,
+            rows_now=self.rows_now,
+            seconds=self.seconds,
+        )
+
+    def book(self, result: ShardResult) -> None:
+        """Count a result and queue, quarantine or give up.
+
+        Raises:
+            RefineryError: the run cannot go on (the reason is the worker's message).
+        """
+        if result.error is None:
+            self.schedule.succeeded(result.shard)
+            self.shards_done += 1
+            self.rows_done += result.rows
+            self.rows_failed += result.failed
+            self.rows_now += result.rows
+            self.tell()
+            return
+        if result.is_fatal:
+            raise RefineryError(result.error)
+        verdict = self.schedule.failed(result.shard, result.failure, time.monotonic())
+        if verdict is Verdict.GIVE_UP:
+            raise LedgerError(result.error)
+        if verdict is Verdict.QUARANTINE:
+            self.quarantined[result.shard] = result.error
+            self.quarantine(result.shard, result.error)
+            logger.warning("shard=%05d quarantined: %s", result.shard, result.error)
+            self.tell()
+        elif result.failure is not Failure.NEIGHBOUR:
+            logger.warning(
+                "shard=%05d will be tried again (%s): %s",
+                result.shard,
+                result.failure,
+                result.error,
+            )

@@ -1,0 +1,158 @@
+"""What runs shards: one generator, one method chain, one lock around the device.
+
+The same object is called in a loop by `pipeline.inline` and lives in a Ray actor in
+`pipeline.pool`. torch is imported when work starts, not with this file.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from models.errors import AssetError, ConfigError, LedgerError, RefineryError
+from pipeline.faults import is_cuda_error, is_passing, is_refused
+from pipeline.schedule import Failure
+from tasks.job import JobConfig
+
+if TYPE_CHECKING:
+    from tasks.inverter import Inverter
+    from tasks.ledger import RunHandle
+
+logger = logging.getLogger(__name__)
+
+CUDA_EXIT_CODE = 70
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """All that a worker needs to know: small values, never weights or pictures.
+
+    Attributes:
+        run: where to commit, and under which run id.
+        hashes: the weight hashes that the run was made with; a worker that loads others refuses.
+        device: "cpu" or "cuda".
+        threads: CPU threads of PyTorch.
+    """
+
+    job: JobConfig
+    run: "RunHandle"
+    hashes: dict[str, str]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """How one attempt ended. `error` is None after a commit.
+
+    Attributes:
+        is_fatal: every other shard would fail the same way (a missing asset, a full disk).
+    """
+
+    shard: int
+    rows: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    failure: Failure = Failure.SHARD
+    is_fatal: bool = False
+
+
+class ShardWorker:
+    """Loads the models once, then runs shards; several threads may call `run` at the same time."""
+
+    def __init__(self, order: WorkOrder) -> None:
+        self.order = order
+        self._inverter: Inverter | None = None
+        self._building = threading.Lock()
+        self._device_lock = threading.Lock()
+
+    def start(self) -> str:
+        """Load generator and methods, check that they are the run's.
+
+        Returns:
+            Where this worker lives, for the log.
+
+        Raises:
+            AssetError: the weights are missing, or not those that the run was made with.
+        """
+        self._loaded()
+        return f"{socket.gethostname()}:{os.getpid()} {self.order.device}"
+
+    def run(self, shard: int) -> ShardResult:
+        """One attempt at one shard; an error comes back as a value.
+
+        A CUDA error ends the process: its context is unusable from then on.
+        """
+        from tasks.manifest import read_shard_spec
+        from tasks.run_shard import run_shard
+
+        started = time.monotonic()
+        try:
+            inverter = self._loaded()
+            spec = read_shard_spec(self.order.run.uri, shard)
+            marker = run_shard(
+                spec, self.order.job, self.order.run, inverter, lock=self._device_lock
+            )
+        except Exception as error:
+            if is_cuda_error(error):
+                self._leave(shard, error)
+            logger.warning(
+                "shard=%05d failed after %.1f s", shard, time.monotonic() - started, exc_info=True
+            )
+            return failed_result(shard, error)
+        return ShardResult(
+            shard=shard, rows=marker.rows, failed=marker.failed, seconds=dict(marker.seconds)
+        )
+
+    def _loaded(self) -> "Inverter":
+        import torch
+
+        # Per thread: OpenMP keeps the count of the thread that set it.
+        torch.set_num_threads(self.order.threads)
+        with self._building:
+            if self._inverter is None:
+                inverter = load_inverter(self.order.job, self.order.device, self.order.threads)
+                if inverter.hashes != self.order.hashes:
+                    raise AssetError(changed_weights(self.order.hashes, inverter.hashes))
+                self._inverter = inverter
+            return self._inverter
+
+    def _leave(self, shard: int, error: Exception) -> None:
+        logger.critical("shard=%05d the CUDA context is broken, leaving: %s", shard, error)
+        logging.shutdown()
+        os._exit(CUDA_EXIT_CODE)
+
+
+def load_inverter(job: JobConfig, device: str, threads: int = 1) -> "Inverter":
+    """Build the job's generator and methods on a device."""
+    from tasks.inverter import Inverter
+
+    return Inverter(job, device, threads=threads)
+
+
+def changed_weights(expected: dict[str, str], found: dict[str, str]) -> str:
+    """Which weight files differ from those of the run."""
+    names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    detail = "; ".join(
+        f"{n}: run {expected.get(n, 'none')[:12]}, here {found.get(n, 'none')[:12]}" for n in names
+    )
+    return (
+        f"this worker loads other weights than the run was made with ({detail}); put the same "
+        "files on every machine, or write to a new output"
+    )
+
+
+def failed_result(shard: int, error: BaseException) -> ShardResult:
+    """What an exception means for the shard and for the run."""
+    is_refinery = isinstance(error, RefineryError)
+    is_storage = isinstance(error, LedgerError) or is_passing(error)
+    return ShardResult(
+        shard=shard,
+        error=str(error) if is_refinery else f"{type(error).__name__}: {error}",
+        failure=Failure.STORAGE if is_storage else Failure.SHARD,
+        is_fatal=isinstance(error, AssetError | ConfigError) or is_refused(error),
+    )
