@@ -1,0 +1,135 @@
+"""Everything a report says of a run, in plain values; a million rows cost the same as a hundred."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from models.errors import LedgerError
+from tasks import ledger
+from tasks.marker import STAGES, Marker
+from tasks.query import open_views
+from tasks.report.aggregates import (
+    Metric,
+    PairGroup,
+    failed_rows,
+    metrics,
+    pair_groups,
+    ranking_metric,
+)
+from tasks.report.timeline import Timeline, timeline
+
+NOTES_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """The content of the page.
+
+    Attributes:
+        weights: sha256 by name of all weight files, the generator's under "generator".
+        notes: what workers noted (a halved batch), with the number of shards that did.
+        shards_planned, shards_done: of the manifest; with a commit marker.
+        ranked_by: metric that chose best, median and worst pictures; None without one.
+        failed_by_kind: (error_kind, rows), most frequent first.
+        failed_rows: (sample key, kind, reason) of the first few.
+        quarantined: (shard, attempts, reason).
+        stages: (name, busy seconds summed over all shards).
+        columns: by view, what `refinery query` can ask for.
+    """
+
+    run_uri: str
+    run_id: str
+    methods: tuple[str, ...]
+    generator: str
+    weights: dict[str, str]
+    devices: tuple[str, ...]
+    code_versions: tuple[str, ...]
+    notes: tuple[tuple[str, int], ...]
+    is_sealed: bool
+    shards_planned: int
+    shards_done: int
+    rows: int
+    failed: int
+    metrics: tuple[Metric, ...]
+    ranked_by: str | None
+    groups: tuple[PairGroup, ...]
+    failed_by_kind: tuple[tuple[str, int], ...]
+    failed_rows: tuple[tuple[str, str, str], ...]
+    quarantined: tuple[tuple[int, int, str], ...]
+    timeline: Timeline
+    stages: tuple[tuple[str, float], ...]
+    columns: dict[str, tuple[str, ...]]
+
+
+def gather(run_uri: str) -> ReportData:
+    """Read a run, finished or not, through its committed parts.
+
+    Raises:
+        LedgerError: no run at this place, or a damaged one.
+    """
+    run = ledger.read_run(run_uri)
+    markers = list(ledger.read_markers(run_uri).values())
+    by_kind: Counter[str] = Counter()
+    for marker in markers:
+        by_kind.update(marker.failures)
+    return ReportData(
+        run_uri=run_uri,
+        run_id=run["run_id"],
+        methods=tuple(method["name"] for method in run["config"]["methods"]),
+        generator=run["config"]["generator"],
+        weights=dict(run["weights"]),
+        devices=tuple(sorted({marker.device for marker in markers if marker.device})),
+        code_versions=tuple(sorted({m.code_version for m in markers} or {run["code_version"]})),
+        notes=tuple(Counter(n for m in markers for n in m.notes).most_common(NOTES_SHOWN)),
+        is_sealed=ledger.read_seal(run_uri) is not None,
+        shards_planned=run["num_shards"],
+        shards_done=len(markers),
+        rows=sum(marker.rows for marker in markers),
+        failed=sum(marker.failed for marker in markers),
+        failed_by_kind=tuple(by_kind.most_common()),
+        quarantined=tuple(
+            (shard, lost.attempts, lost.reason)
+            for shard, lost in ledger.read_quarantine(run_uri).items()
+        ),
+        timeline=timeline(markers),
+        stages=_stages(markers),
+        **_from_rows(run_uri, markers),
+    )
+
+
+def _from_rows(run_uri: str, markers: Sequence[Marker]) -> dict[str, Any]:
+    """The fields of ReportData that need the parts themselves; one set of views serves them all."""
+    if not any(marker.parts for marker in markers):
+        return {"metrics": (), "ranked_by": None, "groups": (), "failed_rows": (), "columns": {}}
+    with open_views(run_uri) as (connection, views):
+
+        def ask(sql: str) -> pa.Table:
+            try:
+                return connection.sql(sql).to_arrow_table()
+            except duckdb.Error as error:
+                raise LedgerError(
+                    f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
+                ) from error
+
+        schemas = {view: ask(f"SELECT * FROM {view} LIMIT 0").schema for view in views}
+        found = metrics(ask, schemas["latents"], sum(marker.rows for marker in markers))
+        ranked = ranking_metric(found)
+        return {
+            "metrics": found,
+            "ranked_by": ranked.name if ranked else None,
+            "groups": pair_groups(ask, schemas.get("images"), ranked),
+            "failed_rows": failed_rows(ask),
+            "columns": {view: tuple(schema.names) for view, schema in sorted(schemas.items())},
+        }
+
+
+def _stages(markers: Sequence[Marker]) -> tuple[tuple[str, float], ...]:
+    total: Counter[str] = Counter()
+    for marker in markers:
+        total.update(marker.seconds)
+    order = [*STAGES, *sorted(set(total) - set(STAGES))]
+    return tuple((name, float(total[name])) for name in order if name in total)

@@ -1,0 +1,57 @@
+"""Small pieces of the page: numbers, counted nouns, durations, dates, tables, code."""
+
+import math
+from html import escape
+
+
+def number(value: float) -> str:
+    """Counts with thousands apart; other values with three significant digits, `-` when missing."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "-"
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(digits, 0)}f}"
+
+
+def pre(lines: list[str]) -> str:
+    """Lines of code in a box that scrolls."""
+    text = escape("\n".join(lines), quote=False)
+    return f'<pre tabindex="0"><code style="overflow-wrap:normal">{text}</code></pre>'
+
+
+def table(head: str, rows: str, caption: str) -> str:
+    """A table that scrolls inside its own box, reachable by keyboard."""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    if seconds < 120:
+        return "s", 1.0
+    return ("min", 60.0) if seconds < 7200 else ("h", 3600.0)
+
+
+def when(iso: str) -> str:
+    """`2026-11-20T17:56:01.123+00:00` -> `2026-11-20 17:56 UTC`."""
+    return f"{iso[:10]} {iso[11:16]} UTC" if iso else "not yet"
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `4 min 12 s`, `3 h 20 min`, `2 d 5 h`."""
+    if seconds < 120:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400:,} d {whole % 86400 // 3600} h"
