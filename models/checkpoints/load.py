@@ -90,12 +90,13 @@ def sniff(path: Path) -> FileKind:
             head = file.read(64)
     except OSError as error:
         raise AssetError(f"{path}: cannot be read: {error}") from error
+    # Before the pickles: the length of a safetensors header may begin with a pickle's 0x80.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
+        return "native"
     if head.startswith(b"PK\x03\x04"):
         return "rosinality"
     if head.startswith(b"\x80"):
         return "rosinality" if head[2:].startswith(_LEGACY_TORCH) else "nvidia"
-    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
-        return "native"
     found = f"first bytes {head[:8].hex(' ')}" if head else "an empty file"
     for start, description in _KNOWN_STRANGERS:
         if head.lstrip().startswith(start):

@@ -182,7 +182,8 @@ def _save(
     rounded = _Values({name: value.float() for name, value in stored.items()})
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(stored, temporary, metadata={"format": FORMAT, "kind": kind})
+        # One entry only: several would be written in random order, and change the sha256.
+        save_file(stored, temporary, metadata={"format": f"{FORMAT} {kind}"})
         card = {
             "format": FORMAT,
             "kind": kind,

@@ -160,18 +160,21 @@ def read_torch_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or broken file can raise anything
-        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global):? ([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise AssetError(
-                f"{path}: refused to load: the file wants to use {refused[1] or refused[2]}, and "
-                f"loading it would run code; expected tensors, plain containers and "
-                f"argparse.Namespace only: take the file from another source, or save its state "
-                f"dict alone"
+                f"{path}: refused to load: the file wants to use {refused[1]}, and loading it "
+                f"could run code; expected tensors, plain containers and argparse.Namespace only: "
+                f"take the file from another source, or save its state dict alone"
             ) from error
+        # torch's own advice is to switch the safety off: not repeated here.
+        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = found[1] if found else str(error).partition("\n")[0]
+        if reason.startswith("Weights only load failed"):
+            reason = "unexpected content"
         raise AssetError(
-            f"{path}: not a readable torch checkpoint ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}); it is broken or cut "
-            f"short: download it again"
+            f"{path}: not a readable torch checkpoint ({type(error).__name__}: {reason}); it is "
+            f"broken or cut short: download it again"
         ) from error
 
 

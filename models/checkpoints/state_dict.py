@@ -105,7 +105,8 @@ def build_generator(architecture: GeneratorArchitecture, state: State, source: s
     Raises:
         AssetError: a tensor is missing, unknown, of another shape or not finite.
     """
-    with torch.device("meta"):  # no memory and no draw from torch's global generator
+    # Not on the meta device: its first use imports half of torch, a second of start-up.
+    with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's stream
         generator = Generator(architecture)
     _fill(generator, state, source)
     return generator.eval().requires_grad_(False)
@@ -195,7 +196,7 @@ def build_discriminator(
     Raises:
         AssetError: a tensor is missing, unknown, of another shape or not finite.
     """
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):
         discriminator = Discriminator(
             architecture.resolution,
             architecture.widths,
