@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.checkpoints.bundled import asset_path
 from models.errors import AssetError, ConfigError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import PerceptualTrunk, load_trunk, tap_distance, unit_normalise
@@ -29,15 +30,12 @@ BACKBONES = {
 }
 """torchvision's ImageNet weights that the published LPIPS layers (v0.1) were fitted on."""
 
-TRUNK = Path(__file__).resolve().parent.parent / "assets" / "trunk" / "trunk.safetensors"
-"""The bundled trunk."""
-
 
 class Perceptual(nn.Module):
     """A perceptual distance: `distance(a, b)` gives one value per picture, differentiable.
 
-    `distance.compare(distance.features(a), distance.features(b))` is the same value; an optimisation
-    that holds its target fixed computes the target's features once.
+    `distance.compare(distance.features(a), distance.features(b))` is the same value; an
+    optimisation that holds its target fixed computes the target's features once.
 
     Attributes:
         name: the honest column name, e.g. "lpips_alex" or "trunk_distance".
@@ -106,7 +104,7 @@ class Lpips(Perceptual):
                 found = list(backbone[name].shape) if name in backbone else "nothing"
                 raise AssetError(
                     f"lpips-{net}: the backbone file does not fit: expected {name} of shape "
-                    f"{list(value.shape)}, found {found}; it must be torchvision's {net} of ImageNet"
+                    f"{list(value.shape)}, found {found}; give torchvision's {net} of ImageNet"
                 )
             state[key] = backbone[name]
         network.net.load_state_dict(state)
@@ -149,7 +147,7 @@ def load_perceptual(name: str = "auto", backbone: str | Path | None = None) -> P
         name = "lpips-alex" if is_at_hand else "refinery"
         logger.info("perceptual distance: auto chose %s", name)
     if name == "refinery":
-        return TrunkDistance(load_trunk(TRUNK)[0])
+        return TrunkDistance(load_trunk(asset_path("trunk", "trunk.safetensors"))[0])
     net = name.removeprefix("lpips-")
     return Lpips(net, _read_backbone(net, Path(backbone) if backbone else None))
 
@@ -168,14 +166,16 @@ def _read_backbone(net: str, path: Path | None) -> dict[str, Tensor]:
             )
         except (URLError, OSError, RuntimeError) as error:
             raise AssetError(
-                f"lpips-{net}: its backbone {target.name} is not in torch's hub cache and cannot be "
-                f"downloaded ({error}); fetch {BACKBONES[net]} elsewhere and put it at {target}, or "
-                f'use perceptual = "refinery", the bundled trunk distance'
+                f"lpips-{net}: its backbone {target.name} is not in torch's hub cache and cannot "
+                f"be downloaded ({error}); fetch {BACKBONES[net]} elsewhere, put it at {target}, "
+                f'or use perceptual = "refinery", the bundled trunk distance'
             ) from error
     try:
         state = torch.load(target, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises many kinds
         raise AssetError(f"lpips-{net}: cannot read the backbone {target}: {error}") from error
     if not isinstance(state, dict):
-        raise AssetError(f"lpips-{net}: {target}: expected a state dict, found {type(state)}")
+        raise AssetError(
+            f"lpips-{net}: {target}: expected a state dict, found {type(state).__name__}"
+        )
     return state

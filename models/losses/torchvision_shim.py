@@ -1,10 +1,10 @@
 """Make `import torchvision` work beside a CPU build of PyTorch.
 
-The torchvision wheel that pairs with our PyTorch is a CUDA build. On a CPU-only PyTorch its compiled
-library cannot be loaded, and the import dies with "operator torchvision::nms does not exist", because
-Python code registers fake kernels for operators that the library would have defined. Declaring the two
-operators' schemas first is enough: nobody here calls them. `lpips` and `transformers` import
-torchvision, so `ensure_torchvision()` must run before either.
+The torchvision wheel that pairs with our PyTorch is a CUDA build. On a CPU-only PyTorch its
+compiled library cannot be loaded, and the import dies with "operator torchvision::nms does not
+exist": its Python code registers fake kernels for operators that the library would have defined.
+Declaring the two operators' schemas first is enough: nobody here calls them. `lpips` and
+`transformers` import torchvision, so `ensure_torchvision()` must run before either.
 """
 
 import importlib.util

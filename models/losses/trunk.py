@@ -64,7 +64,7 @@ class PerceptualTrunk(nn.Module):
             convs = nn.ModuleList()
             for _ in range(depth):
                 conv = nn.Conv2d(in_channels, width, 3, padding=1)
-                # SiLU halves small signals: without this gain the deep taps of a fresh trunk are flat.
+                # SiLU halves small signals: without this gain a fresh trunk's deep taps are flat.
                 nn.init.normal_(conv.weight, std=1.8 / math.sqrt(9 * in_channels))
                 nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
                 convs.append(conv)

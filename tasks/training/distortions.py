@@ -1,7 +1,7 @@
 """Reconstruction-like distortions: what an inversion gets wrong, with random strength per picture.
 
-Pairs (picture, distorted picture) train and test a perceptual distance. All randomness comes from the
-`torch.Generator` that is handed in.
+Pairs (picture, distorted picture) train and test a perceptual distance. All randomness comes from
+the `torch.Generator` that is handed in.
 
 Legend: N batch, H W image, r rank of the picture basis.
 """
@@ -22,7 +22,7 @@ class Distorter:
     """Applies one of the named distortions, and half of the time a second one, to every picture.
 
     Args:
-        pictures: a sample in [-1, 1] whose principal components give the `low_rank` reconstructions.
+        pictures: a sample in [-1, 1]; its principal components make the `low_rank` pictures.
         rank: largest number of components.
     """
 
@@ -31,6 +31,7 @@ class Distorter:
         self.mean = flat.mean(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            rank = min(rank, *flat.shape)
             self.basis = torch.svd_lowrank(flat - self.mean, q=rank, niter=2)[2]  # [3HW r]
         self.size = pictures.shape[2]
         self.kinds: dict[str, Distortion] = {
@@ -108,7 +109,9 @@ def shift(images: Tensor, strength: Tensor, rng: Generator) -> Tensor:
     angle = draw[:, 0] * strength * math.radians(8)
     scale = torch.exp2(draw[:, 1] * strength * 0.14)
     maps = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
-    maps = torch.cat([maps * scale[:, None, None], draw[:, 2:, None] * _column(strength)[..., 0] * 0.16], 2)
+    maps = torch.cat(
+        [maps * scale[:, None, None], draw[:, 2:, None] * _column(strength)[..., 0] * 0.16], 2
+    )
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
@@ -153,7 +156,7 @@ def _column(values: Tensor) -> Tensor:
 
 
 def _field(images: Tensor, channels: int, rng: Generator) -> Tensor:
-    """Smooth noise of unit standard deviation before enlarging, on a random grid of 3 to 10 nodes."""
+    """Smooth noise: a random grid of 3 to 10 nodes, standard deviation 1, enlarged."""
     nodes = int(torch.randint(3, 11, (), generator=rng))
     coarse = torch.randn(len(images), channels, nodes, nodes, generator=rng)
     return F.interpolate(coarse, size=images.shape[2:], mode="bicubic", align_corners=False)

@@ -1,8 +1,8 @@
 """Train the perceptual trunk by distilling a larger network: one plain, resumable `fit(config)`.
 
-The teacher is SqueezeNet v1.1 (ImageNet features, MIT), read from a file and never shipped. The student
-learns, on pairs of a picture and a distorted copy, (a) the teacher's channel-normalised features, through
-1x1 heads that exist in training only, and (b) the teacher's perceptual distance between the two.
+The teacher is SqueezeNet v1.1 (ImageNet features, MIT), read from a file and never shipped. The
+student learns, on pairs of a picture and a distorted copy, (a) the teacher's channel-normalised
+features, through 1x1 heads that exist in training only, and (b) the teacher's perceptual distance.
 
 Legend: N batch, C channels, H W image.
 """
@@ -88,8 +88,8 @@ class Teacher(nn.Module):
 
         if not Path(path).is_file():
             raise AssetError(
-                f"trunk teacher: {path} is missing; give the SqueezeNet v1.1 features as safetensors "
-                f"in torchvision's names"
+                f"trunk teacher: {path} is missing; give the SqueezeNet v1.1 features as "
+                f"safetensors in torchvision's names"
             )
         net = squeezenet1_1(weights=None)
         try:
@@ -172,7 +172,7 @@ class _State:
 
 
 def fit(config: FitTrunkConfig) -> dict[str, Any]:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`, then score and save.
+    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`; score and save.
 
     Returns:
         The card written to `<out>/trunk.json`; empty when the time limit came first.
@@ -293,12 +293,13 @@ def evaluate(
     distorter: Distorter,
     held_out: Float[Tensor, "M 3 H W"],
     seed: int = 1,
+    is_detailed: bool = True,
 ) -> dict[str, Any]:
     """Spearman correlation with the teacher's distance on held-out pairs, ours and that of MSE.
 
     Returns:
-        `pairs`, `spearman` and `spearman_mse` over mixed distortions, the same for other sizes
-        (`at_32px`, `at_128px`, enlarged), and per kind of distortion.
+        `pairs`, `spearman` and `spearman_mse` over mixed distortions; where `is_detailed` the same
+        at other sizes (`at_32px`, `at_128px`, enlarged), and per kind of distortion.
     """
 
     def score(clean: Tensor, distorted: Tensor) -> dict[str, float]:
@@ -317,6 +318,8 @@ def evaluate(
     rng = torch.Generator().manual_seed(seed)
     clean = held_out.repeat(3, 1, 1, 1)
     scores: dict[str, Any] = {"pairs": len(clean), **score(clean, distorter(clean, rng))}
+    if not is_detailed:
+        return scores
     for size in (32, 128):
         resized = F.interpolate(held_out, size=(size, size), mode="bilinear", antialias=True)
         scores[f"at_{size}px"] = score(resized, distorter(resized, rng))
