@@ -2,9 +2,9 @@
 
 Run: python -m benchmarks.synthesis [--resolution 256] [--batch 8] [--rank 4] [--rounds 5]
 
-Rounds are interleaved (every form once, then again), after one warm-up; the median is printed. Peak
-memory is that of one synthesis in a fresh process, above what the process held before it (weights and
-codes included in the latter).
+Rounds are interleaved (every form once, then again), after one warm-up; the median is printed.
+Peak memory is that of one synthesis in a fresh process, above what the process held before it
+(weights and codes are in the latter).
 """
 
 import argparse
@@ -60,9 +60,7 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def forward_tasks(
-    generator: Generator, batch: int, rank: int
-) -> dict[str, Callable[[], object]]:
+def forward_tasks(generator: Generator, batch: int, rank: int) -> dict[str, Callable[[], object]]:
     """Synthesis without residuals, with them, and the materialised twin with them."""
     device = generator.input.input.device
     w_plus = torch.randn(batch, generator.num_ws, generator.w_dim).to(device)
