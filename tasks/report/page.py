@@ -158,25 +158,28 @@ def _quarantine(data: ReportData) -> str:
 
 def _how_to_query(data: ReportData) -> str:
     run = shlex.quote(data.run_uri)
-    metric = data.ranked_by or "status"
+    metric = data.ranked_by or "sample_key"
     shell = [
         "# the rows that failed, and why",
-        f'refinery query {run} "SELECT sample_key, error_kind, error FROM latents '
-        "WHERE status = 'failed'\"",
+        f"refinery query {run} \\",
+        "  \"SELECT sample_key, error_kind, error FROM latents WHERE status = 'failed'\"",
         "",
         "# the hardest pictures, as CSV",
-        f'refinery query {run} "SELECT sample_key, {metric} FROM latents '
-        f'ORDER BY {metric} DESC LIMIT 20" --out worst.csv',
+        f"refinery query {run} --out worst.csv \\",
+        f"  \"SELECT sample_key, {metric} FROM latents WHERE status = 'ok' "
+        f'ORDER BY {metric} DESC LIMIT 20"',
         "",
-        "# every committed sample accounted for, every part's hash checked",
-        f"refinery verify {run}",
     ]
+    if data.groups:
+        key = shlex.quote(f"SELECT * FROM nearest({_sql_text(data.groups[0].pairs[0].key)}, 5)")
+        shell += ["# the pictures most like this one", f"refinery query {run} \\", f"  {key}", ""]
+    shell += ["# every sample accounted for, every part as committed", f"refinery verify {run}"]
     python = [
         "from tasks.query import query",
         "",
-        f"table = query({data.run_uri!r},",
-        "              \"SELECT sample_key, w_plus FROM latents WHERE status = 'ok'\")",
-        "table.to_pandas()",
+        f"run = {data.run_uri!r}",
+        "sql = \"SELECT sample_key, w_plus FROM latents WHERE status = 'ok'\"",
+        "table = query(run, sql)  # a pyarrow.Table",
     ]
     columns = "".join(
         f'<tr><th scope="row"><code>{escape(view)}</code></th>'
@@ -189,3 +192,7 @@ def _how_to_query(data: ReportData) -> str:
         "and Hugging Face <code>datasets</code> open them too.</p>"
         f"{pre(shell)}{pre(python)}{table(head, columns, 'Views and their columns')}"
     )
+
+
+def _sql_text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

@@ -92,6 +92,7 @@ table { border-collapse: collapse; font-size: .9375rem; min-width: min(100%, 420
 th, td { text-align: left; vertical-align: top; padding: 6px 20px 6px 0;
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; font-size: .875rem; white-space: nowrap; }
+th code, td:not(.reason) > code { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.reason { min-width: 240px; max-width: 640px; overflow-wrap: anywhere; }
 td.key { max-width: 320px; min-width: 120px; overflow-wrap: anywhere; }
