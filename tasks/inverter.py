@@ -5,6 +5,7 @@ An actor builds it once and keeps it; `run_shard` hands it batches of decoded pi
 Legend: N batch, H W picture.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,7 @@ class Inverter:
         with fixed_threads(threads):
             self.generator: Generator = load_generator(_local(job.generator))
             self.hashes: dict[str, str] = {"generator": weights_hash(self.generator)}
+            self._hash_template()
             self.generator.to(self.device)
             self.methods = [self._load_method(index) for index in range(len(job.methods))]
             self._scores = self._load_scores()
@@ -157,6 +159,13 @@ class Inverter:
         for name, digest in method.hashes().items():
             self.hashes[f"methods.{index}.{wanted.name}.{name}"] = digest
         return method
+
+    def _hash_template(self) -> None:
+        """A template file decides the crops as much as weights decide the codes."""
+        template = self.job.input.template
+        if self.job.input.fit == "align" and template not in ("face", "ffhq"):
+            digest = hashlib.sha256(read_bytes(template, AssetError))
+            self.hashes["input.template"] = digest.hexdigest()
 
     def _load_scores(self) -> dict[str, Score]:
         scores: dict[str, Score] = {"mse": mse, "psnr": psnr, "ssim": ssim}

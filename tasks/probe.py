@@ -19,6 +19,8 @@ from tasks.storage import join
 
 logger = logging.getLogger(__name__)
 
+_RUN_ID = "0" * 16  # as long as a real one
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
@@ -61,7 +63,7 @@ def probe(
         for stage, limit in (("warm-up", min(count, job.batch)), ("measured", count)):
             # A shard must not be cut where a run would not cut it, or batches would be smaller.
             specs = list(plan_shards(input_uri, max(limit, job.batch), limit, job.input))
-            run = RunHandle(uri=join(folder, stage), run_id="probe")
+            run = RunHandle(uri=join(folder, stage), run_id=_RUN_ID)
             markers = _run(specs, job, run, inverter)
     return _result(markers, inverter.device_name)
 

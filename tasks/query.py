@@ -47,18 +47,19 @@ def query(run_uri: str, sql: str) -> pa.Table:
         LedgerError: there is no run, nothing is committed yet, or a part cannot be read.
         ConfigError: the statement is wrong; the message has DuckDB's reason and the known views.
     """
-    with open_views(run_uri) as (connection, views):
-        try:
+    views: list[str] = []
+    try:
+        with open_views(run_uri) as (connection, views):
             relation = connection.sql(sql)
             return pa.table({}) if relation is None else relation.to_arrow_table()
-        except duckdb.IOException as error:
-            raise LedgerError(
-                f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
-            ) from error
-        except duckdb.Error as error:
-            raise ConfigError(
-                f"query: {error}\nviews: {', '.join(views)}; `DESCRIBE latents` lists the columns"
-            ) from error
+    except duckdb.IOException as error:
+        raise LedgerError(
+            f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
+        ) from error
+    except duckdb.Error as error:
+        raise ConfigError(
+            f"query: {error}\nviews: {', '.join(views)}; `DESCRIBE latents` lists the columns"
+        ) from error
 
 
 @contextmanager
