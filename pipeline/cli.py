@@ -179,8 +179,8 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     from pipeline.run import verify as verify_run
 
     found = verify_run(run, deep=deep)
-    for problem in found.problems:
-        console.print(problem, highlight=False, markup=False, soft_wrap=True)
+    for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{run}: {len(found.problems)} problems" if found.problems else f"{run}: clean")
     return UNCLEAN if found.problems else OK
 
@@ -203,7 +203,7 @@ def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
         return OK
     from pipeline.screen import query_table
 
-    console.print(query_table(found))
+    console.print(query_table(found, console.width))
     return OK
 
 

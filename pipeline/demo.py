@@ -45,7 +45,7 @@ def run_demo(console: Console, error_console: Console, out: str) -> int:
     show_summary(console, summary)
 
     _say(console, f'refinery query {run_uri} "{" ".join(SQL.split())}"')
-    console.print(query_table(query(run_uri, SQL)))
+    console.print(query_table(query(run_uri, SQL), console.width))
 
     _say(console, "The report, one file to open in a browser")
     console.print(str(Path(summary.report_uri).absolute()), highlight=False, soft_wrap=True)

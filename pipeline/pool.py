@@ -68,10 +68,19 @@ class Pool:
     Args:
         order: what every worker gets. Its device is "cuda" exactly when `gpus` > 0.
         gpus: of one actor; a fraction shares a GPU.
+        actor_class: made with (order, environment); has `start()` and `run(shard)`.
     """
 
-    def __init__(self, order: WorkOrder, engine: EngineConfig, gpus: float, tally: Tally) -> None:
+    def __init__(
+        self,
+        order: WorkOrder,
+        engine: EngineConfig,
+        gpus: float,
+        tally: Tally,
+        actor_class: type = PoolActor,
+    ) -> None:
         self._order, self._engine, self._gpus, self._tally = order, engine, gpus, tally
+        self._actor_class = actor_class
         self._cpus = order.threads if gpus == 0 else 1
         self._slots: list[_Slot] = []
         self._all_down_since = time.monotonic()
@@ -134,7 +143,7 @@ class Pool:
 
     def _new_actor(self) -> Any:
         return (
-            ray.remote(PoolActor)
+            ray.remote(self._actor_class)
             .options(
                 num_cpus=self._cpus,
                 num_gpus=self._gpus,

@@ -51,9 +51,10 @@ def ray_session(address: str = "") -> Iterator[None]:
                 "correct the address, or leave it (and RAY_ADDRESS) empty for a local Ray"
             ) from error
     else:
-        # A token for this Ray alone: other users of the machine cannot use it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Ray asks for a token, so that other users of the machine cannot use it: one for this Ray
+        # alone instead of a file in the home directory, which may be read-only.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address="local",
             include_dashboard=False,

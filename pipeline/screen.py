@@ -13,6 +13,8 @@ from pipeline.run import Summary
 from pipeline.status import Status
 
 MAX_QUERY_ROWS = 50
+MAX_QUERY_RECORDS = 10
+MIN_COLUMN = 10
 MAX_CELL = 60
 
 
@@ -74,8 +76,15 @@ def reasons(title: str, found: Mapping[int, str]) -> Table:
     return table
 
 
-def query_table(found: pa.Table) -> Table:
-    """The first rows of a result; long lists are cut, pictures named by their size."""
+def query_table(found: pa.Table, width: int) -> Table:
+    """The first rows of a result; long lists are cut, pictures named by their size.
+
+    Args:
+        width: of the terminal, characters; a result with too many columns for it is shown with one
+            value a line.
+    """
+    if len(found.column_names) * MIN_COLUMN > width:
+        return _query_records(found)
     table = Table(title_justify="left", header_style="bold")
     for name in found.column_names:
         kind = found.schema.field(name).type
@@ -83,12 +92,28 @@ def query_table(found: pa.Table) -> Table:
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in found.slice(0, MAX_QUERY_ROWS).to_pylist():
         table.add_row(*(Text(cell(value)) for value in row.values()))
-    if found.num_rows > MAX_QUERY_ROWS:
-        table.caption = (
-            f"the first {MAX_QUERY_ROWS} of {found.num_rows} rows; --out FILE.csv, .json or "
-            ".parquet writes all"
-        )
+    table.caption = _cut_note(found, MAX_QUERY_ROWS)
     return table
+
+
+def _query_records(found: pa.Table) -> Table:
+    table = Table(title_justify="left", show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in found.slice(0, MAX_QUERY_RECORDS).to_pylist():
+        for name, value in row.items():
+            table.add_row(name, Text(cell(value)))
+        table.add_section()
+    table.caption = _cut_note(found, MAX_QUERY_RECORDS)
+    return table
+
+
+def _cut_note(found: pa.Table, shown: int) -> str | None:
+    if found.num_rows <= shown:
+        return None
+    return (
+        f"the first {shown} of {found.num_rows} rows; --out FILE.csv, .json or .parquet writes all"
+    )
 
 
 def cell(value: Any) -> str:

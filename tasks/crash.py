@@ -28,15 +28,18 @@ EXIT_CODE = 137
 def crash_point(name: str, shard: int) -> None:
     """End the process without any clean-up when `REFINERY_CRASH` names this point and this shard.
 
-    With a token file it fires once, otherwise every time.
+    With a token file it fires once, otherwise every time. Several are separated by ";".
 
     Raises:
         ConfigError: the variable is malformed, or names no crash point.
     """
     assert name in POINTS
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
-        return
+    for wanted in os.environ.get(VARIABLE, "").split(";"):
+        if wanted:
+            _maybe_crash(wanted, name, shard)
+
+
+def _maybe_crash(wanted: str, name: str, shard: int) -> None:
     point, _, rest = wanted.partition(":")
     number, _, token = rest.partition(":")
     if point not in POINTS or not number.isdigit():

@@ -1,0 +1,67 @@
+"""The import law: models <- tasks <- pipeline, and who may use which third-party package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("models", "tasks", "pipeline")
+PIPELINE_ONLY = {"ray", "prefect", "pydantic", "cyclopts", "rich"}
+TASKS_UP = {"pyarrow", "fsspec", "s3fs", "duckdb", "usearch", "matplotlib"}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, lazily or not, absolute or by name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            found |= {a.value.split(".")[0] for a in node.args if isinstance(a, ast.Constant)}
+    return found
+
+
+def sources(layer: str) -> list[Path]:
+    return sorted((ROOT / layer).rglob("*.py"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_down_only(layer: str) -> None:
+    above = set(LAYERS[LAYERS.index(layer) + 1 :])
+    forbidden = above | {"tests", "benchmarks"}
+    if layer != "pipeline":
+        forbidden |= PIPELINE_ONLY
+    if layer == "models":
+        forbidden |= TASKS_UP
+    assert sources(layer)
+    wrong = {str(p.relative_to(ROOT)): sorted(imported(p) & forbidden) for p in sources(layer)}
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def test_models_have_no_postponed_annotations() -> None:
+    """jaxtyping's checks in tests need annotations as objects."""
+    marked = [p for p in sources("models") if "from __future__ import annotations" in p.read_text()]
+    assert marked == []
+
+
+def test_the_law_is_seen_through_every_kind_of_import(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import ray.train as t\nfrom prefect import flow\n"
+        "def f():\n    import pydantic\n    importlib.import_module('rich.console')\n"
+    )
+    assert imported(path) == {"ray", "prefect", "pydantic", "rich"}
+
+
+def test_no_package_marker_under_tests() -> None:
+    """`tests/models/__init__.py` would make a second package called models."""
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_no_catch_all_modules() -> None:
+    names = {"utils.py", "helpers.py", "common.py", "misc.py", "opts.py"}
+    assert [p for layer in LAYERS for p in sources(layer) if p.name in names] == []
