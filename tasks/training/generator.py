@@ -1,8 +1,8 @@
 """Train a StyleGAN2 generator: one plain `fit(config)` that runs in a bare Python process.
 
 Non-saturating loss, lazy R1, lazy path-length regularisation, EMA, adaptive discriminator
-augmentation (StyleGAN2, arXiv 1912.04958; ADA, arXiv 2006.06676). One batch of fakes serves the losses of
-both networks, which are updated together: a generator pass and a discriminator pass fewer a step.
+augmentation (StyleGAN2, arXiv 1912.04958; ADA, arXiv 2006.06676). One batch of fakes serves the
+losses of both networks, which are updated together: a pass of each network fewer a step.
 
 Legend: N batch, H W image.
 """
@@ -10,10 +10,9 @@ Legend: N batch, H W image.
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,184 +21,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from models.errors import AssetError, ConfigError
+from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.stylegan2.augment import adjusted_strength, augment
 from models.stylegan2.discriminator import Discriminator
-from models.stylegan2.generator import Generator, GeneratorArchitecture
+from models.stylegan2.generator import Generator
 from tasks.training.data import load_pictures
-from tasks.training.distributed import average_gradients, is_main_process
+from tasks.training.distributed import (
+    average,
+    average_gradients,
+    is_main_process,
+    rank,
+    world_size,
+)
+from tasks.training.generator_state import FitGeneratorConfig, GeneratorState
 from tasks.training.grids import save_grid
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitGeneratorConfig:
-    """Settings of one training run. Images are counted as shown to the discriminator as real."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    data: tuple[str, ...]
-    """Parquet files with an `image` column; every picture is resized to `resolution`."""
-    out: str
-    """Folder for checkpoint, log and sample grids."""
-    images: int = 1_500_000
-    """Stop after so many images shown, over all phases."""
-    resolution: int = 64
-    widths: dict[int, int] = field(
-        default_factory=lambda: {4: 256, 8: 256, 16: 256, 32: 128, 64: 64}
-    )
-    z_dim: int = 128
-    w_dim: int = 128
-    mapping_layers: int = 4
-    batch: int = 16
-    learning_rate: float = 2e-3
-    r1_gamma: float = 2.0
-    r1_interval: int = 16
-    path_length_weight: float = 2.0
-    path_length_interval: int = 4
-    mixing_probability: float = 0.9
-    ema_half_life: int = 10_000
-    """Images after which an old weight counts half in the average that is shipped."""
-    ada_target: float = 0.6
-    ada_images: int = 200_000
-    """Images in which the augmentation strength can go from 0 to 1; 0 turns augmentation off."""
-    precision: str = "bfloat16"
-    device: str = "cpu"
-    threads: int = 0
-    """CPU threads; 0 keeps torch's choice."""
-    seed: int = 0
-    grow_from: str | None = None
-    """Checkpoint of a run at half the resolution to go on from (progressive growing)."""
-    checkpoint_images: int = 10_000
-    log_images: int = 1_000
-    time_limit_s: float = math.inf
-    """Write a checkpoint and return after so many seconds; run again to go on."""
-
-    def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            raise ConfigError(
-                f"precision: expected one of {sorted(DTYPES)}, found {self.precision!r}"
-            )
-        if self.batch % 4 and self.batch > 4:
-            raise ConfigError(
-                f"batch: expected a multiple of 4 (minibatch standard deviation), found {self.batch}"
-            )
-
-
-class _State:
-    """Everything that a checkpoint must hold for an exact resume."""
-
-    def __init__(self, config: FitGeneratorConfig) -> None:
-        widths = {k: v for k, v in config.widths.items() if k <= config.resolution}
-        self.architecture = GeneratorArchitecture(
-            resolution=config.resolution,
-            widths=widths,
-            z_dim=config.z_dim,
-            w_dim=config.w_dim,
-            mapping_layers=config.mapping_layers,
-        )
-        self.g = Generator(self.architecture)
-        self.d = Discriminator(config.resolution, widths)
-        self.ema = Generator(self.architecture)
-        self.ema.load_state_dict(self.g.state_dict())
-        memory_format = torch.channels_last
-        for module in (self.g, self.d, self.ema):
-            module.to(config.device)
-            module.compute_dtype = DTYPES[config.precision]
-            module.memory_format = memory_format
-        self.ema.requires_grad_(False)
-        self.optimizer_g = _adam(self.g, config.learning_rate, config.path_length_interval)
-        self.optimizer_d = _adam(self.d, config.learning_rate, config.r1_interval)
-        self.images = 0
-        self.step = 0
-        self.ada_p = 0.0
-        self.path_length_mean = torch.zeros((), device=config.device)
-        self.real_sign: list[Tensor] = []
-
-    def save(self, path: Path, config: FitGeneratorConfig) -> None:
-        temporary = path.with_suffix(".tmp")
-        torch.save(
-            {
-                "config": json.dumps(asdict(config)),
-                "architecture": json.dumps(self.architecture.to_dict()),
-                "g": self.g.state_dict(),
-                "d": self.d.state_dict(),
-                "g_ema": self.ema.state_dict(),
-                "optimizer_g": self.optimizer_g.state_dict(),
-                "optimizer_d": self.optimizer_d.state_dict(),
-                "images": self.images,
-                "step": self.step,
-                "ada_p": self.ada_p,
-                "path_length_mean": self.path_length_mean,
-                "real_sign": self.real_sign,
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-            temporary,
-        )
-        os.replace(temporary, path)
-
-    def load(self, path: Path, device: str) -> None:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if json.loads(saved["architecture"]) != self.architecture.to_dict():
-            raise AssetError(
-                f"{path}: the checkpoint was trained with another architecture "
-                f"({saved['architecture']}); choose another `out` or the settings it was made with"
-            )
-        self.g.load_state_dict(saved["g"])
-        self.d.load_state_dict(saved["d"])
-        self.ema.load_state_dict(saved["g_ema"])
-        self.optimizer_g.load_state_dict(saved["optimizer_g"])
-        self.optimizer_d.load_state_dict(saved["optimizer_d"])
-        self.images, self.step, self.ada_p = saved["images"], saved["step"], saved["ada_p"]
-        self.path_length_mean = saved["path_length_mean"].to(device)
-        self.real_sign = [sign.to(device) for sign in saved["real_sign"]]
-        torch.set_rng_state(saved["rng"])
-        if saved["rng_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["rng_cuda"])
-
-    def grow(self, path: Path) -> None:
-        """Start from a run at half the resolution: shared layers are copied, the image is kept.
-
-        The new ToRGB starts at zero, so the first image is the old one, upsampled.
-        """
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for module, key in ((self.g, "g"), (self.ema, "g_ema")):
-            _load_overlap(module, saved[key])
-            nn.init.zeros_(module.to_rgbs[-1].conv.weight)
-        # The old blocks move one place down; the old from-RGB is dropped.
-        shifted: dict[str, Tensor] = {}
-        for name, value in saved["d"].items():
-            if name.startswith("convs."):
-                index, rest = name.removeprefix("convs.").split(".", 1)
-                if index != "0":
-                    shifted[f"convs.{int(index) + 1}.{rest}"] = value
-            else:
-                shifted[name] = value
-        _load_overlap(self.d, shifted)
-        self.images, self.step, self.ada_p = saved["images"], saved["step"], saved["ada_p"]
-        self.path_length_mean = saved["path_length_mean"].to(self.path_length_mean.device)
-
-
-def _load_overlap(module: nn.Module, state: dict[str, Tensor]) -> None:
-    unexpected = module.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
-        raise AssetError(f"cannot grow: the smaller network has unknown parts {unexpected[:4]}")
-
-
-def _adam(module: nn.Module, learning_rate: float, lazy_interval: int) -> torch.optim.Adam:
-    # Lazy regularisation adds one step every `lazy_interval`; StyleGAN2, appendix B, keeps the pace.
-    ratio = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
-    return torch.optim.Adam(
-        module.parameters(), lr=learning_rate * ratio, betas=(0.0, 0.99**ratio), eps=1e-8
-    )
-
 
 def fit(config: FitGeneratorConfig) -> Path:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt` where there is one.
+    """Train until `config.images` were shown; resumes from `<out>/checkpoint.pt`.
 
     Returns:
         The path of the last checkpoint.
@@ -213,35 +54,96 @@ def fit(config: FitGeneratorConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     pictures = load_pictures(config.data, config.resolution)
+    state = _start(config, checkpoint)
+    journal = _Journal(config, pictures, state.images) if is_main_process() else None
+    started, is_last = time.monotonic(), state.images >= config.images
+    while not is_last:
+        losses = training_step(state, config, pictures)
+        is_late = time.monotonic() - started > config.time_limit_s
+        is_last = is_late or state.images >= config.images
+        if journal is not None:
+            journal.note(state, losses, is_last)
+    return checkpoint
+
+
+def _start(config: FitGeneratorConfig, checkpoint: Path) -> GeneratorState:
+    """Fresh, resumed or grown."""
     torch.manual_seed(config.seed)
-    state = _State(config)
+    state = GeneratorState(config)
     if checkpoint.exists():
         state.load(checkpoint, config.device)
         logger.info("resumed %s at %d images", checkpoint, state.images)
     elif config.grow_from:
         state.grow(Path(config.grow_from))
         logger.info("grew from %s at %d images", config.grow_from, state.images)
-    started, first = time.monotonic(), state.images
-    losses: dict[str, Tensor] = {}
-    while state.images < config.images:
-        losses |= training_step(state, config, pictures)
-        if _crossed(state.images, config.batch, config.log_images) and is_main_process():
-            _log_progress(out, state, config, losses, time.monotonic() - started, first)
-        is_late = time.monotonic() - started > config.time_limit_s
-        is_due = _crossed(state.images, config.batch, config.checkpoint_images)
-        if (is_due or is_late) and is_main_process():
-            state.save(checkpoint, config)
-            save_samples(state.ema, out / f"samples-{state.images:08d}.png")
-        if is_late:
-            return checkpoint
-    if is_main_process():
-        state.save(checkpoint, config)
-        save_samples(state.ema, out / f"samples-{state.images:08d}.png")
-    return checkpoint
+    if rank() > 0:
+        # Equal weights everywhere, but every process draws its own pictures and codes.
+        torch.manual_seed(config.seed + 1_000_003 * rank() + state.images)
+    return state
+
+
+class _Journal:
+    """Checkpoints, sample grids, Frechet distances and the progress line, when they are due."""
+
+    def __init__(
+        self, config: FitGeneratorConfig, pictures: UInt8[Tensor, "M 3 H W"], first: int
+    ) -> None:
+        self.config, self.out, self.first = config, Path(config.out), first
+        self.started = time.monotonic()
+        self.losses: dict[str, Tensor] = {}
+        self.frechet = _Frechet(config, pictures) if config.frechet_images else None
+
+    def note(self, state: GeneratorState, losses: dict[str, Tensor], is_last: bool) -> None:
+        self.losses |= losses
+        if is_last or self._is_due(state, self.config.checkpoint_images):
+            state.save(self.out / "checkpoint.pt", self.config)
+            save_samples(state.ema, self.out / f"samples-{state.images:08d}.png")
+            if self.frechet is not None:
+                self.losses["frechet_trunk_distance"] = self.frechet.distance(state.ema)
+        if is_last or self._is_due(state, self.config.log_images):
+            self._write_line(state)
+            self.losses.clear()
+
+    def _is_due(self, state: GeneratorState, interval: int) -> bool:
+        before = state.images - self.config.batch * world_size()
+        return state.images // interval != before // interval
+
+    def _write_line(self, state: GeneratorState) -> None:
+        rate = (state.images - self.first) / (time.monotonic() - self.started)
+        row: dict[str, Any] = {
+            "images": state.images,
+            "images_per_s": round(rate, 2),
+            "eta_s": round(max(self.config.images - state.images, 0) / rate),
+            "ada_p": round(state.ada_p, 4),
+            **{name: round(float(value), 4) for name, value in self.losses.items()},
+        }
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        logger.info(" ".join(f"{name}={value}" for name, value in row.items()))
+
+
+class _Frechet:
+    """Frechet trunk distance between samples and the training pictures, whose moments are kept."""
+
+    def __init__(self, config: FitGeneratorConfig, pictures: UInt8[Tensor, "M 3 H W"]) -> None:
+        self.config = config
+        self.features = FrechetFeatures().to(config.device)
+        self.real = self.features.moments(
+            part.to(config.device).float().div_(127.5).sub_(1) for part in pictures.split(64)
+        )
+
+    @torch.no_grad()
+    def distance(self, generator: Generator) -> Tensor:
+        """From fixed seeds, with the stored noise; leaves the random state of training alone."""
+        rng = torch.Generator().manual_seed(0)
+        z = torch.randn(self.config.frechet_images, generator.z_dim, generator=rng)
+        codes = generator.mapping(z.to(self.config.device)).split(64)
+        fake = self.features.moments(generator.synthesis(w).float().clamp(-1, 1) for w in codes)
+        return torch.tensor(frechet_distance(fake, self.real))
 
 
 def training_step(
-    state: _State, config: FitGeneratorConfig, pictures: UInt8[Tensor, "M 3 H W"]
+    state: GeneratorState, config: FitGeneratorConfig, pictures: UInt8[Tensor, "M 3 H W"]
 ) -> dict[str, Tensor]:
     """One update of both networks, the lazy regularisers when they are due, and of the average."""
     g, d = state.g, state.d
@@ -273,11 +175,11 @@ def training_step(
         losses["path_length"] = lengths.mean().detach()
 
     state.step += 1
-    state.images += config.batch
+    state.images += config.batch * world_size()
     _update_average(state, config)
     if config.ada_images and state.step % 4 == 0:
-        overfit = float(torch.stack(state.real_sign).mean())
-        move = 4 * config.batch / config.ada_images
+        overfit = float(average(torch.stack(state.real_sign).mean()))
+        move = 4 * config.batch * world_size() / config.ada_images
         state.ada_p = adjusted_strength(state.ada_p, overfit, config.ada_target, move)
         state.real_sign.clear()
         losses["real_sign"] = torch.tensor(overfit)
@@ -294,7 +196,7 @@ def _draw(pictures: UInt8[Tensor, "M 3 H W"], batch: int, device: str) -> Float[
 
 
 def _draw_codes(g: Generator, config: FitGeneratorConfig) -> Float[Tensor, "N L D"]:
-    """w+ of fresh samples; with style mixing, rows from a random one on come from a second sample."""
+    """w+ of fresh samples; with style mixing, rows from a random one on are a second sample's."""
     z = torch.randn(2, config.batch, config.z_dim).to(config.device)
     w_plus = g.mapping(z[0])
     if float(torch.rand(())) < config.mixing_probability:
@@ -304,13 +206,13 @@ def _draw_codes(g: Generator, config: FitGeneratorConfig) -> Float[Tensor, "N L 
 
 
 def _r1(d: Discriminator, real: Float[Tensor, "N 3 H W"]) -> Tensor:
-    """R1: the squared gradient of the logits at the (augmented) real images, mean over the batch."""
+    """R1: squared gradient of the logits at the (augmented) real images, mean over the batch."""
     real = real.requires_grad_(True)
     (gradient,) = torch.autograd.grad(d(real).sum(), real, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def _path_length(state: _State, config: FitGeneratorConfig) -> tuple[Tensor, Tensor]:
+def _path_length(state: GeneratorState, config: FitGeneratorConfig) -> tuple[Tensor, Tensor]:
     """Path-length penalty on half a batch (StyleGAN2, equation 4), with its moving average."""
     half = replace(config, batch=max(config.batch // 2, 1))
     w_plus = _draw_codes(state.g, half)
@@ -340,37 +242,12 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def _update_average(state: _State, config: FitGeneratorConfig) -> None:
+def _update_average(state: GeneratorState, config: FitGeneratorConfig) -> None:
     # Early on, average over the last twentieth of the run only (ADA's ramp-up 0.05).
     half_life = min(config.ema_half_life, state.images * 0.05)
-    keep = 0.5 ** (config.batch / max(half_life, 1e-8))
-    for average, current in zip(state.ema.parameters(), state.g.parameters(), strict=True):
-        average.lerp_(current, 1 - keep)
-
-
-def _crossed(images: int, batch: int, interval: int) -> bool:
-    return images // interval != (images - batch) // interval
-
-
-def _log_progress(
-    out: Path,
-    state: _State,
-    config: FitGeneratorConfig,
-    losses: dict[str, Tensor],
-    seconds: float,
-    first: int,
-) -> None:
-    rate = (state.images - first) / seconds
-    row: dict[str, Any] = {
-        "images": state.images,
-        "images_per_s": round(rate, 2),
-        "eta_s": round((config.images - state.images) / rate),
-        "ada_p": round(state.ada_p, 4),
-        **{name: round(float(value), 4) for name, value in losses.items()},
-    }
-    with (out / "log.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    logger.info(" ".join(f"{name}={value}" for name, value in row.items()))
+    keep = 0.5 ** (config.batch * world_size() / max(half_life, 1e-8))
+    for kept, current in zip(state.ema.parameters(), state.g.parameters(), strict=True):
+        kept.lerp_(current, 1 - keep)
 
 
 @torch.no_grad()

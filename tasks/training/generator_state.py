@@ -1,0 +1,190 @@
+"""Settings and state of a generator training run: all that an exact resume needs.
+
+Legend: N batch.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import AssetError, ConfigError
+from models.stylegan2.discriminator import Discriminator
+from models.stylegan2.generator import Generator, GeneratorArchitecture
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitGeneratorConfig:
+    """Settings of one training run. Images are counted as shown to the discriminator as real.
+
+    With several processes `batch` is that of each, and gradients are averaged.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    data: tuple[str, ...]
+    """Parquet files with an `image` column; every picture is resized to `resolution`."""
+    out: str
+    """Folder for checkpoint, log and sample grids."""
+    images: int = 1_500_000
+    """Stop after so many images shown, over all phases."""
+    resolution: int = 64
+    widths: dict[int, int] = field(
+        default_factory=lambda: {4: 256, 8: 256, 16: 256, 32: 128, 64: 64}
+    )
+    z_dim: int = 128
+    w_dim: int = 128
+    mapping_layers: int = 4
+    batch: int = 16
+    learning_rate: float = 2e-3
+    r1_gamma: float = 2.0
+    r1_interval: int = 16
+    path_length_weight: float = 2.0
+    path_length_interval: int = 4
+    mixing_probability: float = 0.9
+    ema_half_life: int = 10_000
+    """Images after which an old weight counts half in the average that is shipped."""
+    ada_target: float = 0.6
+    ada_images: int = 200_000
+    """Images in which the augmentation strength can go from 0 to 1; 0 turns augmentation off."""
+    precision: str = "bfloat16"
+    device: str = "cpu"
+    threads: int = 0
+    """CPU threads; 0 keeps torch's choice."""
+    seed: int = 0
+    grow_from: str | None = None
+    """Checkpoint of a run at half the resolution to go on from (progressive growing)."""
+    checkpoint_images: int = 10_000
+    """Images between checkpoints, sample grids and Frechet distances."""
+    log_images: int = 1_000
+    frechet_images: int = 2_000
+    """Samples for the Frechet trunk distance to the training pictures; 0 leaves it out."""
+    time_limit_s: float = math.inf
+    """Write a checkpoint and return after so many seconds; run again to go on."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise ConfigError(
+                f"precision: expected one of {sorted(DTYPES)}, found {self.precision!r}"
+            )
+        if self.batch % 4 and self.batch > 4:
+            raise ConfigError(
+                "batch: expected a multiple of 4 (minibatch standard deviation), "
+                f"found {self.batch}"
+            )
+
+
+class GeneratorState:
+    """Everything that a checkpoint must hold for an exact resume."""
+
+    def __init__(self, config: FitGeneratorConfig) -> None:
+        widths = {k: v for k, v in config.widths.items() if k <= config.resolution}
+        self.architecture = GeneratorArchitecture(
+            resolution=config.resolution,
+            widths=widths,
+            z_dim=config.z_dim,
+            w_dim=config.w_dim,
+            mapping_layers=config.mapping_layers,
+        )
+        self.g = Generator(self.architecture)
+        self.d = Discriminator(config.resolution, widths)
+        self.ema = Generator(self.architecture)
+        self.ema.load_state_dict(self.g.state_dict())
+        memory_format = torch.channels_last
+        for module in (self.g, self.d, self.ema):
+            module.to(config.device)
+            module.compute_dtype = DTYPES[config.precision]
+            module.memory_format = memory_format
+        self.ema.requires_grad_(False)
+        self.optimizer_g = _adam(self.g, config.learning_rate, config.path_length_interval)
+        self.optimizer_d = _adam(self.d, config.learning_rate, config.r1_interval)
+        self.images = 0
+        self.step = 0
+        self.ada_p = 0.0
+        self.path_length_mean = torch.zeros((), device=config.device)
+        self.real_sign: list[Tensor] = []
+
+    def save(self, path: Path, config: FitGeneratorConfig) -> None:
+        temporary = path.with_suffix(".tmp")
+        torch.save(
+            {
+                "config": json.dumps(asdict(config)),
+                "architecture": json.dumps(self.architecture.to_dict()),
+                "g": self.g.state_dict(),
+                "d": self.d.state_dict(),
+                "g_ema": self.ema.state_dict(),
+                "optimizer_g": self.optimizer_g.state_dict(),
+                "optimizer_d": self.optimizer_d.state_dict(),
+                "images": self.images,
+                "step": self.step,
+                "ada_p": self.ada_p,
+                "path_length_mean": self.path_length_mean,
+                "real_sign": self.real_sign,
+                "rng": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            temporary,
+        )
+        os.replace(temporary, path)
+
+    def load(self, path: Path, device: str) -> None:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if json.loads(saved["architecture"]) != self.architecture.to_dict():
+            raise AssetError(
+                f"{path}: the checkpoint was trained with another architecture "
+                f"({saved['architecture']}); choose another `out` or the settings it was made with"
+            )
+        self.g.load_state_dict(saved["g"])
+        self.d.load_state_dict(saved["d"])
+        self.ema.load_state_dict(saved["g_ema"])
+        self.optimizer_g.load_state_dict(saved["optimizer_g"])
+        self.optimizer_d.load_state_dict(saved["optimizer_d"])
+        self.images, self.step, self.ada_p = saved["images"], saved["step"], saved["ada_p"]
+        self.path_length_mean = saved["path_length_mean"].to(device)
+        self.real_sign = [sign.to(device) for sign in saved["real_sign"]]
+        torch.set_rng_state(saved["rng"])
+        if saved["rng_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(saved["rng_cuda"])
+
+    def grow(self, path: Path) -> None:
+        """Start from a run at half the resolution: shared layers are copied, the image is kept.
+
+        The new ToRGB starts at zero, so the first image is the old one, upsampled.
+        """
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for module, key in ((self.g, "g"), (self.ema, "g_ema")):
+            _load_overlap(module, saved[key])
+            nn.init.zeros_(module.to_rgbs[-1].conv.weight)
+        # The old blocks move one place down; the old from-RGB is dropped.
+        shifted: dict[str, Tensor] = {}
+        for name, value in saved["d"].items():
+            if name.startswith("convs."):
+                index, rest = name.removeprefix("convs.").split(".", 1)
+                if index != "0":
+                    shifted[f"convs.{int(index) + 1}.{rest}"] = value
+            else:
+                shifted[name] = value
+        _load_overlap(self.d, shifted)
+        self.images, self.step, self.ada_p = saved["images"], saved["step"], saved["ada_p"]
+        self.path_length_mean = saved["path_length_mean"].to(self.path_length_mean.device)
+
+
+def _load_overlap(module: nn.Module, state: dict[str, Tensor]) -> None:
+    unexpected = module.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise AssetError(f"cannot grow: the smaller network has unknown parts {unexpected[:4]}")
+
+
+def _adam(module: nn.Module, learning_rate: float, lazy_interval: int) -> torch.optim.Adam:
+    # Lazy regularisation adds a step every `lazy_interval`; StyleGAN2, appendix B, keeps the pace.
+    ratio = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
+    return torch.optim.Adam(
+        module.parameters(), lr=learning_rate * ratio, betas=(0.0, 0.99**ratio), eps=1e-8
+    )

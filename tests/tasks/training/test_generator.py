@@ -1,0 +1,140 @@
+"""Generator training: exact resume, growing, the pieces of a step."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from models.errors import AssetError, ConfigError
+from models.stylegan2.resample import upsample2x
+from tasks.training.generator import fit, training_step
+from tasks.training.generator_state import FitGeneratorConfig, GeneratorState
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str]:
+    """Sixteen pictures of 32 px, every one a flat colour with a bright square."""
+    path = tmp_path_factory.mktemp("data") / "train.parquet"
+    rng = np.random.default_rng(0)
+    encoded = []
+    for _ in range(16):
+        pixels = np.full((32, 32, 3), rng.integers(0, 100, 3), dtype=np.uint8)
+        pixels[8:24, 8:24] = rng.integers(150, 256, 3)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    pq.write_table(pa.table({"image": encoded}), path)
+    return (str(path),)
+
+
+def config(data: tuple[str], out: Path, **changes: object) -> FitGeneratorConfig:
+    values: dict[str, object] = {
+        "data": data,
+        "out": str(out),
+        "images": 64,
+        "resolution": 16,
+        "widths": {4: 8, 8: 8, 16: 8, 32: 8},
+        "z_dim": 8,
+        "w_dim": 8,
+        "mapping_layers": 2,
+        "batch": 8,
+        "r1_interval": 2,
+        "path_length_interval": 2,
+        "precision": "float32",
+        "threads": 1,
+        "frechet_images": 0,
+        "checkpoint_images": 32,
+        "log_images": 32,
+    }
+    return FitGeneratorConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def load(path: Path) -> dict[str, object]:
+    return torch.load(path, weights_only=True)
+
+
+def test_resume_is_exact(data: tuple[str], tmp_path: Path) -> None:
+    whole = load(fit(config(data, tmp_path / "whole")))
+    halves = config(data, tmp_path / "halves", images=32)
+    fit(halves)
+    resumed = load(fit(replace(halves, images=64)))
+    assert resumed["images"] == whole["images"] == 64
+    assert resumed["ada_p"] == whole["ada_p"]
+    for part in ("g", "d", "g_ema"):
+        for name, value in whole[part].items():
+            torch.testing.assert_close(
+                resumed[part][name], value, rtol=0, atol=0, equal_nan=True, msg=name
+            )
+    assert torch.equal(resumed["rng"], whole["rng"])
+
+
+def test_writes_log_and_samples(data: tuple[str], tmp_path: Path) -> None:
+    fit(config(data, tmp_path, frechet_images=8, resolution=32))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [32, 64]
+    assert rows[-1]["eta_s"] == 0
+    assert rows[-1]["frechet_trunk_distance"] > 0
+    with Image.open(tmp_path / "samples-00000064.png") as grid:
+        assert grid.size == (10 * 32, 6 * 32)
+
+
+def test_growing_keeps_the_image(data: tuple[str], tmp_path: Path) -> None:
+    small = config(data, tmp_path / "small")
+    checkpoint = fit(small)
+    saved = load(checkpoint)
+    before = GeneratorState(small)
+    before.load(checkpoint, "cpu")
+    grown = GeneratorState(config(data, tmp_path / "large", resolution=32))
+    grown.grow(checkpoint)
+    assert grown.images == saved["images"] == 64
+    w_plus = before.ema.mapping(torch.randn(2, 8))
+    w_large = torch.cat([w_plus, w_plus[:, -1:].expand(-1, 2, -1)], 1)
+    image = grown.ema.synthesis(w_large)
+    torch.testing.assert_close(image, upsample2x(before.ema.synthesis(w_plus)))
+    # The old discriminator blocks sit one place further down.
+    torch.testing.assert_close(
+        grown.d.state_dict()["convs.2.conv1.0.weight"], saved["d"]["convs.1.conv1.0.weight"]
+    )
+    losses = training_step(
+        grown, config(data, tmp_path, resolution=32), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    )
+    assert torch.isfinite(losses["loss_g"])
+    assert grown.images == 72
+
+
+def test_checkpoint_of_another_architecture_is_refused(data: tuple[str], tmp_path: Path) -> None:
+    fit(config(data, tmp_path, images=8))
+    with pytest.raises(AssetError, match="another architecture"):
+        fit(config(data, tmp_path, w_dim=12))
+
+
+def test_time_limit_stops_with_a_checkpoint(data: tuple[str], tmp_path: Path) -> None:
+    checkpoint = fit(config(data, tmp_path, time_limit_s=0.0))
+    assert load(checkpoint)["images"] == 8
+
+
+def test_training_learns_the_colours(data: tuple[str], tmp_path: Path) -> None:
+    """The mean picture of the generator approaches that of the data."""
+    settings = config(
+        data, tmp_path, images=200, learning_rate=1e-2, ema_half_life=80, checkpoint_images=10**6
+    )
+    checkpoint = fit(settings)
+    state = GeneratorState(settings)
+    state.load(checkpoint, "cpu")
+    with torch.no_grad():
+        mean = state.ema.synthesis(state.ema.mapping(torch.randn(64, 8))).mean(0)
+    inside, outside = mean[:, 5:11, 5:11].mean(), mean[:, :3, :3].mean()
+    assert inside - outside > 0.3
+
+
+@pytest.mark.parametrize(("key", "value"), [("precision", "float8"), ("batch", 6)])
+def test_bad_settings(data: tuple[str], tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        config(data, tmp_path, **{key: value})
