@@ -38,9 +38,9 @@ class Statistics:
         w_component: principal directions of W, unit rows, largest variance first; each row's entry
             of largest magnitude is positive.
         w_component_std: standard deviation of the samples along each direction.
-        style_mean, style_std: per layer of `Generator.layers()`, of every affine's output.
-        style_anchor: per layer, mean of L2-normalised styles: LSAP's mu_l (arXiv 2209.12746), not
-            normalised again. LSAP itself uses the 3x3 layers and the last ToRGB only.
+        style_mean, style_std: [I] per layer of `Generator.layers()`, of every affine's output.
+        style_anchor: [I] per layer, mean of L2-normalised styles: LSAP's mu_l (arXiv 2209.12746),
+            not normalised again. LSAP itself uses the 3x3 layers and the last ToRGB only.
         average_image: rendering of `latent_avg` with the stored noise, about [-1, 1].
         generator_hash: `weights_hash` of the generator.
         samples, anchor_samples, seed: how the samples were drawn.
@@ -51,9 +51,9 @@ class Statistics:
     w_std: float
     w_component: Float[Tensor, "K D"]
     w_component_std: Float[Tensor, " K"]
-    style_mean: tuple[Float[Tensor, " I"], ...]
-    style_std: tuple[Float[Tensor, " I"], ...]
-    style_anchor: tuple[Float[Tensor, " I"], ...]
+    style_mean: tuple[Tensor, ...]
+    style_std: tuple[Tensor, ...]
+    style_anchor: tuple[Tensor, ...]
     average_image: Float[Tensor, "3 H W"]
     generator_hash: str
     samples: int

@@ -75,8 +75,8 @@ class FrechetFeatures(nn.Module):
         taps = self.trunk(images)[-self.scales :]
         return torch.cat([tap.mean((2, 3)) for tap in taps], 1)
 
-    def moments(self, batches: Iterable[Float[Tensor, "N 3 H W"]]) -> FeatureMoments:
-        """Moments of a stream of batches; memory does not grow with their number.
+    def moments(self, batches: Iterable[Tensor]) -> FeatureMoments:
+        """Moments of a stream of batches [N 3 H W]; memory does not grow with their number.
 
         Raises:
             ValueError: no picture at all.
@@ -92,7 +92,7 @@ class FrechetFeatures(nn.Module):
 
 def frechet_distance(
     a: Float[Tensor, "N D"] | FeatureMoments,
-    b: Float[Tensor, "M D"] | FeatureMoments,
+    b: Float[Tensor, "M K"] | FeatureMoments,
     is_unbiased: bool = True,
 ) -> float:
     """Squared Frechet distance of two Gaussians: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
@@ -103,7 +103,7 @@ def frechet_distance(
     moments from the eigenvalues of the scatter.
 
     Args:
-        a, b: features, or moments of a stream.
+        a, b: features of one length (D = K), or moments of a stream.
         is_unbiased: covariances divided by N - 1 (TTUR, rosinality); False divides by N (NVIDIA).
 
     Raises:

@@ -36,8 +36,8 @@ class TrunkArchitecture:
         depths: 3x3 convolutions of each scale.
     """
 
-    widths: tuple[int, ...] = (16, 48, 64, 96, 128)
-    depths: tuple[int, ...] = (1, 1, 2, 2, 2)
+    widths: Sequence[int] = (16, 48, 64, 96, 128)
+    depths: Sequence[int] = (1, 1, 2, 2, 2)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
@@ -100,13 +100,14 @@ def unit_normalise(x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
     return x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-6)
 
 
-def tap_distance(
-    a: Sequence[Float[Tensor, "N C H W"]], b: Sequence[Float[Tensor, "N C H W"]]
-) -> Float[Tensor, " N"]:
+def tap_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, " N"]:
     """Mean over taps of the squared difference of unit-normalised features (LPIPS's baseline form).
 
     Squares are summed over channels and averaged over places (arXiv 1801.03924, equation 1 with
     w_l = 1), then averaged over taps: 0 for equal pictures, at most 4.
+
+    Args:
+        a, b: one normalised activation [N C h w] for every tap.
     """
     parts = [(p - q).square().sum(1).mean((1, 2)) for p, q in zip(a, b, strict=True)]
     return torch.stack(parts).mean(0)

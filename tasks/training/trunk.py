@@ -113,12 +113,6 @@ class Teacher(nn.Module):
         return taps
 
 
-def teacher_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, " N"]:
-    """LPIPS's baseline form with uniform weights, on features that are normalised already."""
-    parts = [(p - q).square().sum(1).mean((1, 2)) for p, q in zip(a, b, strict=True)]
-    return torch.stack(parts).mean(0)
-
-
 class _State:
     """Everything that a checkpoint must hold for an exact resume."""
 
@@ -193,15 +187,19 @@ def fit(config: FitTrunkConfig) -> dict[str, Any]:
     if checkpoint.exists():
         state.load(checkpoint)
         logger.info("resumed %s at %d images", checkpoint, state.images)
+    losses: list[dict[str, float]] = []
     started, first, last_saved = time.monotonic(), state.images, state.images
     while state.images < config.images:
-        losses = training_step(state, config, teacher, distorter, pictures)
+        losses.append(training_step(state, config, teacher, distorter, pictures))
         is_late = time.monotonic() - started > config.time_limit_s
         if state.images - last_saved >= config.checkpoint_images or is_late:
             last_saved = state.images
             state.save(checkpoint)
             rate = (state.images - first) / (time.monotonic() - started)
-            row = {"images": state.images, "images_per_s": round(rate, 1), **losses}
+            row: dict[str, float] = {"images": state.images, "images_per_s": round(rate, 1)}
+            for name in losses[0]:
+                row[name] = round(sum(step[name] for step in losses) / len(losses), 4)
+            losses.clear()
             with (out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             logger.info(" ".join(f"{name}={value}" for name, value in row.items()))
@@ -229,7 +227,7 @@ def training_step(
     taps = state.trunk(both)
     loss_features = _feature_loss(state, taps, targets)
     ours = tap_distance(*_halves([unit_normalise(tap) for tap in taps]))
-    theirs = teacher_distance(*_halves(targets))
+    theirs = tap_distance(*_halves(targets))
     # Ratios matter: a small difference should be as well ordered as a large one.
     gap = (ours + 2e-3).log() - (theirs + 2e-3).log() - state.log_ratio
     loss_distance = gap.square().mean()
@@ -241,8 +239,8 @@ def training_step(
     state.optimizer.step()
     state.images += 2 * batch
     return {
-        "loss_features": round(float(loss_features.detach()), 4),
-        "loss_distance": round(float(loss_distance.detach()), 4),
+        "loss_features": float(loss_features.detach()),
+        "loss_distance": float(loss_distance.detach()),
     }
 
 
@@ -305,7 +303,7 @@ def evaluate(
     def score(clean: Tensor, distorted: Tensor) -> dict[str, float]:
         columns: list[list[Tensor]] = [[], [], []]
         for a, b in zip(clean.split(32), distorted.split(32), strict=True):
-            columns[0].append(teacher_distance(teacher(a), teacher(b)))
+            columns[0].append(tap_distance(teacher(a), teacher(b)))
             taps = [[unit_normalise(tap) for tap in trunk(x)] for x in (a, b)]
             columns[1].append(tap_distance(*taps))
             columns[2].append((a - b).square().mean((1, 2, 3)))
