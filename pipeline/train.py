@@ -14,6 +14,7 @@ FITS = {
     "generator": ("tasks.training.generator", "FitGeneratorConfig"),
     "encoder": ("tasks.training.encoder", "FitEncoderConfig"),
     "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
+    "release": ("tasks.training.release", "ReleaseConfig"),
 }
 """Network -> module with `fit`, and its config."""
 DISTRIBUTED = ("generator",)
