@@ -85,8 +85,8 @@ def load_native_generator(path: Path) -> Generator:
     """
     card, state = _load("generator", path)
     try:
-        architecture = GeneratorArchitecture(**card["architecture"])
-    except (TypeError, ValueError, KeyError) as error:
+        architecture = GeneratorArchitecture(**_with_int_widths(card["architecture"]))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AssetError(f"{card_path(path)}: bad architecture in the card: {error}") from error
     generator = build_generator(architecture, state, path.name)
     latent_avg = settle_latent_avg(generator, path.name)
@@ -123,9 +123,7 @@ def load_native_discriminator(path: Path) -> Discriminator:
         path = beside
     card, state = _load("discriminator", path)
     try:
-        values = dict(card["architecture"])
-        values["widths"] = {int(k): int(v) for k, v in values["widths"].items()}
-        architecture = DiscriminatorArchitecture(**values)
+        architecture = DiscriminatorArchitecture(**_with_int_widths(card["architecture"]))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AssetError(f"{card_path(path)}: bad architecture in the card: {error}") from error
     return build_discriminator(architecture, state, path.name)
@@ -227,6 +225,11 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"store this network in bfloat16 or float32"
         )
     return cast.clone()
+
+
+def _with_int_widths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows string keys only."""
+    return {**values, "widths": {int(k): int(v) for k, v in values["widths"].items()}}
 
 
 def _load(kind: Kind, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

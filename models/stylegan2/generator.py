@@ -329,7 +329,7 @@ class Generator(nn.Module):
         self,
         w_plus: Float[Tensor, "N L D"],
         noise: Noise = "const",
-        features: Mapping[int, Float[Tensor, "N C H W"]] | None = None,
+        features: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
         residual: Residual | None = None,
     ) -> Float[Tensor, "N 3 H W"]:
         """Render codes. The result is in about [-1, 1] for a trained generator.

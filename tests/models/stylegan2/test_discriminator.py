@@ -82,6 +82,7 @@ def test_clamp():
     d = Discriminator(8, {4: 6, 8: 4}, conv_clamp=0.25).eval()
     with torch.no_grad():
         d.final_conv["1"].bias.fill_(1.0)
+        d.convs[1].skip["1"].weight.mul_(20.0)
         taps = d.features(torch.randn(2, 3, 8, 8))
     assert float(taps[0].abs().max()) == 0.25
     assert float(taps[-1].abs().max()) == 0.25

