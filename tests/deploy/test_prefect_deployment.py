@@ -184,7 +184,6 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
     shipped = yaml.safe_load(PREFECT_YAML.read_text())
     pool = shipped["deployments"][0]["work_pool"]["name"]
     site.command("work-pool", "create", pool, "--type", "process")
-    site.command("gcl", "create", "gpu-pool", "--limit", "1")
     site.command("deploy", "--all", "--prefect-file", str(PREFECT_YAML))
     nightly = site.api("/deployments/name/invert-dataset/nightly-inversion")
     assert nightly["entrypoint"] == shipped["deployments"][0]["entrypoint"]
@@ -207,7 +206,6 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
             "input_uri": str(pictures),
             "output_uri": str(run),
             "config": str(config),
-            "overrides": ["seed=7"],
         },
         "schedules": [
             {
@@ -220,12 +218,21 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
     }
     soon_yaml = tmp_path / "prefect.yaml"
     soon_yaml.write_text(yaml.safe_dump(shipped | {"deployments": [soon]}))
-    site.command("deploy", "--all", "--prefect-file", str(soon_yaml))
-    assert site.api("/deployments/name/invert-dataset/nightly-inversion")["id"] == nightly["id"]
+    # As compose.yaml does it: one parameter from the command line, the others from the file.
+    site.command(
+        *("deploy", "--name", "nightly-inversion", "--prefect-file", str(soon_yaml)),
+        *("--param", 'overrides=["seed=7"]'),
+    )
+    changed = site.api("/deployments/name/invert-dataset/nightly-inversion")
+    assert changed["id"] == nightly["id"]
+    assert changed["parameters"]["overrides"] == ["seed=7"]
+    assert changed["parameters"]["input_uri"] == str(pictures)
 
     arguments = ("worker", "start", "--pool", pool, "--type", "process")
     with site.running("worker", *arguments):
         finished = wait_for_run(site, nightly["id"], patience_s=300)
     assert finished["state_type"] == "COMPLETED", site.log("worker")
     assert finished["auto_scheduled"] is True
-    assert (run / "_SEALED.json").is_file()
+    sealed = json.loads((run / "_SEALED.json").read_text())
+    assert (sealed["rows"], sealed["failed"], sealed["num_shards"]) == (5, 0, 2)
+    assert json.loads((run / "run.json").read_text())["config"]["seed"] == 7
