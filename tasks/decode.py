@@ -29,7 +29,12 @@ from tasks.sources.sample import RawSample
 # cannot be caught safely while several shards are decoded in threads.
 Image.MAX_IMAGE_PIXELS = None
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "MPO")
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM")
+    if name in Image.OPEN
+)
 """Pillow knows more; some of them start other programs (EPS) or are never photographs."""
 REDUCING_GAP = 3.0
 """Box-shrink first, down to so many times the target, then LANCZOS: as good, and much faster."""
@@ -92,15 +97,16 @@ def _shrink_while_decoding(
     """Let libjpeg shrink by 2, 4 or 8 as long as twice the needed detail remains."""
     if image.format not in ("JPEG", "MPO") or min(image.size) < 4 * resolution:
         return
-    if input.fit != "align":
-        wanted = (2 * resolution, 2 * resolution)
-    elif sample.landmarks is not None:
-        is_turned = _orientation(image) >= 5
-        upright_size = image.size[::-1] if is_turned else image.size
-        wanted = jpeg_size_for(upright_size, sample.landmarks, input, resolution)
-        wanted = wanted[::-1] if is_turned else wanted
-    else:
-        return
+    wanted = (2 * resolution, 2 * resolution)
+    if input.fit == "align":
+        if sample.landmarks is None:  # the detector needs all of the picture
+            return
+        width, height = image.size
+        if _orientation(image) >= 5:  # stored lying on its side
+            high, wide = jpeg_size_for((height, width), sample.landmarks, input, resolution)
+            wanted = (wide, high)
+        else:
+            wanted = jpeg_size_for((width, height), sample.landmarks, input, resolution)
     image.draft(image.mode, wanted)
 
 

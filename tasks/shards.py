@@ -248,13 +248,13 @@ class _Plan:
         return spec
 
     def _finish(self) -> None:
-        if self.ignored:
-            counts = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
+        counts = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
+        if counts:
             logger.info("files left out of the plan: %s", counts)
         if not self.num_shards:
-            others = f"; found only {counts}" if self.ignored else "; found nothing"
+            found = f"found only {counts}" if counts else "found nothing"
             raise ConfigError(
-                f"no pictures in {self.input_uri}: {_looked_for()}{others}. Check the path"
+                f"no pictures in {self.input_uri}: {_looked_for()}; {found}. Check the path"
             )
         if self.input.key_column is not None:
             check_unique(self.keys, self.input.key_column)

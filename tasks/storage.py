@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -330,7 +330,7 @@ def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, int, str]
     prefix = prefix + "/" if prefix else ""
     request = {"Bucket": bucket, "Prefix": prefix}
     while True:
-        page = fs.call_s3("list_objects_v2", **request)
+        page = cast(Any, fs).call_s3("list_objects_v2", **request)
         for entry in page.get("Contents", ()):
             yield entry["Key"][len(prefix) :], int(entry["Size"]), entry["ETag"].strip('"')
         if not page.get("IsTruncated"):
@@ -371,7 +371,7 @@ def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
     if not target.is_file() or target.stat().st_size != info[0]:
         fs, path = open_filesystem(uri)
         with storage_errors("fetch", uri, error), _open_local(str(target)) as file:
-            fs.get_file(path, file)
+            fs.get_file(path, file.name)
     return target
 
 

@@ -80,7 +80,8 @@ class S3Server:
             self._post("/moto-api/reset-auth", b"inf")
 
     def _post(self, path: str, data: bytes) -> None:
-        request = urllib.request.Request(self.endpoint + path, data=data, method="POST")
+        headers = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(self.endpoint + path, data, headers)
         with urllib.request.urlopen(request, timeout=10):
             pass
 

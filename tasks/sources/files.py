@@ -75,13 +75,16 @@ def _sample(key: str, uri: str, value: bytes | BaseException) -> RawSample:
         return RawSample(key, uri, bytes(value))
     if is_missing(value):
         return failed(key, uri, "read", "the file is gone: it was there when the run was planned")
-    if isinstance(value, OSError) and value.errno not in MACHINE_ERRORS:
-        code = error_code(value)
-        if code in ("", "AccessDenied", "403") and not isinstance(value, ConnectionError):
-            text = value.strerror or str(value)
-            if code or is_local(uri):
-                return failed(key, uri, "read", f"cannot read the file: {text}")
+    if isinstance(value, OSError) and _is_own_fault(value, uri):
+        return failed(key, uri, "read", f"cannot read the file: {value.strerror or value}")
     why = explain(value, uri)
     if why is None:
         raise value
     raise ShardError(f"cannot read {uri}: {why}") from value
+
+
+def _is_own_fault(problem: OSError, uri: str) -> bool:
+    """Whether only this file is concerned, and not the machine or the whole store."""
+    if is_local(uri):
+        return problem.errno not in MACHINE_ERRORS
+    return error_code(problem) == "AccessDenied"

@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from tarfile import HeaderError, ReadError
 from typing import IO, Any, cast
 
 import numpy as np
@@ -30,13 +31,16 @@ class _StrictMember(tarfile.TarInfo):
     """A header that must be whole: tarfile takes damage after the first member for the end."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictMember":
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictMember":
         try:
-            return cast("_StrictMember", super().fromtarfile(archive))
-        except tarfile.EmptyHeaderError as problem:
-            raise tarfile.ReadError("cut off: the end-of-archive mark is missing") from problem
-        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as problem:
-            raise tarfile.ReadError(f"damaged header: {problem}") from problem
+            return cast("_StrictMember", super().fromtarfile(tarfile))
+        except HeaderError as problem:
+            name = type(problem).__name__
+            if name == "EOFHeaderError":  # the block of zeros that ends an archive
+                raise
+            if name == "EmptyHeaderError":
+                raise ReadError("cut off: the end-of-archive mark is missing") from problem
+            raise ReadError(f"damaged header: {problem}") from problem
 
 
 def read_tar(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
@@ -82,7 +86,7 @@ def _groups(uri: str, wanted: str | None) -> Iterator[tuple[str, dict[str, bytes
         archive = _open(uri, stack)
         walk = iter(archive)
         while (member := _next(walk, uri)) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # else one entry a member stays
+            cast(Any, archive).members.clear()  # else one entry a member stays in memory
             name = member.name.removeprefix("./")
             folder, _, base = name.rpartition("/")
             if not member.isreg() or base.startswith("."):
