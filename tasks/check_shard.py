@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import IO, cast
 
 import numpy as np
 
@@ -199,10 +200,11 @@ def _sha256(uri: str) -> str:
     digest = hashlib.sha256()
     with storage_errors("read", uri, LedgerError), ExitStack() as stack:
         if is_local(uri):
-            file = stack.enter_context(open(local_path(uri), "rb"))
+            file = cast(IO[bytes], stack.enter_context(open(local_path(uri), "rb")))
         else:
             filesystem, path = open_filesystem(uri)
-            file = stack.enter_context(filesystem.open(path, "rb", cache_type="readahead"))
+            opened = filesystem.open(path, "rb", cache_type="readahead")
+            file = cast(IO[bytes], stack.enter_context(opened))
         while chunk := file.read(8 * 2**20):
             digest.update(chunk)
     return digest.hexdigest()

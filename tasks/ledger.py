@@ -336,7 +336,8 @@ def read_seal(run_uri: str) -> dict[str, Any] | None:
         return None
     try:
         sealed = json.loads(read_bytes(uri, LedgerError))
-        sealed["parts"], sealed["quarantined"], sealed["run_id"]
+        for key in ("run_id", "parts", "quarantined"):
+            sealed[key]
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(
             f"{uri}: damaged ({type(error).__name__}: {error}); delete it and run `refinery "

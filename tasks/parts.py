@@ -196,6 +196,9 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
     """
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
     split = [name for name in vectors if table.schema.field(name).type.value_type == pa.float32()]
+    with_statistics = [
+        name for name in table.column_names if name not in vectors and kind != "images"
+    ] or ["sample_key"]
     buffer = io.BytesIO()
     pq.write_table(
         table,
@@ -205,10 +208,7 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
         compression_level=None if kind == "images" else 3,
         use_dictionary=False,
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split} or None,
-        write_statistics=[
-            name for name in table.column_names if name not in vectors and kind != "images"
-        ]
-        or ["sample_key"],
+        write_statistics=with_statistics,  # type: ignore[arg-type]  # columns are allowed too
         write_page_index=True,
         store_schema=True,
     )

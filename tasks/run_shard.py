@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from time import perf_counter
 
 import numpy as np
 
@@ -25,9 +24,10 @@ from tasks.marker import STAGES, Marker
 from tasks.parts import Layout, write_parts
 from tasks.read import read_shard
 from tasks.rows import Row, decode_row, fill_row
+from tasks.stopwatch import Stopwatch
 
 POOL_THREADS = 4  # decode and encode: Pillow releases the interpreter lock
-Batch = list[tuple[Row, np.ndarray]]
+Sample = tuple[Row, np.ndarray]  # a row and its decoded picture, uint8 [H W 3]
 
 
 def run_shard(
@@ -46,26 +46,23 @@ def run_shard(
         ShardError: the shard cannot be read, or two samples share a key; retried, then quarantined.
         RefineryError: the store or an asset fails.
     """
-    started_at, started, attempt = utc_now(), perf_counter(), uuid.uuid4().hex[:12]
-    seconds, notes = Counter(dict.fromkeys(STAGES, 0.0)), dict[str, None]()
-    rows: list[Row] = []
     crash_point("before_read", spec.id)
-    try:
-        with ThreadPoolExecutor(POOL_THREADS) as pool:
-            for batch in _decoded_batches(spec, job, inverter, pool, rows, seconds):
-                with lock or nullcontext():
-                    crash_point("in_invert", spec.id)
-                    keys = [row.sample_key for row, _ in batch]
-                    inverted = inverter.invert(np.stack([picture for _, picture in batch]), keys)
-                seconds.update(inverted.seconds)
-                notes |= dict.fromkeys(inverted.notes)
-                with _clock(seconds, "write"):
-                    list(pool.map(partial(fill_row, inverted, job), range(len(batch)), batch))
-        with _clock(seconds, "write"):
+    attempt, started_at, watch = uuid.uuid4().hex[:12], utc_now(), Stopwatch(STAGES)
+    rows: list[Row] = []
+    notes: list[str] = []
+    with _place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
+        for batch in _decoded_batches(spec, job, inverter, pool, rows, watch):
+            pictures = np.stack([picture for _, picture in batch])
+            keys = [row.sample_key for row, _ in batch]
+            with lock or nullcontext():
+                crash_point("in_invert", spec.id)
+                inverted = inverter.invert(pictures, keys)  # and score
+            watch.add(inverted.seconds)
+            notes += inverted.notes
+            with watch("write"):
+                list(pool.map(partial(fill_row, inverted, job), range(len(batch)), batch))
+        with watch("write"):
             parts = write_parts(rows, Layout.of(job, inverter), run, spec.id, attempt)
-    except Exception as error:
-        error.add_note(f"shard={shard_name(spec.id)} kind={spec.kind} uri={spec.uri}")
-        raise
     failures = Counter(row.error_kind for row in rows if row.error_kind is not None)
     marker = Marker(
         shard=spec.id,
@@ -74,12 +71,12 @@ def run_shard(
         rows=len(rows),
         failed=failures.total(),
         parts=parts,
-        seconds={stage: round(seconds[stage], 6) for stage in STAGES},
-        wall_s=round(perf_counter() - started, 6),
+        seconds=watch.seconds,
+        wall_s=watch.wall_s,
         failures=dict(sorted(failures.items())),
         device=inverter.device_name,
         code_version=run.code_version,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
         started_at=started_at,
         finished_at=utc_now(),
     )
@@ -99,19 +96,19 @@ def _decoded_batches(
     inverter: Inverter,
     pool: ThreadPoolExecutor,
     rows: list[Row],
-    seconds: Counter[str],
-) -> Iterator[Batch]:
+    watch: Stopwatch,
+) -> Iterator[list[Sample]]:
     """Every sample becomes a row; each `job.batch` good ones, in order, make a batch."""
     samples = read_shard(spec, job.input)
     decode = partial(decode_row, job=job, resolution=inverter.generator.resolution)
-    good: Batch = []
+    good: list[Sample] = []
     while True:
-        with _clock(seconds, "read"):
+        with watch("read"):
             chunk = list(islice(samples, job.batch))
         if not chunk:
             break
         crash_point("in_decode", spec.id)
-        with _clock(seconds, "decode"):
+        with watch("decode"):
             for row, picture in pool.map(decode, chunk):
                 rows.append(row)
                 if picture is not None:
@@ -124,7 +121,9 @@ def _decoded_batches(
 
 
 @contextmanager
-def _clock(seconds: Counter[str], stage: str) -> Iterator[None]:
-    started = perf_counter()
-    yield
-    seconds[stage] += perf_counter() - started
+def _place_in_errors(spec: ShardSpec) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"shard={shard_name(spec.id)} kind={spec.kind} uri={spec.uri}")
+        raise

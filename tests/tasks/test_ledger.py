@@ -191,7 +191,7 @@ def test_a_run_of_a_million_samples_is_cheap(tmp_path: Path) -> None:
         started = time.monotonic()
         assert ledger.pending(uri) == [999]
         assert len(ledger.read_markers(uri)) == 999
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     finally:
         tracemalloc.stop()
