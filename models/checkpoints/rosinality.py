@@ -2,9 +2,9 @@
 ReStyle).
 
 Forms: `{g_ema, latent_avg, d}`, a bare state dict, the whole file of a training script (with its
-`argparse.Namespace` and optimisers), `{state_dict, latent_avg}` with a `decoder.` prefix, and the
-checkpoints of our own training. Files are read with `weights_only=True`; `argparse.Namespace` is
-the one extra type that is let through.
+`argparse.Namespace` and optimisers), `{state_dict, latent_avg}` with a `decoder.` prefix,
+GANInverter's `{encoder, decoder}`, and the checkpoints of our own training. Files are read with
+`weights_only=True`; `argparse.Namespace` is the one extra type that is let through.
 
 Legend: L num_ws, D w_dim.
 """
@@ -184,7 +184,7 @@ def read_torch_file(path: Path) -> Any:
 def _find_generator(saved: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     """The generator's state dict without its prefix, and the name of the part that held it."""
     if isinstance(saved, Mapping):
-        for part in ("g_ema", "state_dict", "", "g"):
+        for part in ("g_ema", "state_dict", "decoder", "", "g"):
             state = saved.get(part) if part else saved
             if not isinstance(state, Mapping):
                 continue
@@ -193,7 +193,7 @@ def _find_generator(saved: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
                     return part, _take(state, prefix)
     raise AssetError(
         f"{path}: no StyleGAN2 generator in this checkpoint; found {_describe(saved)}; expected "
-        f'"g_ema", "state_dict" with a "decoder." prefix, or a bare state dict with '
+        f'"g_ema", "decoder", "state_dict" with a "decoder." prefix, or a bare state dict with '
         f"{GENERATOR_MARK}"
     )
 

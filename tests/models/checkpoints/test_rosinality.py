@@ -45,7 +45,10 @@ FORMS = {
         "opts": {"stylegan_size": 32},
     },
     "row": lambda s, avg: {"g_ema": s, "latent_avg": avg[None]},
-    "ganinverter": lambda s, avg: {"g_ema": s, "encoder": {"latent_avg": avg}},
+    "ganinverter": lambda s, avg: {
+        "encoder": {"encoder.body.weight": torch.zeros(2), "latent_avg": avg.repeat(8, 1)},
+        "decoder": s,
+    },
     "half": lambda s, avg: {"g_ema": {k: v.double() for k, v in s.items()}, "latent_avg": avg},
 }
 
