@@ -9,8 +9,9 @@ import pyarrow as pa
 Ask = Callable[[str], pa.Table]
 """SQL over the views of a run to a small table (`tasks.query.open_views`)."""
 
-BINS = 40
+MIN_BINS, MAX_BINS = 10, 40
 PAIRS = 8
+"""Pictures of each rank; fewer where the ranks would overlap."""
 FAILURES_SHOWN = 50
 EXACT_ROWS = 2_000_000
 """Above so many rows quantiles are estimated (t-digest) instead of sorted."""
@@ -27,7 +28,7 @@ class Metric:
     Attributes:
         count: rows with a finite value.
         low, high: range of the histogram; `below` and `above` rows lie outside it.
-        counts: rows in each of `BINS` equal bins.
+        counts: rows in each of the equal bins, more of them for more rows.
     """
 
     name: str
@@ -85,7 +86,7 @@ def metrics(ask: Ask, latents: pa.Schema, rows: int) -> tuple[Metric, ...]:
             low, median, high = quantiles
             low, high = _range(smallest, low, high, largest)
             summaries.append((name, count, mean, median, smallest, largest, low, high))
-    counts = _histograms(ask, [(s[0], s[6], s[7]) for s in summaries])
+    counts = _histograms(ask, [(s[0], s[6], s[7], _num_bins(s[1])) for s in summaries])
     return tuple(
         Metric(
             name=name,
@@ -96,9 +97,9 @@ def metrics(ask: Ask, latents: pa.Schema, rows: int) -> tuple[Metric, ...]:
             largest=largest,
             low=low,
             high=high,
-            counts=tuple(counts[name].get(i, 0) for i in range(BINS)),
+            counts=tuple(counts[name].get(i, 0) for i in range(_num_bins(count))),
             below=counts[name].get(-1, 0),
-            above=counts[name].get(BINS, 0),
+            above=counts[name].get(_num_bins(count), 0),
         )
         for name, count, mean, median, smallest, largest, low, high in summaries
     )
@@ -115,16 +116,21 @@ def _range(smallest: float, low: float, high: float, largest: float) -> tuple[fl
     return low, high
 
 
-def _histograms(ask: Ask, ranges: list[tuple[str, float, float]]) -> dict[str, dict[int, int]]:
-    """Rows by bin for each metric; bin -1 lies below the range, bin BINS above."""
-    found: dict[str, dict[int, int]] = {name: {} for name, _, _ in ranges}
+def _num_bins(rows: int) -> int:
+    """Enough to show a shape, not so many that a few rows become single spikes."""
+    return min(max(round(2 * rows**0.5), MIN_BINS), MAX_BINS)
+
+
+def _histograms(ask: Ask, ranges: list[tuple[str, float, float, int]]) -> dict[str, dict[int, int]]:
+    """Rows by bin for each (metric, low, high, bins); bin -1 lies below the range, `bins` above."""
+    found: dict[str, dict[int, int]] = {name: {} for name, *_ in ranges}
     selects = []
-    for index, (name, low, high) in enumerate(ranges):
-        column, width = f"{quoted(name)}::DOUBLE", (high - low) / BINS
+    for index, (name, low, high, bins) in enumerate(ranges):
+        column, width = f"{quoted(name)}::DOUBLE", (high - low) / bins
         # The largest value belongs to the last bin, not to one of its own.
         bin_number = (
-            f"CASE WHEN {column} < {low!r} THEN -1 WHEN {column} > {high!r} THEN {BINS} "
-            f"ELSE least(floor(({column} - {low!r}) / {width!r})::INTEGER, {BINS - 1}) END"
+            f"CASE WHEN {column} < {low!r} THEN -1 WHEN {column} > {high!r} THEN {bins} "
+            f"ELSE least(floor(({column} - {low!r}) / {width!r})::INTEGER, {bins - 1}) END"
         )
         selects.append(
             f"SELECT {index} AS metric, {bin_number} AS bin, count(*) AS n FROM latents "
@@ -160,12 +166,13 @@ def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tu
             "Median": (column, f"{distance}, sample_key"),
             "Worst": (column, f"{column} DESC, sample_key"),
         }
+    shown = PAIRS if ranked is None else min(PAIRS, -(-ranked.count // 3))
     chosen: dict[str, list[dict[str, Any]]] = {}
     for title, (value, order) in orders.items():
         usable = "" if ranked is None else f"AND isfinite({quoted(ranked.name)})"
         chosen[title] = ask(
             f"SELECT sample_key, {value} AS value FROM latents WHERE status = 'ok' {usable} "
-            f"ORDER BY {order} LIMIT {PAIRS}"
+            f"ORDER BY {order} LIMIT {shown}"
         ).to_pylist()
     keys = {row["sample_key"] for found in chosen.values() for row in found}
     pictures = _pictures(ask, stored, keys)

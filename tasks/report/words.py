@@ -46,7 +46,9 @@ def when(iso: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.42 s`, `12.3 s`, `4 min 12 s`, `3 h 20 min`, `2 d 5 h`."""
+    """`4.2 ms`, `0.42 s`, `12.3 s`, `4 min 12 s`, `3 h 20 min`, `2 d 5 h`."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
     if seconds < 120:
         return f"{seconds:.{2 if seconds < 10 else 1}f} s"
     whole = round(seconds)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.report.aggregates import (
-    BINS,
+    MAX_BINS,
     PAIRS,
     Ask,
     Metric,
@@ -63,7 +63,7 @@ def test_summary_and_histogram_agree_with_numpy(asking: Callable[..., Ask]) -> N
     assert found.median == pytest.approx(float(np.median(values)))
     assert found.mean == pytest.approx(float(values.mean(dtype=np.float64)))
     assert (found.smallest, found.largest) == (values.min(), values.max())
-    expected, _ = np.histogram(values.astype(np.float64), BINS, (found.low, found.high))
+    expected, _ = np.histogram(values.astype(np.float64), MAX_BINS, (found.low, found.high))
     np.testing.assert_allclose(found.counts, expected, atol=1)  # a value may sit on an edge
     assert sum(found.counts) + found.below + found.above == 5001
 
@@ -149,6 +149,20 @@ def test_keys_with_quotes_find_their_pictures(asking: Callable[..., Ask]) -> Non
     groups = pair_groups(ask, images.schema, ranking_metric(metrics(ask, table.schema, 1)))
 
     assert {pair.original for group in groups for pair in group.pairs} == {b"x"}
+
+
+def test_few_rows_get_few_bins_and_no_picture_twice(asking: Callable[..., Ask]) -> None:
+    table = latents(mse=np.arange(6, dtype=np.float32))
+    images = pa.table(
+        {"sample_key": table["sample_key"], "input": [{"bytes": b"x", "path": ""}] * 6}
+    )
+    ask = asking(latents=table, images=images)
+
+    (found,) = metrics(ask, table.schema, 6)
+    groups = pair_groups(ask, images.schema, ranking_metric((found,)))
+
+    assert len(found.counts) == 10
+    assert [[pair.value for pair in group.pairs] for group in groups] == [[0, 1], [2, 3], [5, 4]]
 
 
 def test_failures_come_first_in_order_of_their_keys(asking: Callable[..., Ask]) -> None:

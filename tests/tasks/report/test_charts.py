@@ -47,6 +47,8 @@ def test_number_keeps_what_a_reader_can_use(value: float, expected: str) -> None
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
+        (0.0, "0.00 s"),
+        (0.0042, "4.2 ms"),
         (0.42, "0.42 s"),
         (61.26, "61.3 s"),
         (252, "4 min 12 s"),
