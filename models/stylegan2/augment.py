@@ -1,8 +1,9 @@
-"""Adaptive discriminator augmentation (ADA, arXiv 2006.06676): the `bgc` set, each with probability p.
+"""Adaptive discriminator augmentation (ADA, arXiv 2006.06676): the `bgc` set.
 
-Blit, geometry and colour compose into one affine map of the plane and one of the colour cube, so the
-cost is one `grid_sample` and one small matrix product, whatever p is. It differs from NVIDIA's pipeline in
-one point: bilinear sampling with reflected edges instead of a wavelet-filtered supersampling.
+Blit, geometry and colour, each applied with probability p, compose into one affine map of the plane
+and one of the colour cube: the cost is one `grid_sample` and one small matrix product, whatever p
+is. It differs from NVIDIA's pipeline in one point: bilinear sampling with reflected edges instead
+of a wavelet-filtered supersampling.
 
 Legend: N batch, H W image (square).
 """
@@ -44,7 +45,7 @@ def adjusted_strength(p: float, overfit_sign: float, target: float, step: float)
 
 
 def sample_plane_maps(n: int, p: float) -> Float[Tensor, "N 3 3"]:
-    """Inverse maps in [-1, 1] coordinates: flip, quarter turn, shifts, scale, rotation, anisotropy."""
+    """Inverse maps in [-1, 1] coordinates: flips, turns, shifts, scale, rotation, anisotropy."""
     maps = torch.eye(3).repeat(n, 1, 1)
 
     def apply(step: Tensor, probability: float) -> None:

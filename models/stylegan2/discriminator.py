@@ -5,6 +5,7 @@ Legend: N batch, I/O in/out channels, C H W image.
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -14,9 +15,9 @@ from models.stylegan2.layers import SQRT2, Bias, EqualConv2d, EqualLinear, Pixel
 from models.stylegan2.resample import blur
 
 
-def _activate(x: Tensor, bias: Bias, clamp: float | None) -> Tensor:
+def _activate(x: Tensor, module: nn.Module, clamp: float | None) -> Tensor:
     # The convolution before it already carries the activation's gain sqrt(2).
-    y = leaky_relu(x + (bias.bias * SQRT2).to(x.dtype)[None, :, None, None])
+    y = leaky_relu(x + (cast(Bias, module).bias * SQRT2).to(x.dtype)[None, :, None, None])
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
@@ -119,7 +120,8 @@ class Discriminator(nn.Module):
         dtype = self.compute_dtype or image.dtype
         x = image.to(dtype).contiguous(memory_format=self.memory_format)
         clamp = self.conv_clamp
-        taps = [_activate(self.convs[0]["0"](x, SQRT2), self.convs[0]["1"], clamp)]
+        from_rgb = cast(nn.ModuleDict, self.convs[0])
+        taps = [_activate(from_rgb["0"](x, SQRT2), from_rgb["1"], clamp)]
         for block in self.convs[1:]:
             taps.append(block(taps[-1]))
         x = taps[-1].to(image.dtype)

@@ -6,19 +6,19 @@ Source: StyleGAN2 (arXiv 1912.04958), config f (skip generator), lr_mul 0.01 in 
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.stylegan2.layers import SQRT2, Bias, EqualLinear, PixelNorm, leaky_relu, leaky_relu_
-from models.stylegan2.modulated_conv import Form, modulated_conv2d
-from models.stylegan2.resample import blur, upsample2x
+from models.stylegan2.architecture import GeneratorArchitecture as GeneratorArchitecture
+from models.stylegan2.layers import EqualLinear, PixelNorm
+from models.stylegan2.modulated_conv import Form
 from models.stylegan2.residual import Residual
+from models.stylegan2.synthesis_layers import ConstantInput, ModulatedConv, StyledConv, ToRGB
 
 CHUNK_BYTES = 32 << 20
 """On a CPU without a graph, activations beyond this size are computed a few samples at a time."""
@@ -26,151 +26,6 @@ LARGE_BATCH = 8
 """Layers of which fewer samples than this fit in CHUNK_BYTES count as large."""
 
 Noise = Literal["const", "none", "random"] | Sequence[Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorArchitecture:
-    """Everything that the weights do not say by themselves, and what they do.
-
-    Attributes:
-        resolution: output height and width, px (a power of two).
-        widths: channels of each block by resolution, e.g. {4: 512, ..., 1024: 32}.
-        z_dim, w_dim: dimensions of z and w.
-        mapping_layers: fully connected layers of the mapping network.
-        c_dim: size of the condition vector; 0 for an unconditional generator.
-        mapping_lr_mul: learning-rate multiplier of the mapping network.
-        conv_clamp: clamp of every layer's output (NVIDIA's half-precision networks use 256), or None.
-    """
-
-    resolution: int
-    widths: Mapping[int, int]
-    z_dim: int = 512
-    w_dim: int = 512
-    mapping_layers: int = 8
-    c_dim: int = 0
-    mapping_lr_mul: float = 0.01
-    conv_clamp: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", {int(k): int(v) for k, v in self.widths.items()})
-        expected = [2**i for i in range(2, self.resolution.bit_length())]
-        if (
-            self.resolution < 8
-            or expected[-1] != self.resolution
-            or sorted(self.widths) != expected
-        ):
-            raise ValueError(
-                f"generator widths: expected one width for each of {expected} at resolution "
-                f"{self.resolution}, found {sorted(self.widths)}"
-            )
-
-    @property
-    def num_ws(self) -> int:
-        """L = 2 log2(resolution) - 2."""
-        return 2 * int(math.log2(self.resolution)) - 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values (widths keyed by string)."""
-        return {**asdict(self), "widths": {str(k): v for k, v in self.widths.items()}}
-
-
-class ModulatedConv(nn.Module):
-    """A modulated convolution: kernel `weight` [1 O I k k] and its style affine `modulation`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        w_dim: int,
-        *,
-        up: bool,
-        demodulate: bool,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, out_channels, in_channels, kernel, kernel))
-        self.modulation = EqualLinear(w_dim, in_channels, bias_init=1.0)
-        self.scale = 1.0 / math.sqrt(in_channels * kernel * kernel)
-        self.up, self.demodulate = up, demodulate
-
-    def forward(
-        self, x: Tensor, styles: Tensor, *, gain: float, residual: Any, form: Form
-    ) -> Tensor:
-        if residual is not None:
-            residual = type(residual)(u=residual.u * self.scale, v=residual.v)
-        return modulated_conv2d(
-            x,
-            self.weight[0] * self.scale,
-            styles,
-            gain=gain,
-            should_demodulate=self.demodulate,
-            up=self.up,
-            residual=residual,
-            form=form,
-        )
-
-
-class NoiseStrength(nn.Module):
-    """The learned noise gain, rosinality's `NoiseInjection` (key `weight`, shape [1])."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-
-class StyledConv(nn.Module):
-    """Modulated 3x3 convolution, filter after an up-convolution, noise, bias, LeakyReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, *, up: bool) -> None:
-        super().__init__()
-        self.conv = ModulatedConv(in_channels, out_channels, 3, w_dim, up=up, demodulate=True)
-        self.noise = NoiseStrength()
-        self.activate = Bias(out_channels)
-
-    def forward(
-        self,
-        x: Tensor,
-        styles: Tensor,
-        noise: Tensor | None,
-        *,
-        clamp: float | None,
-        residual: Any,
-        form: Form,
-    ) -> Tensor:
-        # LeakyReLU is positively homogeneous: its gain sqrt(2) rides on d, noise and bias for free.
-        y = self.conv(x, styles, gain=SQRT2, residual=residual, form=form)
-        if self.conv.up:
-            y = blur(y, padding=1, gain=4.0)
-        bias = (self.activate.bias * SQRT2).to(y.dtype)[None, :, None, None]
-        if noise is not None:
-            noise = (noise * (self.noise.weight * SQRT2)).to(y.dtype)
-        if not torch.is_grad_enabled() or not any(
-            t is not None and t.requires_grad for t in (y, noise, bias)
-        ):
-            # No graph: the fresh result of the convolution is changed in place.
-            y = leaky_relu_((y if noise is None else y.add_(noise)).add_(bias))
-        else:
-            y = leaky_relu((y if noise is None else y + noise) + bias)
-        return y if clamp is None else y.clamp(-clamp, clamp)
-
-
-class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to three channels, added to the upsampled image so far."""
-
-    def __init__(self, in_channels: int, w_dim: int) -> None:
-        super().__init__()
-        self.conv = ModulatedConv(in_channels, 3, 1, w_dim, up=False, demodulate=False)
-        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
-
-    def forward(
-        self, x: Tensor, styles: Tensor, image: Tensor | None, *, clamp: float | None, form: Form
-    ) -> Tensor:
-        y = self.conv(x, styles, gain=1.0, residual=None, form=form)
-        y = y + self.bias.to(y.dtype)
-        if clamp is not None:
-            y = y.clamp(-clamp, clamp)
-        y = y.to(styles.dtype)  # the image accumulates in the master precision
-        return y if image is None else y + upsample2x(image)
 
 
 @dataclass(kw_only=True)
@@ -190,17 +45,9 @@ class _Part:
             image=None if self.image is None else self.image[rows],
             styles=[s[rows] for s in self.styles],
             maps=[m if m is None or len(m) == 1 else m[rows] for m in self.maps],
-            features=None if self.features is None else {k: f[rows] for k, f in self.features.items()},
-            residual=None if self.residual is None else {k: r[rows] for k, r in self.residual.items()},
+            features=self.features and {k: f[rows] for k, f in self.features.items()},
+            residual=self.residual and {k: r[rows] for k, r in self.residual.items()},
         )
-
-
-class ConstantInput(nn.Module):
-    """The learned 4x4 input (key `input`, shape [1 C 4 4])."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
 
 
 class Generator(nn.Module):
@@ -266,7 +113,7 @@ class Generator(nn.Module):
 
     def conv(self, index: int) -> StyledConv:
         """The 3x3 layer `index`: 0 is `conv1`, i + 1 is `convs.i`. Its row of w+ is `index`."""
-        return self.conv1 if index == 0 else self.convs[index - 1]  # type: ignore[return-value]
+        return self.conv1 if index == 0 else cast(StyledConv, self.convs[index - 1])
 
     @staticmethod
     def conv_resolution(index: int) -> int:
@@ -280,11 +127,10 @@ class Generator(nn.Module):
         """
         found = [("conv1", self.conv1.conv, 0), ("to_rgb1", self.to_rgb1.conv, 1)]
         for block, to_rgb in enumerate(self.to_rgbs):
-            for half in (0, 1):
-                index = 2 * block + half
-                found.append((f"convs.{index}", self.convs[index].conv, index + 1))
-            found.append((f"to_rgbs.{block}", to_rgb.conv, 2 * block + 3))
-        return found  # type: ignore[return-value]
+            for index in (2 * block, 2 * block + 1):
+                found.append((f"convs.{index}", self.conv(index + 1).conv, index + 1))
+            found.append((f"to_rgbs.{block}", cast(ToRGB, to_rgb).conv, 2 * block + 3))
+        return found
 
     # ------------------------------------------------------------------ the public face
 
@@ -312,7 +158,7 @@ class Generator(nn.Module):
             embedded = self.embed(c)
             # NVIDIA normalises z and the embedding each, then concatenates.
             x = torch.cat([x, self.style[0](embedded)], dim=1)
-        for layer in self.style[1:]:
+        for layer in list(self.style)[1:]:
             x = layer(x)
         w_plus = x[:, None].repeat(1, self.num_ws, 1)
         if truncation_psi == 1.0:
@@ -338,9 +184,9 @@ class Generator(nn.Module):
             w_plus: one w per layer.
             noise: "const" uses the stored maps, "none" no noise, "random" fresh noise from torch's
                 generator, or one tensor [N or 1, 1, h, w] for each 3x3 convolution.
-            features: activations that replace the output of a 3x3 layer, keyed 1..L-1 in layer order
-                (5 is CLCAE's F: the second convolution at 16x16). The ToRGB of that resolution still
-                reads the activation that was replaced, as CLCAE does.
+            features: activations that replace the output of a 3x3 layer, keyed 1..L-1 in layer
+                order (5 is CLCAE's F: the second convolution at 16x16). The ToRGB of that
+                resolution still reads the activation that was replaced, as CLCAE does.
             residual: low-rank kernel additions by index of the 3x3 layer (0 is `conv1`).
         """
         self._check_inputs(w_plus, features, residual)
@@ -349,21 +195,25 @@ class Generator(nn.Module):
         dtype = self.compute_dtype or w_plus.dtype
         x = self.input.input.to(dtype).expand(w_plus.shape[0], -1, -1, -1)
         x = x.contiguous(memory_format=self._memory_format(styles, maps, features, residual))
-        part = _Part(x=x, image=None, styles=styles, maps=maps, features=features, residual=residual)
+        part = _Part(
+            x=x, image=None, styles=styles, maps=maps, features=features, residual=residual
+        )
         has_graph = torch.is_grad_enabled() and any(
             t.requires_grad for t in self._graph_inputs(styles, maps, features, residual)
         )
         if has_graph or x.is_cuda or len(x) == 1 or self.form == "grouped":
             return self._run(part, 0, self.num_convs)
-        # Large activations: a few samples at a time from here on. The result is the same, the memory
-        # is that of one sample, and it is still in the cache when it is used again.
+        # Large activations: a few samples at a time from here on. The result is the same, the
+        # memory is that of one sample, and it is still in the cache when it is used again.
         split = self._first_large_layer(w_plus.dtype)
         self._run(part, 0, split)
         size = self._chunk(split, w_plus.dtype)
         if size >= len(x):
             return self._run(part, split, self.num_convs)
         chunks = range(0, len(x), size)
-        images = [self._run(part.rows(slice(at, at + size)), split, self.num_convs) for at in chunks]
+        images = [
+            self._run(part.rows(slice(at, at + size)), split, self.num_convs) for at in chunks
+        ]
         return torch.cat(images)
 
     forward = synthesis
@@ -375,12 +225,14 @@ class Generator(nn.Module):
         if not 1 <= layer <= self.num_convs:
             raise ValueError(f"activations: expected a layer in 1..{self.num_convs}, found {layer}")
         captured: list[Tensor] = []
-        hook = self.conv(layer - 1).register_forward_hook(lambda _m, _i, out: captured.append(out))
+        hook = self.conv(layer - 1).register_forward_hook(
+            lambda _m, _i, out: captured.append(out)  # pyright: ignore
+        )
         try:
             self.synthesis(w_plus, noise)
         finally:
             hook.remove()
-        return captured[0]
+        return torch.cat(captured)  # large layers run a few samples at a time
 
     # ------------------------------------------------------------------ inside
 
@@ -493,7 +345,7 @@ class Generator(nn.Module):
 
 
 def weights_hash(module: nn.Module) -> str:
-    """sha256 over the parameters and buffers in name order: the identity stored with every latent."""
+    """sha256 over parameters and buffers in name order: the identity stored with every latent."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().to("cpu", torch.float32).contiguous()

@@ -15,7 +15,7 @@ SQRT2 = math.sqrt(2.0)
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """LeakyReLU(0.2). Its usual gain sqrt(2) is folded into what comes before it (see `scaled_lrelu`)."""
+    """LeakyReLU(0.2). Its usual gain sqrt(2) is folded into what comes before it."""
     return F.leaky_relu(x, 0.2)
 
 

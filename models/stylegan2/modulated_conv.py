@@ -1,16 +1,17 @@
 """Modulated convolution in the cheaper of two exact forms, with the grouped twin as the truth.
 
-Legend: N batch, I/O in/out channels, k kernel, H W input size, h w output size, r rank of a residual.
+Legend: N batch, I/O in/out channels, k kernel, H W input size, h w output size, r rank.
 
 The layer computes, per sample n, `y_n = conv(x_n, d_n * K_n)` with `K_n = W * s_n + u_n v_n` and
-`d_n,o = rsqrt(sum_ik K_n,oik^2 + 1e-8)` (StyleGAN2, equations 1-3; RefineStyle's residual between the
-two). With `up`, the convolution is a transposed one of stride 2 (the caller filters its result).
+`d_n,o = rsqrt(sum_ik K_n,oik^2 + 1e-8)` (StyleGAN2, equations 1-3; RefineStyle's residual between
+the two). With `up`, the convolution is a transposed one of stride 2 (the caller filters it).
 
 - `grouped`: build every K_n and run one grouped convolution. The reference; slow and large.
 - `implicit`: `d * (conv(s * x, W) + u conv(x, v))`: one shared convolution for the whole batch. The
-  norm of K_n comes from `s^2 Q + 2 sum_r u C + diag(u G u^T)`, Q = sum_k W^2, C = W (s v)^T, G = v v^T.
-- `folded`: scale the kernel and convolve sample by sample. Cheaper where the kernel is small and the
-  activations are large. With a frozen kernel its backward pass computes no kernel gradient at all:
+  norm of K_n comes from `s^2 Q + 2 sum_r u C + diag(u G u^T)`, with Q = sum_k W^2, C = W (s v)^T
+  and G = v v^T.
+- `folded`: scale the kernel and convolve sample by sample. Cheaper where the kernel is small and
+  the activations are large. With a frozen kernel its backward pass computes no kernel gradient:
   the gradient of s is `sum_hw x * conv^T(d gy, W)`, the one of d is `sum_hw gy y / d`.
 """
 
@@ -68,10 +69,10 @@ def modulated_conv2d(
 def choose_form(
     x: Tensor, weight: Tensor, styles: Tensor, residual: LowRank | None
 ) -> Literal["implicit", "folded"]:
-    """Fold where one sample's kernel is smaller than about twice its activations, else stay implicit.
+    """Fold where one sample's kernel is smaller than twice its activations, else stay implicit.
 
-    A kernel that learns, a residual that learns and a GPU take the implicit form: it has an ordinary
-    (twice differentiable) graph and its kernel gradient is one convolution for the whole batch.
+    A kernel that learns, a residual that learns and a GPU take the implicit form: it has an
+    ordinary (twice differentiable) graph and its kernel gradient is one convolution for the batch.
     Without a graph a batch stays implicit too, since its scalings then run in place; large
     activations come one sample at a time (`Generator.synthesis`), and those fold.
     """

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
-"""The 1-D resampling filter of StyleGAN2 (config `resample_filter=[1,3,3,1]`), before normalisation."""
+"""The 1-D resampling filter of StyleGAN2, before normalisation."""
 
 
 def filter_2d(
@@ -50,7 +50,7 @@ def _depthwise(channels: int, x: Tensor, gain: float) -> Tensor:
 def blur(
     x: Float[Tensor, "N C H W"], padding: int, gain: float = 1.0, stride: int = 1
 ) -> Float[Tensor, "N C h w"]:
-    """Low-pass filter with symmetric zero padding; `stride=2` skips the outputs that are thrown away."""
+    """Low-pass filter with symmetric zero padding; `stride=2` computes only what is kept."""
     channels = x.shape[1]
     return F.conv2d(
         x, _depthwise(channels, x, gain), padding=padding, stride=stride, groups=channels

@@ -1,4 +1,4 @@
-"""Low-rank kernel residuals: the fourth door of the generator (RefineStyle's dynamic-kernel refinement).
+"""Low-rank kernel residuals, the fourth door of the generator: RefineStyle's kernel refinement.
 
 Legend: N batch, O/I out/in channels, r rank, k kernel size.
 """
@@ -13,10 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
-    """A per-sample residual `dW = u v` of one kernel, added after modulation and before demodulation.
+    """A per-sample residual `dW = u v` of one kernel, between modulation and demodulation.
 
-    `K_n = W * s_n + u_n v_n` (RefineStyle, arXiv 2410.06104: `W^d = dW + s W^0`, `dW = P^T Q`). Both
-    factors share the unit of the stored kernel W: the equalised-learning-rate gain multiplies the sum.
+    `K_n = W * s_n + u_n v_n` (RefineStyle, arXiv 2410.06104: `W^d = dW + s W^0`, `dW = P^T Q`). The
+    product is in the unit of the stored kernel W: the equalised-learning-rate gain multiplies the
+    sum.
     """
 
     u: Float[Tensor, "N O r"]
@@ -37,8 +38,12 @@ class LowRank:
     def __getitem__(self, rows: slice) -> "LowRank":
         return LowRank(u=self.u[rows], v=self.v[rows])
 
-    def to(self, *args: torch.device | torch.dtype | str) -> "LowRank":
-        return LowRank(u=self.u.to(*args), v=self.v.to(*args))
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "LowRank":
+        return LowRank(
+            u=self.u.to(device=device, dtype=dtype), v=self.v.to(device=device, dtype=dtype)
+        )
 
     @staticmethod
     def cat(parts: Sequence["LowRank"]) -> "LowRank":
@@ -47,7 +52,7 @@ class LowRank:
 
     @staticmethod
     def total(parts: Sequence["LowRank"]) -> "LowRank":
-        """The residual whose kernel is the sum of the parts' kernels: factors stack along the rank."""
+        """The residual whose kernel is the sum of the parts': factors stack along the rank."""
         return LowRank(u=torch.cat([p.u for p in parts], 2), v=torch.cat([p.v for p in parts], 1))
 
 

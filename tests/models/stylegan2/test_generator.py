@@ -308,3 +308,17 @@ def test_weights_hash(tiny_generator):
         changed = copy.deepcopy(tiny_generator)
         changed.state_dict()[name].view(-1)[0] += 1e-3
         assert weights_hash(changed) != first, name
+
+
+def test_activations_of_a_chunked_batch_hold_every_sample(
+    tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large layers run a few samples at a time: the activations must still be the batch's."""
+    w_plus = torch.randn(5, tiny_generator.num_ws, tiny_generator.w_dim)
+    whole = tiny_generator.activations(w_plus, tiny_generator.num_convs)
+    image = tiny_generator.synthesis(w_plus)
+    monkeypatch.setattr("models.stylegan2.generator.CHUNK_BYTES", 2 * 32 * 32 * 8 * 4)
+    found = tiny_generator.activations(w_plus, tiny_generator.num_convs)
+    assert len(found) == 5
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(tiny_generator.synthesis(w_plus), image)

@@ -34,7 +34,7 @@ def test_total_adds_kernels():
 
 
 def test_to():
-    assert make().to(torch.float64).u.dtype == torch.float64
+    assert make().to(dtype=torch.float64).u.dtype == torch.float64
     assert make().to("cpu").v.device.type == "cpu"
 
 
