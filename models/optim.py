@@ -3,6 +3,9 @@
 Legend: N batch (rows).
 """
 
+# torch keeps its fused list operations behind names with an underscore.
+# pyright: reportPrivateImportUsage=false
+
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

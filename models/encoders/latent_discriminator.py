@@ -41,6 +41,14 @@ class CodePool:
         self.size = size
         self.codes: Tensor | None = None
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The codes kept, for a checkpoint."""
+        return {} if self.codes is None else {"codes": self.codes.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        self.codes = state["codes"].clone() if "codes" in state else None
+
     def query(self, codes: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """Detached codes, a random half swapped with the pool (torch's global generator)."""
         codes = codes.detach()

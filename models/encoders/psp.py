@@ -38,6 +38,7 @@ class EncoderArchitecture:
         width: channels of the first stage; the last has 8 times as many, and so has the pyramid.
         units: residual units of the four stages.
         head_width: channels inside the style heads (they hold most of the official parameters).
+        stem_stride: 1 as published; 2 halves the size in the stem already (see `IrSe`).
         in_channels: channels of the input; 6 for encoders that see a picture and a reconstruction.
     """
 
@@ -49,6 +50,7 @@ class EncoderArchitecture:
     units: tuple[int, ...] = IR_SE_50
     head_width: int = 512
     in_channels: int = 3
+    stem_stride: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", tuple(int(count) for count in self.units))
@@ -60,6 +62,8 @@ class EncoderArchitecture:
             )
         if len(self.units) != 4 or min(self.units) < 1:
             raise ValueError(f"encoder units: expected four counts >= 1, found {self.units}")
+        if self.stem_stride not in (1, 2):
+            raise ValueError(f"encoder stem_stride: expected 1 or 2, found {self.stem_stride}")
         for name in ("num_ws", "w_dim", "width", "head_width", "in_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder {name}: expected >= 1, found {getattr(self, name)}")
@@ -89,7 +93,9 @@ class GradualStyleBlock(nn.Module):
         self.linear = EqualLinear(in_channels, w_dim)
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D"]:
-        return self.linear(self.convs(x).flatten(1))
+        x = self.convs(x).flatten(1)
+        with torch.autocast(x.device.type, enabled=False):  # codes stay float32
+            return self.linear(x.float())
 
 
 class PyramidEncoder(IrSe):
@@ -97,7 +103,7 @@ class PyramidEncoder(IrSe):
 
     def __init__(self, architecture: EncoderArchitecture) -> None:
         arch = architecture
-        super().__init__(arch.width, arch.units, arch.in_channels)
+        super().__init__(arch.width, arch.units, arch.in_channels, arch.stem_stride)
         self.architecture = arch
         channels, size = 8 * arch.width, arch.input_size
         self.styles = nn.ModuleList(

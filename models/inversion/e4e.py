@@ -50,7 +50,7 @@ class E4e(Method):
                 "generator through `load_generator`, which estimates it"
             )
         self.latent_avg = average.float().expand(generator.num_ws, -1)
-        self.encoder = loaded.encoder.to(memory_format=torch.channels_last)
+        self.encoder = loaded.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._sha256 = loaded.sha256
 
     def hashes(self) -> dict[str, str]:

@@ -1,0 +1,294 @@
+"""The loop that every encoder training shares: draw, step, log, validate, checkpoint, resume.
+
+What is trained is an `Objective`; the loop knows nothing of its networks. A run continues exactly
+where its last checkpoint stood: weights, optimisers, replay pools and random numbers.
+
+Legend: M pictures held in memory, N batch, H W image.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from models.errors import AssetError, ConfigError
+from tasks.training.data import load_pictures
+from tasks.training.distributed import is_main_process
+from tasks.training.grids import save_grid
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of the loop, part of every encoder's config."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    data: tuple[str, ...]
+    """Parquet files with an `image` column; pictures are resized to the generator's resolution."""
+    out: str
+    """Folder for checkpoint, log, grids and the finished weights."""
+    validation: tuple[str, ...] = ()
+    """Parquet files with pictures that are never trained on; empty skips validation."""
+    images: int = 120_000
+    """Budget: stop after so many pictures shown. Schedules are shares of it."""
+    batch: int = 16
+    precision: str = "float32"
+    """Of the convolutions while training: "float32" or "bfloat16"."""
+    device: str = "cpu"
+    threads: int = 0
+    """CPU threads; 0 keeps torch's choice."""
+    seed: int = 0
+    log_images: int = 1_000
+    checkpoint_images: int = 20_000
+    """Checkpoint and validate after so many pictures."""
+    validation_images: int = 128
+    """Pictures of `validation` that are scored on the way; the end scores all of them."""
+    time_limit_s: float = math.inf
+    """Write a checkpoint and return after so many seconds; run again to go on."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "log_images", "checkpoint_images", "validation_images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
+            )
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint can hold: modules, optimisers, pools."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+class Objective(ABC):
+    """What one training run optimises.
+
+    Attributes:
+        resolution: size of the pictures it takes, px.
+        parts: everything that a resumed run must find again, by name.
+        identity: JSON-ready values that a checkpoint must agree with to be resumed (architecture,
+            generator).
+    """
+
+    resolution: int
+    parts: Mapping[str, Stateful]
+    identity: Mapping[str, Any]
+
+    @abstractmethod
+    def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
+        """One update from pictures in [-1, 1] after `shown` pictures; losses to log, by name."""
+
+    @abstractmethod
+    def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Metrics [N] by name, and the columns of a grid (the reconstruction first).
+
+        Draws no random numbers and leaves the networks in training mode.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Give the networks the exact values that `export` writes; the last scores are theirs."""
+
+    @abstractmethod
+    def export(self, scores: Mapping[str, float], shown: int) -> Path:
+        """Write the finished weights with their card."""
+
+
+def train(objective: Objective, config: TrainingConfig) -> Path:
+    """Run an objective to its budget, resuming from `<out>/checkpoint.pt` where there is one.
+
+    Returns:
+        The path of the exported weights, or of the checkpoint where the time limit came first.
+
+    Raises:
+        AssetError: no pictures, or a checkpoint of another run.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    pictures = load_pictures(config.data, objective.resolution)
+    held_out = load_pictures(config.validation, objective.resolution) if config.validation else None
+    shown = 0
+    if checkpoint.exists():
+        shown = load_checkpoint(checkpoint, objective)
+        logger.info("resumed %s at %d images", checkpoint, shown)
+    progress = _Progress(out, config, shown)
+    while shown < config.images:
+        losses = objective.step(draw(pictures, config.batch, config.device), shown)
+        before, shown = shown, shown + config.batch
+        progress.add(losses, shown)
+        if not is_main_process():
+            continue
+        if _crossed(before, shown, config.log_images):
+            progress.log(shown)
+        is_late = progress.seconds > config.time_limit_s
+        if is_late or _crossed(before, shown, config.checkpoint_images):
+            save_checkpoint(checkpoint, objective, config, shown)
+            if held_out is not None:
+                scores = validate(objective, held_out[: config.validation_images], config, shown)
+                progress.log_scores(scores, shown)
+        if is_late:
+            return checkpoint
+    if not is_main_process():
+        return checkpoint
+    save_checkpoint(checkpoint, objective, config, shown)
+    objective.settle()
+    scores = {} if held_out is None else validate(objective, held_out, config, shown)
+    progress.log_scores(scores, shown)
+    return objective.export(scores, shown)
+
+
+def set_up(config: TrainingConfig) -> None:
+    """Threads and seed; call it before the networks are built."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+
+
+def draw(pictures: UInt8[Tensor, "M 3 H W"], batch: int, device: str) -> Float[Tensor, "N 3 H W"]:
+    """Random pictures with random flips, in [-1, 1], channels last."""
+    rows = torch.randint(len(pictures), (batch,))
+    images = pictures[rows]
+    is_flipped = torch.rand(batch) < 0.5
+    images[is_flipped] = images[is_flipped].flip(3)
+    return to_images(images, device)
+
+
+def to_images(pictures: UInt8[Tensor, "N 3 H W"], device: str) -> Float[Tensor, "N 3 H W"]:
+    """0..255 to [-1, 1], channels last."""
+    images = pictures.to(device).float().div_(127.5).sub_(1)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def validate(
+    objective: Objective, pictures: UInt8[Tensor, "M 3 H W"], config: TrainingConfig, shown: int
+) -> dict[str, float]:
+    """Mean metrics over held-out pictures, and a grid of the first of them as a PNG."""
+    found: dict[str, list[Tensor]] = {}
+    grid = torch.empty(0)
+    for part in pictures.split(32):
+        images = to_images(part, config.device)
+        metrics, results = objective.score(images)
+        for name, values in metrics.items():
+            found.setdefault(name, []).append(values.float().cpu())
+        if not grid.numel():
+            grid = torch.stack([images, *results], 1)[:24].float().cpu()  # [24 columns 3 H W]
+    path = Path(config.out) / f"validation-{shown:08d}.png"
+    save_grid(grid.flatten(0, 1), path, columns=4 * grid.shape[1])
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+
+
+def save_checkpoint(path: Path, objective: Objective, config: TrainingConfig, shown: int) -> None:
+    """Write everything an exact resume needs, atomically."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(
+        {
+            "config": json.dumps(asdict(config)),
+            "identity": json.dumps(objective.identity, sort_keys=True),
+            "parts": {name: part.state_dict() for name, part in objective.parts.items()},
+            "images": shown,
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+        temporary,
+    )
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, objective: Objective) -> int:
+    """Put a checkpoint's state into the objective; the number of pictures shown so far.
+
+    Raises:
+        AssetError: it belongs to another architecture or generator; the message names the settings.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    before, now = json.loads(saved["identity"]), dict(objective.identity)
+    now = json.loads(json.dumps(now))
+    different = sorted(key for key in before | now if before.get(key) != now.get(key))
+    if different:
+        raise AssetError(
+            f"{path}: it cannot be resumed, these settings differ: "
+            + "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in different)
+            + ". Choose another `out` or the old settings"
+        )
+    for name, part in objective.parts.items():
+        part.load_state_dict(saved["parts"][name])
+    torch.set_rng_state(saved["rng"])
+    if saved["rng_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["rng_cuda"])
+    return int(saved["images"])
+
+
+class _Progress:
+    """Rates and averaged losses, as a log line and as a row of log.jsonl."""
+
+    def __init__(self, out: Path, config: TrainingConfig, shown: int) -> None:
+        self.path, self.config = out / "log.jsonl", config
+        self.started, self.first = time.monotonic(), shown
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def add(self, losses: Mapping[str, Tensor], shown: int) -> None:
+        for name, value in losses.items():
+            value = value.detach().float().mean()
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def log(self, shown: int) -> None:
+        rate = (shown - self.first) / max(self.seconds, 1e-9)
+        losses = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"training diverged: {', '.join(bad)} not finite at {shown} images; lower the "
+                "learning rate and resume from the last checkpoint"
+            )
+        self._write(
+            {
+                "images": shown,
+                "images_per_s": round(rate, 1),
+                "eta_s": round((self.config.images - shown) / max(rate, 1e-9)),
+                **{name: _short(value) for name, value in losses.items()},
+            }
+        )
+        self.sums.clear()
+        self.counts.clear()
+
+    def log_scores(self, scores: Mapping[str, float], shown: int) -> None:
+        if scores:
+            row = {f"validation_{name}": _short(value) for name, value in scores.items()}
+            self._write({"images": shown, **row})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        logger.info(" ".join(f"{name}={value}" for name, value in row.items()))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _crossed(before: int, after: int, interval: int) -> bool:
+    return before // interval != after // interval
