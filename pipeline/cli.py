@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console
@@ -12,12 +12,20 @@ from rich.logging import RichHandler
 
 from models.errors import RefineryError
 
+LOG_WIDTH = 160
 OK, UNCLEAN, WRONG, BUG, STOPPED = 0, 1, 2, 3, 130
 """Exit codes: fine; finished with quarantined shards or problems; a setting, a file or a place is
 wrong; an error of ours; stopped by Ctrl-C or SIGTERM."""
 
-console = Console()
-error_console = Console(stderr=True)
+
+def _console(stream: TextIO, *, stderr: bool) -> Console:
+    """A log file is not cut to 80 characters."""
+    is_free = not stream.isatty() and "COLUMNS" not in os.environ
+    return Console(stderr=stderr, width=LOG_WIDTH if is_free else None)
+
+
+console = _console(sys.stdout, stderr=False)
+error_console = _console(sys.stderr, stderr=True)
 
 app = App(
     name="refinery",
@@ -289,6 +297,8 @@ def train(
 
 def main() -> None:
     """The console script."""
+    # A preempted machine sends SIGTERM: leave as with Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run_app(sys.argv[1:]))
 
 
@@ -301,8 +311,6 @@ def run_app(tokens: list[str]) -> int:
     is_debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     _set_up_logging(is_debug)
-    # A preempted machine sends SIGTERM: leave as with Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(tokens, exit_on_error=False, result_action="return_value")
         return code if isinstance(code, int) else OK

@@ -191,11 +191,11 @@ class _ProgressArtifact:
 
 def gpu_quota(engine: EngineConfig) -> Any:
     """Hold as many slots of the server's GPU limit as the pool will use, while it runs."""
-    gpus = _gpus_wanted(engine)
+    gpus = gpus_wanted(engine)
     return concurrency(GPU_LIMIT, occupy=gpus) if gpus else nullcontext()
 
 
-def _gpus_wanted(engine: EngineConfig) -> int:
+def gpus_wanted(engine: EngineConfig) -> int:
     if engine.gpus_per_actor == 0:
         return 0
     if engine.gpus_per_actor == "auto" and stages.local_device() == "cpu" and not engine.address:

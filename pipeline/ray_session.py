@@ -3,8 +3,10 @@
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from models.errors import ConfigError
 
@@ -18,20 +20,25 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
+COMMON: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
 OBJECT_STORE_BYTES = 100 * 2**20
 """Pictures never enter the object store; only shard numbers and counts do."""
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
+Linux all of 127/8 is loopback."""
 
 
 @contextmanager
-def ray_session(address: str = "") -> Iterator[None]:
+def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the length of a block.
 
     Args:
         address: of a cluster; empty means RAY_ADDRESS, and without it a local Ray on loopback, with
             no dashboard and no usage report. A Ray that the process has already is used as it is.
+        num_cpus: of a local Ray; None for those of the machine.
 
     Raises:
-        ConfigError: the cluster does not answer.
+        ConfigError: the cluster does not answer, or a local Ray does not start.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -41,28 +48,36 @@ def ray_session(address: str = "") -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
-    common = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": True}
-    if address:
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, TimeoutError, OSError, ValueError, RuntimeError) as error:
+    try:
+        _start_local(num_cpus) if not address else ray.init(address=address, **COMMON)
+    except (OSError, ValueError, RuntimeError) as error:
+        if address:
             raise ConfigError(
                 f"engine.address: no Ray cluster answers at {address!r} ({error}); start one, "
                 "correct the address, or leave it (and RAY_ADDRESS) empty for a local Ray"
             ) from error
-    else:
-        # Ray asks for a token, so that other users of the machine cannot use it: one for this Ray
-        # alone instead of a file in the home directory, which may be read-only.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=OBJECT_STORE_BYTES,
-            **common,
-        )
+        raise ConfigError(
+            f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with free space, "
+            "or run with --engine inline"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(num_cpus: int | None) -> None:
+    import ray
+
+    # Ray asks for a token, so that other users of the machine cannot use it: one for this Ray
+    # alone instead of a file in the home directory, which may be read-only.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=num_cpus,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address=LOOPBACK,
+        **COMMON,
+    )

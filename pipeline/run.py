@@ -143,8 +143,8 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
             retry_wait_s=engine.retry_wait_s,
             patience_s=engine.patience_s,
         ),
-        quarantine=lambda shard, why: ledger.quarantine(
-            run_uri, shard, why, attempts=engine.max_attempts
+        quarantine=lambda shard, why, attempts: ledger.quarantine(
+            run_uri, shard, why, attempts=attempts
         ),
         shards_total=record["num_shards"],
         rows_total=record["num_samples"],

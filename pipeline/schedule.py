@@ -15,6 +15,8 @@ class Failure(StrEnum):
 
     SHARD = "shard"
     """The work raised: a broken input, an unexpected error. Counts against the shard."""
+    DAMAGED = "damaged"
+    """The input is corrupt: no later try will help, so it is quarantined at once."""
     DEATH = "death"
     """The worker died. Whoever was in flight is a suspect and is next tried alone."""
     TIMEOUT = "timeout"
@@ -93,7 +95,8 @@ class Schedule:
         return max(self._retries[0][0] - now, 0.0)
 
     def succeeded(self, shard: int) -> None:
-        self._forget(shard)
+        self._attempts.pop(shard, None)
+        self._suspects.discard(shard)
         self._storage_fails_since = None
 
     def failed(self, shard: int, failure: Failure, now: float) -> Verdict:
@@ -110,14 +113,13 @@ class Schedule:
         tried = self._attempts[shard] = self._attempts.get(shard, 0) + 1
         if failure in (Failure.DEATH, Failure.TIMEOUT):
             self._suspects.add(shard)
-        if tried >= self._max_attempts:
-            self._forget(shard)
+        if tried >= self._max_attempts or failure is Failure.DAMAGED:
             return Verdict.QUARANTINE
         return self._again(shard, now + self._retry_wait_s * 4 ** (tried - 1))
 
-    def _forget(self, shard: int) -> None:
-        self._attempts.pop(shard, None)
-        self._suspects.discard(shard)
+    def attempts(self, shard: int) -> int:
+        """Failures counted against a shard so far."""
+        return self._attempts.get(shard, 0)
 
     def _again(self, shard: int, due: float) -> Verdict:
         heapq.heappush(self._retries, (due, shard))

@@ -58,8 +58,8 @@ class Tally:
     """Books results: schedule, quarantine, counts, listener. One per driver."""
 
     schedule: Schedule
-    quarantine: Callable[[int, str], None]
-    """Writes the reason to the ledger."""
+    quarantine: Callable[[int, str, int], None]
+    """Writes shard, reason and number of attempts to the ledger."""
     shards_total: int
     rows_total: int | None
     shards_done: int = 0
@@ -120,7 +120,7 @@ class Tally:
             raise LedgerError(result.error)
         if verdict is Verdict.QUARANTINE:
             self.quarantined[result.shard] = result.error
-            self.quarantine(result.shard, result.error)
+            self.quarantine(result.shard, result.error, self.schedule.attempts(result.shard))
             logger.warning("shard=%05d quarantined: %s", result.shard, result.error)
             self.tell()
         elif result.failure is not Failure.NEIGHBOUR:

@@ -16,6 +16,7 @@ from models.errors import AssetError, ConfigError, LedgerError, RefineryError
 from pipeline.faults import is_cuda_error, is_passing, is_refused
 from pipeline.schedule import Failure
 from tasks.job import JobConfig
+from tasks.sources.sample import CorruptFileError
 
 if TYPE_CHECKING:
     from tasks.inverter import Inverter
@@ -100,8 +101,14 @@ class ShardWorker:
         except Exception as error:
             if is_cuda_error(error):
                 self._leave(shard, error)
-            logger.warning(
-                "shard=%05d failed after %.1f s", shard, time.monotonic() - started, exc_info=True
+            # What the error tree names is said by the driver; a traceback is for what it does not.
+            is_named = isinstance(error, RefineryError)
+            logger.log(
+                logging.INFO if is_named else logging.WARNING,
+                "shard=%05d failed after %.1f s",
+                shard,
+                time.monotonic() - started,
+                exc_info=not is_named,
             )
             return failed_result(shard, error)
         return ShardResult(
@@ -149,10 +156,14 @@ def changed_weights(expected: dict[str, str], found: dict[str, str]) -> str:
 def failed_result(shard: int, error: BaseException) -> ShardResult:
     """What an exception means for the shard and for the run."""
     is_refinery = isinstance(error, RefineryError)
-    is_storage = isinstance(error, LedgerError) or is_passing(error)
+    failure = Failure.SHARD
+    if isinstance(error, LedgerError) or is_passing(error):
+        failure = Failure.STORAGE
+    elif isinstance(error, CorruptFileError):
+        failure = Failure.DAMAGED
     return ShardResult(
         shard=shard,
         error=str(error) if is_refinery else f"{type(error).__name__}: {error}",
-        failure=Failure.STORAGE if is_storage else Failure.SHARD,
+        failure=failure,
         is_fatal=isinstance(error, AssetError | ConfigError) or is_refused(error),
     )

@@ -78,6 +78,14 @@ def test_storage_failures_do_not_count_until_patience_ends() -> None:
     assert schedule.failed(1, Failure.STORAGE, now=251.0) is Verdict.GIVE_UP
 
 
+def test_damaged_input_is_given_up_at_once() -> None:
+    schedule = make([1])
+    schedule.take(0.0, is_idle=True)
+    assert schedule.failed(1, Failure.DAMAGED, now=0.0) is Verdict.QUARANTINE
+    assert schedule.attempts(1) == 1
+    assert schedule.is_empty()
+
+
 def test_success_clears_the_count() -> None:
     schedule = make([1], max_attempts=2)
     schedule.take(0.0, is_idle=True)

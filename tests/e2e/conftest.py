@@ -1,0 +1,37 @@
+"""A small dataset, its undisturbed run, and one Ray that knows the S3 server."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import make_tiny_generator
+from tests.e2e.small_dataset import Dataset, run_inline, write_dataset
+from tests.local_ray import shared_ray
+from tests.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("dataset"), make_tiny_generator(), face_bytes)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run that nothing happened to, on the inline engine."""
+    run = str(tmp_path_factory.mktemp("undisturbed") / "run")
+    summary = run_inline(dataset, run)
+    assert summary.is_clean
+    assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
+    return run
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: S3Server) -> Iterator[None]:
+    """Started with the S3 server's variables: workers inherit them, as pods do from their spec."""
+    before = dict(os.environ)
+    os.environ.update(s3_server.environment)
+    with shared_ray():
+        os.environ.clear()
+        os.environ.update(before)
+        yield

@@ -1,0 +1,94 @@
+"""A dataset that a run of milliseconds inverts, and what is compared between runs of it."""
+
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from models.checkpoints.native import save_generator
+from models.stylegan2.generator import Generator
+from pipeline.config import load_config
+from pipeline.run import Summary, invert
+from tasks.ledger import read_markers
+from tasks.query import query
+
+NUM_SHARDS = 6
+SHARD_SIZE = 2
+CONFIG = """\
+generator = "{generator}"
+perceptual = "none"
+batch = 2
+
+[[method]]
+name = "wplus"
+steps = 1
+perceptual = "none"
+
+[engine]
+shard_size = {shard_size}
+retry_wait_s = 0.1
+"""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Loose pictures (one of them broken) and the config of a run over them."""
+
+    source: str
+    config: str
+
+
+def write_dataset(folder: Path, generator: Generator, pictures: list[bytes]) -> Dataset:
+    """Six shards of two samples; the last sample cannot be decoded."""
+    source = folder / "pictures"
+    source.mkdir(parents=True)
+    for index in range(NUM_SHARDS * SHARD_SIZE - 1):
+        (source / f"face-{index:02d}.png").write_bytes(pictures[index % len(pictures)])
+    (source / "zz-broken.png").write_bytes(b"\x89PNG not a picture")
+    path = save_generator(generator, folder / "tiny.safetensors", {"terms": "test"})
+    config = folder / "config.toml"
+    config.write_text(CONFIG.format(generator=path, shard_size=SHARD_SIZE))
+    return Dataset(str(source), str(config))
+
+
+def write_tars(folder: Path, pictures: list[bytes]) -> Path:
+    """good.tar with three pictures, and bad.tar, which ends in the middle."""
+    folder.mkdir()
+    for name in ("good", "bad"):
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            for index, data in enumerate(pictures[:3]):
+                path = folder / f"{name}-{index}.png"
+                path.write_bytes(data)
+                archive.add(path, path.name)
+                path.unlink()
+    bad = folder / "bad.tar"
+    bad.write_bytes(bad.read_bytes()[:700])
+    return folder
+
+
+def run_inline(dataset: Dataset, out: str, *sets: str) -> Summary:
+    """All stages in this process."""
+    config = load_config(dataset.config, ["engine.kind=inline", *sets])
+    return invert(dataset.source, out, config)
+
+
+def crash_inline(crash: str, dataset: Dataset, out: str) -> None:
+    """The body of a driver process that is to die at a crash point."""
+    os.environ["REFINERY_CRASH"] = crash
+    run_inline(dataset, out)
+
+
+def fingerprint(run_uri: str) -> dict[int, dict[str, str]]:
+    """sha256 of every committed part, by shard and kind."""
+    return {
+        shard: {kind: part.sha256 for kind, part in sorted(marker.parts.items())}
+        for shard, marker in read_markers(run_uri).items()
+    }
+
+
+def rows(run_uri: str, without: str = "") -> pa.Table:
+    """All committed rows of latents in order of keys."""
+    excluded = f" EXCLUDE ({without})" if without else ""
+    return query(run_uri, f"SELECT *{excluded} FROM latents ORDER BY sample_key")

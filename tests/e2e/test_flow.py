@@ -1,0 +1,105 @@
+"""The Prefect flow on a temporary server: states, artifacts, the day in the output's name."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+)
+from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
+from prefect.testing.utilities import prefect_test_harness
+
+from models.errors import ConfigError
+from pipeline.config import EngineConfig
+from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening
+from pipeline.tally import Snapshot
+from tests.e2e.small_dataset import Dataset, fingerprint, write_tars
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=100):
+        yield
+
+
+def flow_runs() -> list[FlowRun]:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=100)
+
+
+def artifacts(flow_run: FlowRun) -> dict[str, Artifact]:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])),
+            artifact_filter=ArtifactFilter(),
+            task_run_filter=TaskRunFilter(),
+            sort=ArtifactSort.ID_DESC,
+            limit=100,
+            offset=0,
+        )
+    return {a.key: a for a in found if a.key}
+
+
+@pytest.mark.slow
+def test_flow_completes_and_shows_the_run(
+    dataset: Dataset, undisturbed: str, tmp_path: Path
+) -> None:
+    seen: list[Snapshot] = []
+    with listening(seen.append):
+        summary = invert_dataset(
+            dataset.source, str(tmp_path / "{date}"), dataset.config, ["engine.kind=inline"]
+        )
+    (run,) = tmp_path.iterdir()
+    assert len(run.name) == len("2026-01-31")
+    assert summary.outcome.run_uri == str(run)
+    assert fingerprint(str(run)) == fingerprint(undisturbed)
+    assert (seen[-1].shards_done, seen[-1].rows_failed) == (6, 1)
+
+    (flow_run,) = (f for f in flow_runs() if f.name.startswith(str(tmp_path)))
+    assert flow_run.state is not None
+    assert flow_run.state.is_completed()
+    found = artifacts(flow_run)
+    assert set(found) == {"progress", "summary", "preview"}
+    assert found["progress"].data == 100.0
+    assert '"value": 12' in str(found["summary"].data)
+    prefix, _, data = str(found["preview"].data).partition(",")
+    assert prefix == "data:image/png;base64"
+    # Two pictures of the first shard, inputs above inversions.
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (192, 192)
+
+
+@pytest.mark.slow
+def test_flow_fails_when_a_shard_was_quarantined(
+    dataset: Dataset, tmp_path: Path, face_bytes: list[bytes]
+) -> None:
+    source, run = write_tars(tmp_path / "tars", face_bytes), str(tmp_path / "run")
+    with pytest.raises(IncompleteRun, match="1 of 2 shards quarantined, ") as caught:
+        invert_dataset(str(source), run, dataset.config, ["engine.kind=inline"])
+    assert caught.value.summary.outcome.rows == 3
+    (flow_run,) = (f for f in flow_runs() if f.name == run)
+    assert flow_run.state is not None
+    assert flow_run.state.is_failed()
+    assert "quarantined 00000" in str(artifacts(flow_run)["summary"].data)
+
+
+@pytest.mark.slow
+def test_errors_of_ours_pass_through_at_once(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="engine.actor: unknown key"):
+        invert_dataset(dataset.source, str(tmp_path), dataset.config, ["engine.actor=1"])
+
+
+def test_gpu_quota() -> None:
+    assert gpus_wanted(EngineConfig(gpus_per_actor=0, actors=8)) == 0
+    assert gpus_wanted(EngineConfig(gpus_per_actor=1, actors=8)) == 8
+    assert gpus_wanted(EngineConfig(gpus_per_actor=0.25, actors=6)) == 2
+    assert gpus_wanted(EngineConfig(gpus_per_actor="auto", actors=3, address="auto")) == 3
+    assert gpus_wanted(EngineConfig(kind="inline", gpus_per_actor=1, actors=8)) == 1

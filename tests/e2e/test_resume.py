@@ -1,0 +1,148 @@
+"""Killed at any point and run again: the same rows and bytes as if nothing had happened."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from models.errors import LedgerError
+from pipeline.cli import run_app
+from pipeline.config import load_config
+from pipeline.run import invert, plan, verify
+from pipeline.status import read_status
+from tasks.crash import EXIT_CODE, POINTS
+from tasks.ledger import committed
+from tests.e2e.small_dataset import (
+    NUM_SHARDS,
+    Dataset,
+    crash_inline,
+    fingerprint,
+    rows,
+    run_inline,
+)
+
+MARK = "REFINERY_TEST_MARK"
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Children of one process that has loaded PyTorch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.run_shard"])
+    return context
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_driver_killed(
+    point: str,
+    processes: multiprocessing.context.ForkServerContext,
+    dataset: Dataset,
+    undisturbed: str,
+    tmp_path: Path,
+) -> None:
+    run = str(tmp_path / "run")
+    crash = f"{point}:2:{tmp_path / 'token'}"
+    driver = processes.Process(target=crash_inline, args=(crash, dataset, run))
+    driver.start()
+    driver.join(60)
+    assert driver.exitcode == EXIT_CODE
+    assert (tmp_path / "token").exists()
+    assert committed(run) == ({0, 1, 2} if point == "after_marker" else {0, 1})
+    assert read_status(run).num_pending == NUM_SHARDS - len(committed(run))
+
+    summary = run_inline(dataset, run)
+    assert summary.is_clean
+    assert summary.outcome.rows == 12
+    assert fingerprint(run) == fingerprint(undisturbed)
+    assert rows(run).equals(rows(undisturbed))
+    assert verify(run).problems == []
+    parts = [p for kind in ("latents", "images") for p in (Path(run) / kind).iterdir()]
+    assert len(parts) == sum(len(kinds) for kinds in fingerprint(run).values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_driver_of_the_default_command_killed(
+    dataset: Dataset, undisturbed: str, tmp_path: Path
+) -> None:
+    """Ray, Prefect and all: what a killed driver started ends with it, and the next one goes on."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "pipeline.cli", "invert", dataset.source, str(run)]
+    command += ["--config", dataset.config]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "RAY"))}
+    environment |= {MARK: str(tmp_path), "HOME": str(tmp_path)}
+    # Shard 3 kills its worker again and again, so that the driver is at work when it is killed.
+    crashing = environment | {"REFINERY_CRASH": "before_marker:3"}
+    with (tmp_path / "driver.log").open("wb") as log:
+        driver = subprocess.Popen(
+            [*command, "--set", "engine.max_attempts=50"],
+            env=crashing,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_until(lambda: run.is_dir() and len(committed(str(run))) == NUM_SHARDS - 1)
+            assert len(marked(tmp_path)) > 5
+        finally:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+    wait_until(lambda: not marked(tmp_path), patience_s=30)
+
+    done = subprocess.run(
+        [*command, "--engine", "inline"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "6/6 shards, 12/12 images, 1 failed" in done.stderr
+    assert fingerprint(str(run)) == fingerprint(undisturbed)
+    assert rows(str(run)).equals(rows(undisturbed))
+    assert marked(tmp_path) == []
+
+
+def wait_until(condition: object, patience_s: float = 100) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def marked(folder: Path) -> list[str]:
+    """Ids of living processes that inherited the mark of this test."""
+    mark, found = f"{MARK}={folder}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(process.name)
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+def test_running_again_does_nothing_more(
+    dataset: Dataset, undisturbed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = fingerprint(undisturbed)
+    command = ["invert", dataset.source, undisturbed, "--config", dataset.config, "--no-flow"]
+    assert run_app(command) == 0
+    assert fingerprint(undisturbed) == before
+    assert "0 rows in 0:00:00" in capsys.readouterr().out
+
+
+def test_another_config_is_refused(dataset: Dataset, undisturbed: str) -> None:
+    before = fingerprint(undisturbed)
+    config = load_config(dataset.config, ["seed=1", "engine.kind=inline"])
+    with pytest.raises(LedgerError, match=r"config\.seed: 0 in the run, 1 now"):
+        invert(dataset.source, undisturbed, config)
+    assert fingerprint(undisturbed) == before
+
+
+def test_another_input_is_refused(dataset: Dataset, undisturbed: str) -> None:
+    config = load_config(dataset.config, ["engine.kind=inline"])
+    with pytest.raises(LedgerError, match="begun with another input or shard size"):
+        plan(dataset.source, undisturbed, config, limit=4)
