@@ -13,14 +13,14 @@ class ConfigError(RefineryError, ValueError):
 
 
 class AssetError(RefineryError):
-    """A file the work depends on (weights, anchors, a template) is missing, wrong or unsafe to load."""
+    """A file the work depends on (weights, a template) is missing, wrong or unsafe to load."""
 
 
 class SampleError(RefineryError):
-    """One sample cannot be processed. It becomes a row with ``status = "failed"``; the shard goes on.
+    """One sample cannot be processed: it becomes a failed row and the shard goes on.
 
     Attributes:
-        kind: short machine-readable reason, stored in the ``error_kind`` column (e.g. ``"decode"``).
+        kind: short machine-readable reason for the ``error_kind`` column (e.g. ``"decode"``).
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -36,4 +36,4 @@ class ShardError(RefineryError):
 
 
 class LedgerError(RefineryError):
-    """The run directory disagrees with the request: another config, another input, a broken part."""
+    """The run directory disagrees with the request: another config or input, a broken part."""

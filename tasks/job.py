@@ -30,9 +30,9 @@ class InputConfig:
     landmarks_column: str = "landmarks5"
     """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
     template: Literal["face", "ffhq"] | str = "face"
-    """align: target points; "face" is the template of the bundled generator, or a JSON file of five."""
+    """align: target points; "face" is the bundled generator's template; or a JSON file of five."""
     detector: str | None = None
-    """align: "package.module:function" that finds the five points (0..1) in an upright uint8 [H W 3]
+    """align: "package.module:function" that finds the five points (0..1) in an upright [H W 3]
     picture, or returns None; asked where there are no landmarks."""
     max_pixels: int = 100_000_000
     """Pictures with more pixels fail as rows (decompression bombs)."""
@@ -45,16 +45,16 @@ class OutputConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     pictures: tuple[Literal["input", "inversion"], ...] = ("input", "inversion")
-    """Pictures kept in images/: the decoded input at the generator's resolution, and the inversion."""
+    """Pictures kept in images/: the decoded input at the generator's size, and the inversion."""
     picture_format: Literal["png", "webp", "jpeg"] = "png"
     """png and webp are lossless; jpeg is quality 95."""
     latents: Literal["float32", "float16"] = "float32"
-    """Precision of w_plus; float16 halves the size, worst error 0.33 % of its standard deviation."""
+    """Precision of w_plus; float16 halves the size, worst error 0.33 % of its deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """Everything that decides the bytes of a run, and nothing that does not (engine settings are elsewhere)."""
+    """Everything that decides the bytes of a run, and nothing that does not (no engine settings)."""
 
     generator: str
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
@@ -85,7 +85,7 @@ class ShardSpec:
         id: 0-based, dense; also the name of the commit marker (`commits/00042.json`).
         kind: "files" (members of a prefix), "tar" (a WebDataset tar), "parquet" (a range of rows).
         uri: the prefix, the tar or the Parquet file.
-        members: files: keys relative to `uri`, sorted. tar, parquet: one name, the file's relative to
+        members: files: keys relative to `uri`, sorted. tar, parquet: one name, the file's below
             the run's input, with which its sample keys begin; empty means the last part of `uri`.
         row_start, row_stop: parquet: half-open range of rows. tar: 0 and the number of samples to
             take. A stop of 0 means to the end.

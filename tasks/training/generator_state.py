@@ -161,7 +161,7 @@ class GeneratorState:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for module, key in ((self.g, "g"), (self.ema, "g_ema")):
             _load_overlap(module, saved[key])
-            nn.init.zeros_(module.to_rgbs[-1].conv.weight)
+            nn.init.zeros_(module.layers()[-1][1].weight)  # the last ToRGB
         # The old blocks move one place down; the old from-RGB is dropped.
         shifted: dict[str, Tensor] = {}
         for name, value in saved["d"].items():
