@@ -4,8 +4,8 @@ Run: python -m benchmarks.pipeline [--data DIR] [--limit 4990] [--rounds 3]
 
 The bare loop is one process with every core: it reads the Parquet file, decodes, inverts with e4e
 and scores, and keeps nothing. The pipeline does the same through `pipeline.run` on a local Ray,
-with pictures, codes, checksums and commit markers written. Rounds alternate. Start-up (loading torch,
-Ray and the models) is outside both clocks and stated.
+with pictures, codes, checksums and commit markers written. Rounds alternate. Start-up (loading
+torch, Ray and the models) is outside both clocks and stated.
 """
 
 import argparse

@@ -6,7 +6,7 @@
     inversion = load_method("e4e", generator).invert(images, None, SampleRng([0]))
     picture = inversion.render(generator)
 
-Names load on first use (PEP 562), so that `refinery --help` and `models.errors` do not wait for torch.
+Names load on first use (PEP 562): `refinery --help` and `models.errors` do not wait for torch.
 """
 
 import importlib

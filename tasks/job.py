@@ -54,7 +54,7 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """Everything that decides the bytes of a run, and nothing that does not (no engine settings)."""
+    """Everything that decides the bytes of a run, and nothing else (no engine settings)."""
 
     generator: str
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
