@@ -93,7 +93,7 @@ def test_flow_fails_when_a_shard_was_quarantined(
 
 @pytest.mark.slow
 def test_errors_of_ours_pass_through_at_once(dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="engine.actor: unknown key"):
+    with pytest.raises(ConfigError, match=r"engine\.actor: unknown key"):
         invert_dataset(dataset.source, str(tmp_path), dataset.config, ["engine.actor=1"])
 
 
