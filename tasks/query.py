@@ -25,6 +25,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -35,9 +36,18 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError
 from tasks.ledger import PART_KINDS, read_markers, read_run
 from tasks.marker import STAGES, Marker
-from tasks.storage import is_local, join, local_path, open_filesystem, write_bytes
+from tasks.part_files import PROTOCOL, PartFile, PartFiles
+from tasks.storage import file_info, is_local, join, local_path, write_bytes
+from tasks.storage_errors import storage_errors
 
 FORMATS = (".csv", ".json", ".parquet")
+_NEAREST = """
+CREATE MACRO nearest(key, count) AS TABLE
+SELECT l.sample_key, array_cosine_similarity(l.w_plus, q.w_plus) AS cosine,
+       array_distance(l.w_plus, q.w_plus) AS distance
+FROM latents l, (SELECT w_plus FROM latents WHERE sample_key = key) q
+WHERE l.status = 'ok' ORDER BY cosine DESC, l.sample_key LIMIT count
+"""
 
 
 def query(run_uri: str, sql: str) -> pa.Table:
@@ -47,53 +57,80 @@ def query(run_uri: str, sql: str) -> pa.Table:
         LedgerError: there is no run, nothing is committed yet, or a part cannot be read.
         ConfigError: the statement is wrong; the message has DuckDB's reason and the known views.
     """
-    views: list[str] = []
-    try:
-        with open_views(run_uri) as (connection, views):
-            relation = connection.sql(sql)
+    with _open(run_uri) as views:
+        try:
+            relation = views.connection.sql(sql)
             return pa.table({}) if relation is None else relation.to_arrow_table()
-    except duckdb.IOException as error:
-        raise LedgerError(
-            f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
-        ) from error
-    except duckdb.Error as error:
-        raise ConfigError(
-            f"query: {error}\nviews: {', '.join(views)}; `DESCRIBE latents` lists the columns"
-        ) from error
+        except duckdb.Error as error:
+            if views.files is not None and views.files.problems:
+                raise LedgerError(
+                    f"{views.files.problems[0]}. `refinery verify` lists all damage"
+                ) from error
+            if isinstance(error, duckdb.IOException):
+                raise _unreadable(run_uri, error) from error
+            raise ConfigError(
+                f"query: {error}\nviews: {', '.join(views.names)}; `DESCRIBE latents` lists the "
+                "columns of one"
+            ) from error
 
 
 @contextmanager
 def open_views(run_uri: str) -> Iterator[tuple[duckdb.DuckDBPyConnection, list[str]]]:
-    """A DuckDB connection with the run's views, and their names.
+    """A connection with the run's views, and their names; it is closed at the end.
 
     Raises:
-        LedgerError: there is no run, or nothing is committed yet.
+        LedgerError: there is no run, nothing is committed yet, or a part cannot be opened.
     """
+    with _open(run_uri) as views:
+        yield views.connection, views.names
+
+
+@dataclass(kw_only=True)
+class _Views:
+    """A DuckDB connection with a run's views.
+
+    Attributes:
+        names: "commits", and a view for each kind of part that the run has.
+        files: the parts as DuckDB reads them, for a run that is not local.
+    """
+
+    connection: duckdb.DuckDBPyConnection
+    names: list[str]
+    files: PartFiles | None
+
+
+@contextmanager
+def _open(run_uri: str) -> Iterator[_Views]:
     record, markers = read_run(run_uri), read_markers(run_uri)
-    if not any(marker.parts for marker in markers.values()):
+    parts = [part for marker in markers.values() for part in marker.parts.values()]
+    if not parts:
         raise LedgerError(
             f"{run_uri}: nothing to query, {len(markers)} of {record['num_shards']} shards are "
             "committed and none has a row; run `refinery invert` on it first"
         )
-    # Else a name in the SQL may mean a variable of this module.
-    connection = duckdb.connect(config={"python_enable_replacements": False})
-    try:
+    files = None
+    # Without replacements: else a name in the SQL may mean a variable of this module.
+    with duckdb.connect(config={"python_enable_replacements": False}) as connection:
         if not is_local(run_uri):
-            connection.register_filesystem(open_filesystem(run_uri)[0])
-        views = ["commits"]
+            files = PartFiles(run_uri, {part.path: part.bytes for part in parts})
+            connection.register_filesystem(files)
         connection.from_arrow(commits_table(markers)).create_view("commits")
+        views = _Views(connection=connection, names=["commits"], files=files)
         for kind in PART_KINDS:
-            uris = [
-                _duckdb_path(join(run_uri, marker.parts[kind].path))
-                for marker in markers.values()
-                if kind in marker.parts
-            ]
-            if uris:
-                _create_view(connection, kind, uris)
-                views.append(kind)
-        yield connection, views
-    finally:
-        connection.close()
+            paths = [m.parts[kind].path for m in markers.values() if kind in m.parts]
+            if paths:
+                try:
+                    _create_view(connection, run_uri, kind, paths)
+                except duckdb.Error as error:
+                    raise _unreadable(run_uri, error) from error
+                views.names.append(kind)
+        yield views
+
+
+def _unreadable(run_uri: str, error: duckdb.Error) -> LedgerError:
+    return LedgerError(
+        f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
+    )
 
 
 def commits_table(markers: dict[int, Marker]) -> pa.Table:
@@ -119,33 +156,32 @@ def commits_table(markers: dict[int, Marker]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def _create_view(connection: duckdb.DuckDBPyConnection, kind: str, uris: list[str]) -> None:
-    files = connection.read_parquet(uris)
+def _create_view(
+    connection: duckdb.DuckDBPyConnection, run_uri: str, kind: str, paths: list[str]
+) -> None:
+    names = [
+        glob.escape(join(local_path(run_uri), path))  # DuckDB expands [..], * and ? in names
+        if is_local(run_uri)
+        else f"{PROTOCOL}://{path}"
+        for path in paths
+    ]
+    files = connection.read_parquet(names)
     if kind != "latents":
         files.create_view(kind)
         return
-    # As a list, w_plus has no array functions; its length is the same in every part of a run.
-    (length,) = files.filter("status = 'ok'").limit(1).project("len(w_plus)").fetchall() or [(1,)]
+    # Parquet's fixed-size list is a list to DuckDB, for which it has no array functions.
+    uri = join(run_uri, paths[0])
+    info = file_info(uri)
+    if info is None:
+        raise LedgerError(f"{uri} is missing although it is committed; run `refinery verify`")
+    with storage_errors("read", uri, LedgerError):
+        length = pq.read_schema(PartFile(uri, info[0])).field("w_plus").type.list_size
     files.create_view("latent_files")
     connection.execute(
-        f"CREATE VIEW latents AS SELECT * REPLACE (w_plus::FLOAT[{int(length[0])}] AS w_plus) "
+        f"CREATE VIEW latents AS SELECT * REPLACE (w_plus::FLOAT[{length}] AS w_plus) "
         "FROM latent_files"
     )
-    connection.execute(
-        "CREATE MACRO nearest(key, count) AS TABLE "
-        "SELECT l.sample_key, array_cosine_similarity(l.w_plus, q.w_plus) AS cosine, "
-        "array_distance(l.w_plus, q.w_plus) AS distance "
-        "FROM latents l, (SELECT w_plus FROM latents WHERE sample_key = key) q "
-        "WHERE l.status = 'ok' ORDER BY cosine DESC, l.sample_key LIMIT count"
-    )
-
-
-def _duckdb_path(uri: str) -> str:
-    """The path with pattern characters escaped: DuckDB expands [..], * and ? in file names."""
-    if is_local(uri):
-        return glob.escape(local_path(uri))
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{glob.escape(rest)}"
+    connection.execute(_NEAREST)
 
 
 # ---------------------------------------------------------------------------- export

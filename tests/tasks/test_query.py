@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -12,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
 
 from models.errors import ConfigError, LedgerError
 from models.stylegan2.generator import Generator
 from tasks.inverter import Inverter
 from tasks.job import JobConfig, MethodConfig, OutputConfig
+from tasks.ledger import read_marker
 from tasks.query import export, query
-from tasks.storage import read_bytes
+from tasks.storage import read_bytes, remove
 from tests.tasks.small_run import SmallRun, begin, make_job, write_pictures
 
 
@@ -156,6 +159,43 @@ def test_a_part_that_is_gone(small: SmallRun) -> None:
     Path(small.uri, marker.parts["latents"].path).unlink()
     with pytest.raises(LedgerError, match="run `refinery verify`"):
         query(small.uri, "SELECT count(*) FROM latents")
+
+
+def test_a_remote_part_that_is_gone(
+    tmp_path: Path, job: JobConfig, face_bytes: list[bytes]
+) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes[:4])
+    uri = f"memory://{tmp_path.name}/run [1]"
+    run = begin(uri, str(folder), job, Inverter(job, "cpu"), shard_size=2).finish()
+    assert query(uri, "SELECT count(*) AS n FROM images").to_pylist() == [{"n": 4}]
+    path = read_marker(uri, 1).parts["latents"].path
+    remove([f"{uri}/{path}"])
+    with pytest.raises(LedgerError, match=rf"cannot read the committed part .*{path}: there is no"):
+        query(run.uri, "SELECT count(sample_key) FROM latents")
+
+
+def test_requests_to_the_store_are_few(
+    s3: str,
+    tmp_path: Path,
+    job: JobConfig,
+    face_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes[:4])
+    run = begin(f"{s3}/run", str(folder), job, Inverter(job, "cpu"), shard_size=1).finish()
+    calls: Counter[str] = Counter()
+    original = S3FileSystem._call_s3
+
+    async def count(self: S3FileSystem, method: str, *args: object, **options: object) -> object:
+        calls[method] += 1
+        return await original(self, method, *args, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", count)
+    assert query(run.uri, "SELECT avg(mse) AS m FROM latents").to_pylist()[0]["m"] > 0
+    # Five shards. run.json, its presence, and each marker; nothing is listed; a few reads a part.
+    assert calls["head_object"] <= 12
+    assert calls["list_objects_v2"] <= 1
+    assert calls["get_object"] <= 8 * 5
 
 
 @pytest.fixture
