@@ -100,6 +100,8 @@ class Inverter:
     """
 
     def __init__(self, job: JobConfig, device: str, *, threads: int = 1) -> None:
+        if not job.methods:
+            raise ConfigError("the job has no method: add a [[method]] table, or pass --method e4e")
         self.job, self.device, self.threads = job, _prepare_device(device), threads
         self._batch_limit: int | None = None
         with fixed_threads(threads):
@@ -298,6 +300,9 @@ def _prepare_device(name: str) -> torch.device:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
+        # An operation without a deterministic form (some backward passes of resampling) warns.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return device
 
 

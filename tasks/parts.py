@@ -188,7 +188,7 @@ def write_parts(
 
 
 def to_parquet(table: pa.Table, kind: str) -> bytes:
-    """The file of a part. Settings measured for each kind (docs/architecture.md).
+    """The file of a part.
 
     float32 vectors: zstd 3 with byte-stream-split; float16 vectors without it, which DuckDB 2.0
     cannot read together. Dictionaries make vectors larger than raw. Pictures are compressed

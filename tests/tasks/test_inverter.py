@@ -272,6 +272,11 @@ def test_wrong_device(device: str, message: str, tiny_generator: Generator, tmp_
         Inverter(make_job(tiny_generator, tmp_path), device)
 
 
+def test_no_method(tiny_generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no method"):
+        Inverter(make_job(tiny_generator, tmp_path, methods=()), "cpu")
+
+
 def test_a_missing_generator_is_named(tmp_path: Path, tiny_generator: Generator) -> None:
     job = make_job(tiny_generator, tmp_path)
     with pytest.raises(AssetError, match="nowhere"):
