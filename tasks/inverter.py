@@ -302,7 +302,7 @@ def _prepare_device(name: str) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = False
         # An operation without a deterministic form (some backward passes of resampling) warns.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 
 
