@@ -74,14 +74,15 @@ def _maps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"ssim: expected pictures of at least {WINDOW} px (its window), found {h}x{w}"
         )
-    # One pass filters the five moments of both pictures.
-    moments = torch.cat([a, b, a * a, b * b, a * b]).reshape(5 * n * c, 1, h, w)
+    # One pass filters the five moments of both pictures, as channels of one depthwise convolution
+    # (several times faster on a CPU than as a batch of single channels).
+    moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)  # [N 5C H W]
     taps = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
     window = torch.exp(-0.5 * (taps / SIGMA).square())
-    window = window / window.sum()
-    moments = F.conv2d(moments, window[None, None, :, None])
-    moments = F.conv2d(moments, window[None, None, None, :])
-    mean_a, mean_b, aa, bb, ab = moments.reshape(5, n, c, *moments.shape[2:])
+    window = (window / window.sum()).expand(5 * c, 1, 1, WINDOW)
+    moments = F.conv2d(moments, window.transpose(2, 3), groups=5 * c)
+    moments = F.conv2d(moments, window, groups=5 * c)
+    mean_a, mean_b, aa, bb, ab = moments.reshape(n, 5, c, *moments.shape[2:]).unbind(1)
     covariance = ab - mean_a * mean_b
     variances = aa - mean_a.square() + bb - mean_b.square()
     luminance = (2 * mean_a * mean_b + C1) / (mean_a.square() + mean_b.square() + C1)
