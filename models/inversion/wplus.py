@@ -26,7 +26,7 @@ from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank
 
-PROJECTOR_RATE, REFINING_RATE = 0.1, 0.05
+PROJECTOR_RATE, REFINING_RATE = 0.1, 0.08
 """Adam's rate from `latent_avg` (the projector's) and from another method's codes."""
 
 
@@ -36,7 +36,7 @@ class WPlusConfig:
 
     From `latent_avg` the presets are the projector's: rate 0.1, ramp-up over the first 5 % of the
     steps, code noise 0.05; optimised noise maps start from white noise. The result of an earlier
-    method is to be improved, not searched for: rate 0.05, no ramp-up, no code noise; noise maps
+    method is to be improved, not searched for: rate 0.08, no ramp-up, no code noise; noise maps
     start from its own or the stored ones.
     """
 

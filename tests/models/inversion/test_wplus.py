@@ -79,7 +79,7 @@ def test_presets_depend_on_the_start(tiny_generator: Generator) -> None:
     wplus = method(tiny_generator)
     searching, refining = wplus.schedule(True), wplus.schedule(False)
     assert (searching.learning_rate, searching.ramp_up, searching.code_noise) == (0.1, 0.05, 0.05)
-    assert (refining.learning_rate, refining.ramp_up, refining.code_noise) == (0.05, 0.0, 0.0)
+    assert (refining.learning_rate, refining.ramp_up, refining.code_noise) == (0.08, 0.0, 0.0)
     fixed = method(tiny_generator, learning_rate=0.02, ramp_up=0.1, code_noise=0.01)
     assert fixed.schedule(True) == fixed.schedule(False)
     assert fixed.schedule(True).learning_rate == 0.02
