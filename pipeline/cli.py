@@ -35,6 +35,7 @@ app = App(
     "Exit codes: 0 fine; 1 finished, but shards were quarantined or verification found problems; "
     "2 a setting, a file or a place is wrong; 130 stopped (run again to resume).",
     default_parameter=Parameter(negative_iterable=()),
+    suppress_keyboard_interrupt=False,
     console=console,
     error_console=error_console,
 )
@@ -185,11 +186,13 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
         deep: read the parts and check their sha256 and keys too.
     """
     from pipeline.run import verify as verify_run
+    from pipeline.screen import count
 
     found = verify_run(run, deep=deep)
     for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{run}: {len(found.problems)} problems" if found.problems else f"{run}: clean")
+    verdict = count(len(found.problems), "problem") if found.problems else "clean"
+    console.print(f"{run}: {verdict}", highlight=False, soft_wrap=True)
     return UNCLEAN if found.problems else OK
 
 

@@ -22,3 +22,4 @@ def run_inline(order: WorkOrder, tally: Tally) -> None:
             time.sleep(min(schedule.wait_s(time.monotonic()), 1.0))
             continue
         tally.book(worker.run(taken.shard))
+    tally.end()

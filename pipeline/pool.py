@@ -96,6 +96,7 @@ class Pool:
             self._tally.tell()
             while not self._tally.schedule.is_empty() or any(s.in_flight for s in self._slots):
                 self._step()
+            self._tally.end()
         finally:
             for slot in self._slots:
                 ray.kill(slot.actor, no_restart=True)

@@ -20,7 +20,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
-COMMON: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+COMMON: dict[str, Any] = {"log_to_driver": True, "configure_logging": False}
+"""Ray's own set-up of logging would print every line of ours a second time."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Pictures never enter the object store; only shard numbers and counts do."""
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
@@ -44,6 +45,7 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
         os.environ.setdefault(name, value)
     import ray
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     if ray.is_initialized():
         yield
         return

@@ -36,14 +36,16 @@ def show_summary(console: Console, summary: Summary) -> None:
         "rows": f"{outcome.rows} in {outcome.num_shards} shards, {outcome.failed} failed",
         "this time": f"{outcome.rows_now} rows in {duration(outcome.seconds)} "
         f"({outcome.images_per_s:.1f} images/s) after {outcome.startup_s:.1f} s of start-up",
-        "verify": f"{len(summary.problems)} problems" if summary.problems else "clean",
+        "verify": count(len(summary.problems), "problem") if summary.problems else "clean",
         "report": summary.report_uri,
     }
     console.print(pairs("", values))
     if outcome.quarantined:
         console.print(reasons("Quarantined shards (run again to retry)", outcome.quarantined))
-    if summary.problems:
-        console.print(reasons("Problems", dict(enumerate(summary.problems))))
+    given_up = tuple(f"shard {shard:05d}: given up" for shard in outcome.quarantined)
+    others = [problem for problem in summary.problems if not problem.startswith(given_up)]
+    if others:
+        console.print(reasons("Problems", dict(enumerate(others))))
 
 
 def show_status(console: Console, status: Status) -> None:
@@ -131,6 +133,11 @@ def cell(value: Any) -> str:
         return f"[{shown}{f', ... {len(value)}' if len(value) > 3 else ''}]"
     text = str(value)
     return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 problem", "2 problems"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(num_bytes: float) -> str:

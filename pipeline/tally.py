@@ -71,6 +71,7 @@ class Tally:
     quarantined: dict[int, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     has_begun: bool = False
+    ended: float | None = None
 
     def begin(self) -> None:
         """The first worker is ready: pace counts from here. Later calls change nothing."""
@@ -78,10 +79,16 @@ class Tally:
             self.has_begun, self.started = True, time.monotonic()
             self.tell()
 
+    def end(self) -> None:
+        """No shard is left: closing the engine does not count."""
+        self.ended = time.monotonic()
+
     @property
     def seconds(self) -> float:
-        """Since the first worker was ready."""
-        return time.monotonic() - self.started if self.has_begun else 0.0
+        """From the first worker being ready to the last result, or to now."""
+        if not self.has_begun:
+            return 0.0
+        return (self.ended or time.monotonic()) - self.started
 
     def tell(self) -> None:
         """Pass the counts on to the listener."""

@@ -1,0 +1,194 @@
+"""Commands, their output and exit codes, in this process."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from models.checkpoints.load import load_generator
+from models.errors import LedgerError
+from models.stylegan2.generator import weights_hash
+from pipeline import cli
+from pipeline.cli import app, run_app
+from pipeline.config import load_config
+from pipeline.method_table import field_docs
+from pipeline.run import invert
+from tests.conftest import make_tiny_generator
+from tests.e2e.small_dataset import Dataset, write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("cli"), make_tiny_generator(), face_bytes)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = str(tmp_path_factory.mktemp("cli-run") / "run")
+    invert(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]))
+    return out
+
+
+def test_help_is_immediate_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from pipeline.cli import app; app(['--help'], result_action='return_value');"
+        "sys.exit(bool({'torch', 'ray', 'prefect', 'pyarrow', 'pydantic'} & set(sys.modules)))"
+    )
+    started = time.process_time(), time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "plan", "invert", "status", "verify", "query", "report", "methods"):
+        assert command in done.stdout
+    assert time.monotonic() - started[1] < 10  # 0.3 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "plan", "invert", "status", "verify", "query", "report", "train"]
+)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"refinery {command}" in out
+    assert app[command].help.strip().splitlines()[0] in " ".join(out.split())
+
+
+def test_dry_run_does_nothing(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", dataset.config, "--method", "wplus", "--set", "method.0.steps=7"]
+    assert run_app(["invert", dataset.source, str(out), *flags, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "6 (files 6)" in text
+    assert "images   12" in text
+    assert "steps = 7" in text
+    assert 'perceptual = "none"' in text
+    assert not out.exists()
+
+
+def test_plan_measures(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["plan", dataset.source, "--config", dataset.config, "--probe", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "4 images on cpu, 0 failed" in text
+    assert "CPU-core hours" in text
+    assert "images/s" in text
+    assert "an image)" in text
+
+
+def test_status_verify_and_report(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["status", run]) == 0
+    text = capsys.readouterr().out
+    assert "6 of 6 committed, 0 pending" in text
+    assert "12 of 12" in text
+    assert "1 (decode 1)" in text
+    assert run_app(["verify", run]) == 0
+    assert f"{run}: clean" in capsys.readouterr().out
+    assert run_app(["report", run]) == 0
+    assert capsys.readouterr().out.strip() == f"{run}/report.html"
+
+
+def test_a_damaged_part_is_found(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    invert(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]), limit=2)
+    (part,) = (tmp_path / "run" / "latents").iterdir()
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    assert run_app(["verify", out]) == 1
+    assert part.name in capsys.readouterr().out
+
+
+def test_query_prints_and_exports(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sql = "SELECT status, count(*) AS n FROM latents GROUP BY status ORDER BY status"
+    assert run_app(["query", run, sql]) == 0
+    text = capsys.readouterr().out
+    assert "failed" in text
+    assert "11" in text
+    assert run_app(["query", run, sql, "--out", str(tmp_path / "n.json")]) == 0
+    assert json.loads((tmp_path / "n.json").read_text()) == [
+        {"status": "failed", "n": 1},
+        {"status": "ok", "n": 11},
+    ]
+    assert "2 rows written" in capsys.readouterr().out
+    assert run_app(["query", run, "SELEC 1"]) == 2
+    assert "views: commits, latents, images" in capsys.readouterr().err
+
+
+def test_wide_results_are_shown_one_value_a_line(
+    run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.console, "_width", 80)
+    assert run_app(["query", run, "SELECT * FROM latents ORDER BY sample_key LIMIT 1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("sample_key" in line and "face-00.png" in line for line in lines)
+    assert any("w_plus" in line and "... 128]" in line for line in lines)
+
+
+def test_methods_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert "steps = 100" in text
+    assert "Updates for each picture" in text
+    assert "checkpoint = None" in text
+
+
+def test_field_docs_are_read_from_the_source() -> None:
+    from models.inversion.wplus import WPlusConfig
+
+    docs = field_docs(WPlusConfig)
+    assert docs["perceptual_weight"] == "Weight of the perceptual distance."
+    assert set(docs) == {field.name for field in dataclasses.fields(WPlusConfig)}
+
+
+def test_convert(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(load_config(dataset.config).generator)
+    target = tmp_path / "tiny.pt"
+    assert run_app(["convert", source, str(target)]) == 0
+    assert str(target) in capsys.readouterr().out
+    assert weights_hash(load_generator(target)) == weights_hash(load_generator(source))
+    assert run_app(["convert", source, str(tmp_path / "tiny.onnx")]) == 2
+    assert "expected .safetensors" in capsys.readouterr().err
+
+
+def test_statistics(dataset: Dataset, tmp_path: Path) -> None:
+    from models.statistics import load_statistics
+
+    source = load_config(dataset.config).generator
+    target = tmp_path / "statistics.safetensors"
+    assert run_app(["statistics", source, str(target), "--samples", "64"]) == 0
+    assert load_statistics(target).generator_hash == weights_hash(load_generator(source))
+
+
+def test_errors_of_ours_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["status", "/no/such/run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: /no/such/run: no run here")
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["status", "/no/such/run", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert LedgerError.__name__ in err
+    assert "read_run" in err
+
+
+def test_bugs_and_interrupts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.status.read_status", fail)
+    error: BaseException = RuntimeError("unforeseen")
+    assert run_app(["status", "x"]) == 3
+    assert "internal error (RuntimeError): unforeseen" in capsys.readouterr().err
+    error = KeyboardInterrupt()
+    assert run_app(["status", "x"]) == 130
+    assert "run again to go on" in capsys.readouterr().err
