@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = {
     "validation_images": 4,
     "perceptual": "none",
     "learning_rate": 3e-3,
+    "synthetic_fraction": 0.25,
 }
 
 
