@@ -118,6 +118,7 @@ def invert(  # noqa: PLR0913 - a command's options are its arguments
     sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
+    server = None
     if flow:
         from pipeline.prefect_server import start_server
 

@@ -12,33 +12,38 @@ from pipeline.screen import query_table, show_summary
 
 METHODS = ("e4e", "wplus")
 SETS = ("method.1.steps=20",)
-SQL = """SELECT sample_key, status, error_kind, round(psnr, 2) AS psnr, round(ssim, 3) AS ssim
+SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind, round(psnr, 2) AS psnr, round(ssim, 3) AS ssim
 FROM latents ORDER BY status, psnr DESC"""
 
 
-def run_demo(console: Console, error_console: Console, out: str) -> int:
+def run_demo(console: Console, error_console: Console, out: str, config: str | None = None) -> int:
     """Make the sample, plan, invert (e4e, then 20 steps of wplus), query, report.
 
     Args:
         out: a new folder `demo-<time>` is made in it.
+        config: TOML file to run with instead of the bundled generator and this chain.
 
     Returns:
         0 when every stage did what it should.
     """
+    from models.checkpoints.load import load_generator
     from pipeline.run import invert
     from tasks.demo_data import write_demo_shard
     from tasks.query import query
 
     folder = Path(out) / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     _say(console, "A sample: pictures drawn by the generator, one photograph, three broken files")
-    source = write_demo_shard(folder / "pictures")
+    chain = [f"--config {config}"] if config else [f"--method {name}" for name in METHODS]
+    sets = () if config else SETS
+    settings = load_config(config, sets, () if config else METHODS)
+    generator = load_generator(settings.generator)
+    source = write_demo_shard(folder / "pictures", generator=generator)
     run_uri = str(folder / "run")
-    settings = load_config(None, SETS, METHODS)
 
     _say(console, f"refinery plan {source}")
     console.print(estimate(source, settings, limit=None, count=4))
 
-    flags = " ".join([*(f"--method {m}" for m in METHODS), *(f"--set {s}" for s in SETS)])
+    flags = " ".join([*chain, *(f"--set {item}" for item in sets)])
     _say(console, f"refinery invert {source} {run_uri} {flags}")
     with progress_line(error_console) as on_progress:
         summary = invert(source, run_uri, settings, on_progress=on_progress)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, runtime, task
+from prefect import flow, task
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -25,6 +25,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
+from prefect.runtime import flow_run
 
 from models.errors import RefineryError
 from pipeline import run as stages
@@ -206,5 +207,5 @@ def gpus_wanted(engine: EngineConfig) -> int:
 
 
 def _scheduled_day() -> str:
-    when = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
+    when = flow_run.scheduled_start_time or datetime.now(UTC)
     return when.strftime("%Y-%m-%d")

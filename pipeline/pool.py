@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,8 +206,9 @@ class Pool:
 
     def _finish_shard(self, slot: _Slot, ref: Any) -> None:
         taken, _ = slot.in_flight.pop(ref)
+        result: ShardResult
         try:
-            result = ray.get(ref)
+            result = ray.get(ref)  # type: ignore[assignment]
         except RayTaskError as error:
             result = failed_result(taken.shard, _cause(error))
         except RayError as error:
@@ -242,7 +244,7 @@ class Pool:
             ray.kill(slot.actor, no_restart=False)
 
 
-def pool_size(engine: EngineConfig, gpus: float, resources: dict[str, float]) -> int:
+def pool_size(engine: EngineConfig, gpus: float, resources: Mapping[str, float]) -> int:
     """How many actors the engine wants on a cluster with these resources (at least one)."""
     if engine.actors != "auto":
         return engine.actors
@@ -251,7 +253,7 @@ def pool_size(engine: EngineConfig, gpus: float, resources: dict[str, float]) ->
     return max(int(resources.get("CPU", 1.0)) // engine.threads, 1)
 
 
-def gpus_per_actor(engine: EngineConfig, resources: dict[str, float]) -> float:
+def gpus_per_actor(engine: EngineConfig, resources: Mapping[str, float]) -> float:
     """The setting, or with "auto" a whole GPU where the cluster has any."""
     if engine.gpus_per_actor != "auto":
         return engine.gpus_per_actor
