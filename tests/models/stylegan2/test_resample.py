@@ -75,3 +75,13 @@ def test_gradients_are_those_of_the_definition(x):
         (a,) = torch.autograd.grad(fast, x, cotangent)
         (b,) = torch.autograd.grad(slow, x, cotangent)
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "size"), [(1, 1, 9), (2, 1, 8), (1, 2, 8), (1, 2, 9)]
+)
+def test_blur_is_its_own_adjoint(padding: int, stride: int, size: int) -> None:
+    """The hand-written backward pass, once and twice, against numerical derivatives."""
+    x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: blur(t, padding, 4.0, stride), x)
+    assert torch.autograd.gradgradcheck(lambda t: blur(t, padding, 4.0, stride), x)
