@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from models.encoders.e4e import Encoder4Editing
@@ -90,7 +90,7 @@ def save_encoder(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(state, temporary)
+    temporary.write_bytes(save(state))  # save_file would make it readable by the owner alone
     card = {
         "kind": encoder.architecture.kind,
         **card,

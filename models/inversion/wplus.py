@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
+from models.inversion.noise_maps import noise_penalty, normalise, starting_maps
 from models.losses.perceptual import load_perceptual
 from models.optim import RowAdam
 from models.statistics import statistics_for
@@ -219,7 +219,7 @@ class _Search:
         self.noise_scale = 0.0
         if self.schedule.code_noise:
             self.noise_scale = statistics_for(self.generator).w_std
-        maps = _starting_maps(self.generator, start, is_from_average, rng, images.device)
+        maps = starting_maps(self.generator, start, is_from_average, rng, images.device)
         self.maps = maps if self.config.optimise_noise else []
         self.adam = RowAdam([code.clone(), *(m.clone() for m in self.maps)])
         self.best = [t.clone() for t in self.adam.tensors]
@@ -258,7 +258,7 @@ class _Search:
         is_bad_loss = ~total.detach().isfinite()
         self.adam.step(gradients, self.schedule.rate(step))
         for noise_map in self.adam.tensors[1:]:
-            _normalise(noise_map)
+            normalise(noise_map)
         is_lost = is_bad_loss | ~is_finite
         is_done = self._is_done(loss, step)
         if bool((is_lost | is_done).any()):
@@ -331,46 +331,6 @@ class _Search:
             residual=self.start.residual,
             failures=self.failures,
         )
-
-
-def noise_penalty(maps: list[Tensor], num_rows: int) -> Float[Tensor, " A"]:
-    """How far noise maps [A 1 h w] are from white: squared autocorrelation at one pixel's shift.
-
-    Summed over maps and over their pyramids of 2x2 means down to 8 px (stylegan2-ada's projector),
-    for each picture by itself.
-    """
-    total = torch.zeros(num_rows, device=maps[0].device) if maps else torch.zeros(())
-    for noise in maps:
-        level = noise
-        while True:
-            for axis in (2, 3):
-                shifted = torch.roll(level, 1, axis)
-                total = total + (level * shifted).flatten(1).mean(1).square()
-            if level.shape[2] <= 8:
-                break
-            level = F.avg_pool2d(level, 2)
-    return total
-
-
-def _normalise(noise: Float[Tensor, "A 1 h w"]) -> None:
-    """Zero mean and unit variance of every map, in place."""
-    noise -= noise.mean(dim=(1, 2, 3), keepdim=True)
-    noise *= noise.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
-
-
-def _starting_maps(
-    generator: Generator,
-    start: Inversion,
-    is_from_average: bool,
-    rng: SampleRng,
-    device: torch.device,
-) -> list[Tensor]:
-    if start.noise is not None:
-        return [m.float() for m in start.noise]
-    stored = [getattr(generator.noises, f"noise_{i}") for i in range(generator.num_convs)]
-    if is_from_average:
-        return [rng.randn(*m.shape[1:], device=device) for m in stored]
-    return [m.to(device).float().expand(len(start), -1, -1, -1) for m in stored]
 
 
 def _copied(init: Inversion) -> Inversion:

@@ -55,6 +55,8 @@ def test_native_round_trip_keeps_half_precision_values(native: Path) -> None:
     loaded = load_encoder(native, 8, 16)
     assert isinstance(loaded.encoder, Encoder4Editing)
     assert not loaded.encoder.training
+    # The weights are as readable as any other file (packages are installed for other users).
+    assert native.stat().st_mode == native.with_suffix(".json").stat().st_mode
     assert loaded.encoder.architecture == ARCHITECTURE
     assert loaded.generator_hash == "ab" * 32
     assert loaded.card["terms"] == "test"

@@ -9,8 +9,9 @@ import torch
 
 from models.errors import ConfigError
 from models.inversion.base import Inversion, SampleRng
+from models.inversion.noise_maps import noise_penalty
 from models.inversion.registry import load_method
-from models.inversion.wplus import Schedule, WPlus, WPlusConfig, noise_penalty
+from models.inversion.wplus import Schedule, WPlus, WPlusConfig
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank
 

@@ -21,11 +21,10 @@ from tasks.training.encoder import (
     E4eObjective,
     FitEncoderConfig,
     absolute_codes,
-    annealed,
     fit,
-    open_offsets,
 )
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
+from tasks.training.schedules import annealed, open_offsets
 
 SMALL: dict[str, Any] = {
     "width": 4,
@@ -64,13 +63,15 @@ def rows(config: FitEncoderConfig) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- schedules and losses
 
 
-def test_offsets_open_as_published(config: FitEncoderConfig) -> None:
+def test_offsets_open_as_published() -> None:
     """18 rows: an offset opens at step 20,000 of 300,000, one each 2,000, the last at 52,000."""
+    start, end = 20 / 300, 52 / 300
+    assert (FitEncoderConfig.open_start, FitEncoderConfig.open_end) == (start, end)
     for step, opened in [(0, 0), (19_999, 0), (20_000, 1), (21_999, 1), (22_000, 2), (50_000, 16)]:
-        assert open_offsets(step / 300_000, 18, config) == opened, step
-    assert open_offsets(52_000 / 300_000, 18, config) == 17
-    assert open_offsets(1.0, 18, config) == 17
-    opened = [open_offsets(i / 3000, 8, config) for i in range(3000)]
+        assert open_offsets(step / 300_000, 18, start, end) == opened, step
+    assert open_offsets(52_000 / 300_000, 18, start, end) == 17
+    assert open_offsets(1.0, 18, start, end) == 17
+    opened = [open_offsets(i / 3000, 8, start, end) for i in range(3000)]
     assert opened == sorted(opened)
     assert set(opened) == set(range(8))
 
@@ -202,6 +203,18 @@ def test_a_checkpoint_of_another_encoder_is_not_resumed(config: FitEncoderConfig
         AssetError, match=r"cannot be resumed.*architecture was .*'width': 4.*'width': 6"
     ):
         fit(dataclasses.replace(config, width=6))
+
+
+def test_a_run_can_start_from_an_earlier_encoder(config: FitEncoderConfig, tmp_path: Path) -> None:
+    path = fit(config)
+    again = dataclasses.replace(config, start_from=str(path), out=str(tmp_path / "again"))
+    encoder = E4eObjective(again, load(config)).encoder
+    want = load_encoder(path, 8, 16).encoder.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in encoder.state_dict().items())
+    card = json.loads(fit(again).with_suffix(".json").read_text())
+    assert card["provenance"]["settings"]["start_from"] == "e4e.safetensors"
+    with pytest.raises(AssetError, match=r"start_from .*'width': 4.* this run's are .*'width': 6"):
+        E4eObjective(dataclasses.replace(again, width=6), load(config))
 
 
 def test_the_generator_takes_no_gradient_and_stays(config: FitEncoderConfig) -> None:

@@ -1,0 +1,25 @@
+"""Schedules of training runs, as functions of the share of the budget that is spent."""
+
+import math
+
+
+def open_offsets(share: float, num_ws: int, start: float, end: float) -> int:
+    """How many of the L - 1 offsets are open after a share of the run (e4e's progressive training).
+
+    None before `start`, all from `end` on, one more at equal distances between.
+    """
+    if share < start:
+        return 0
+    span = end - start
+    last = num_ws - 1
+    if share >= end or span == 0:
+        return last
+    # last - 1 equal distances lie between the first opening and the last one.
+    return min(1 + math.floor((share - start) / span * (last - 1) + 1e-9), last)
+
+
+def annealed(share: float, anneal: float) -> float:
+    """Factor of the learning rate: 1, then a cosine to 0 over the last share `anneal`."""
+    if not anneal or share <= 1 - anneal:
+        return 1.0
+    return 0.5 + 0.5 * math.cos(math.pi * min((share - 1 + anneal) / anneal, 1.0))
