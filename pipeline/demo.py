@@ -12,7 +12,8 @@ from pipeline.screen import query_table, show_summary
 
 METHODS = ("e4e", "wplus")
 SETS = ("method.1.steps=20",)
-SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind, round(psnr, 2) AS psnr, round(ssim, 3) AS ssim
+SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind,
+    round(psnr, 2) AS psnr, round(ssim, 3) AS ssim
 FROM latents ORDER BY status, psnr DESC"""
 
 

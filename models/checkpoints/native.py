@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from models.checkpoints.state_dict import (
@@ -181,7 +181,7 @@ def _save(
     temporary = path.with_name(path.name + ".tmp")
     try:
         # One entry only: several would be written in random order, and change the sha256.
-        save_file(stored, temporary, metadata={"format": f"{FORMAT} {kind}"})
+        temporary.write_bytes(save(stored, metadata={"format": f"{FORMAT} {kind}"}))
         card = {
             "format": FORMAT,
             "kind": kind,
