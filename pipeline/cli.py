@@ -320,13 +320,27 @@ def run_app(tokens: list[str]) -> int:
         return code if isinstance(code, int) else OK
     except CycloptsError:
         return WRONG  # cyclopts has printed it
-    except KeyboardInterrupt:
+    except BaseException as error:
+        return _end(error, is_debug)
+
+
+def _end(error: BaseException, is_debug: bool) -> int:
+    """Say what went wrong; the exit code."""
+    # Inside Ray's own loops an interrupt surfaces as the cause of a SystemError.
+    if any(isinstance(e, KeyboardInterrupt) for e in _causes(error)):
         error_console.print("stopped; what is committed is kept, run again to go on")
         return STOPPED
-    except RefineryError as error:
+    if isinstance(error, RefineryError):
         return _complain("error", error, is_debug, WRONG)
-    except Exception as error:
+    if isinstance(error, Exception):
         return _complain(f"internal error ({type(error).__name__})", error, is_debug, BUG)
+    raise error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    from pipeline.faults import causes
+
+    return causes(error)
 
 
 def _complain(what: str, error: Exception, is_debug: bool, code: int) -> int:

@@ -226,7 +226,8 @@ class Pool:
             return ShardResult(
                 shard=shard, error="its worker was stopped", failure=Failure.NEIGHBOUR
             )
-        reason = f"the worker died while it held this shard ({_first_line(error)})"
+        logger.info("worker %d was lost: %s", slot.number, _first_line(error))
+        reason = "the worker died while it held this shard (out of memory? a crash in native code?)"
         return ShardResult(shard=shard, error=reason, failure=Failure.DEATH)
 
     def _stop_overdue(self, slot: _Slot, now: float) -> None:

@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +22,6 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
-COMMON: dict[str, Any] = {"log_to_driver": True, "configure_logging": False}
-"""Ray's own set-up of logging would print every line of ours a second time."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Pictures never enter the object store; only shard numbers and counts do."""
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
@@ -51,7 +51,8 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        _start_local(num_cpus) if not address else ray.init(address=address, **COMMON)
+        with _own_sigterm():
+            _start_local(num_cpus) if not address else ray.init(address=address, **_common())
     except (OSError, ValueError, RuntimeError) as error:
         if address:
             raise ConfigError(
@@ -81,5 +82,22 @@ def _start_local(num_cpus: int | None) -> None:
         num_cpus=num_cpus,
         object_store_memory=OBJECT_STORE_BYTES,
         _node_ip_address=LOOPBACK,
-        **COMMON,
+        **_common(),
     )
+
+
+def _common() -> dict[str, Any]:
+    """Ray's own set-up of logging would print every line of ours a second time. What workers and
+    Ray's daemons print is for --debug: the driver says what matters of it."""
+    is_debug = logger.isEnabledFor(logging.INFO)
+    return {"log_to_driver": is_debug, "configure_logging": False}
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM; Ray's prints a stack trace and aborts."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if is_main and before is not None:
+        signal.signal(signal.SIGTERM, before)

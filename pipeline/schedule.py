@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+MAX_WAIT_S = 120.0
+
 
 class Failure(StrEnum):
     """Why an attempt did not end in a commit marker."""
@@ -46,7 +48,8 @@ class Schedule:
     Args:
         shards: numbers to do, in order.
         max_attempts: failures that count, per shard, before it is quarantined.
-        retry_wait_s: wait before the second try; four times longer for each further one.
+        retry_wait_s: wait before the second try; four times longer for each further one, up to
+            `MAX_WAIT_S`.
         patience_s: how long storage may fail without a success in between.
     """
 
@@ -115,7 +118,8 @@ class Schedule:
             self._suspects.add(shard)
         if tried >= self._max_attempts or failure is Failure.DAMAGED:
             return Verdict.QUARANTINE
-        return self._again(shard, now + self._retry_wait_s * 4 ** (tried - 1))
+        wait_s = self._retry_wait_s * 4 ** (tried - 1)
+        return self._again(shard, now + min(wait_s, MAX_WAIT_S))
 
     def attempts(self, shard: int) -> int:
         """Failures counted against a shard so far."""

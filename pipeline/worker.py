@@ -9,7 +9,9 @@ import os
 import socket
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import AssetError, ConfigError, LedgerError, RefineryError
@@ -141,6 +143,13 @@ def load_inverter(job: JobConfig, device: str, threads: int = 1) -> "Inverter":
     return Inverter(job, device, threads=threads)
 
 
+def _unforeseen(error: BaseException) -> str:
+    """Type, message and place: the traceback stays in the worker's log."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def changed_weights(expected: dict[str, str], found: dict[str, str]) -> str:
     """Which weight files differ from those of the run."""
     names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -163,7 +172,7 @@ def failed_result(shard: int, error: BaseException) -> ShardResult:
         failure = Failure.DAMAGED
     return ShardResult(
         shard=shard,
-        error=str(error) if is_refinery else f"{type(error).__name__}: {error}",
+        error=str(error) if is_refinery else _unforeseen(error),
         failure=failure,
         is_fatal=isinstance(error, AssetError | ConfigError) or is_refused(error),
     )

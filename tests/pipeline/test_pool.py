@@ -117,7 +117,7 @@ def test_a_shard_that_kills_its_worker_is_given_up_and_its_neighbours_are_not(
     booked = Booked(tmp_path, 6, "2=die", shards_in_flight=3, max_attempts=2)
     booked.pool.run()
     assert set(booked.reasons) == {2}
-    assert booked.reasons[2].startswith("the worker died while it held this shard")
+    assert booked.reasons[2].startswith("the worker died while it held this shard (")
     assert booked.tries == {2: 2}
     assert booked.attempts(2) == 2
     assert booked.tally.shards_done == 5
