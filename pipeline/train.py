@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.errors import ConfigError
+from models.errors import ConfigError, RefineryError
 from pipeline.config import load_dataclass
+from pipeline.faults import causes
 from pipeline.ray_session import ray_session
 
 FITS = {
@@ -15,8 +16,9 @@ FITS = {
     "encoder": ("tasks.training.encoder", "FitEncoderConfig"),
     "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
     "release": ("tasks.training.release", "ReleaseConfig"),
+    "release": ("tasks.training.release", "ReleaseConfig"),
 }
-"""Network -> module with `fit`, and its config."""
+"""What to make -> module with `fit`, and its config."""
 DISTRIBUTED = ("generator",)
 """Those whose `fit` averages gradients over processes."""
 
@@ -36,12 +38,12 @@ def train(what: str, path: str | None, sets: Sequence[str], workers: int = 1) ->
         ConfigError: a key or value is wrong, or the network trains on one process only.
     """
     module, config_name = FITS[what]
-    config = load_dataclass(getattr(importlib.import_module(module), config_name), path, sets)
     if workers < 1 or (workers > 1 and what not in DISTRIBUTED):
         raise ConfigError(
             f"--workers {workers}: train {what} runs on "
             f"{'1 or more processes' if what in DISTRIBUTED else 'one process'}"
         )
+    config = load_dataclass(getattr(importlib.import_module(module), config_name), path, sets)
     if workers == 1:
         fit: Callable[[Any], Any] = importlib.import_module(module).fit
         return fit(config)
@@ -53,7 +55,7 @@ def _train_on_ray(module: str, config: Any, workers: int) -> Path:
     config = dataclasses.replace(config, out=out)
     with ray_session():
         import ray
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchTrainer
 
         use_gpu = config.device != "cpu"
@@ -69,8 +71,22 @@ def _train_on_ray(module: str, config: Any, workers: int) -> Path:
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
             run_config=RunConfig(name="refinery-train", storage_path=str(Path(out, "ray"))),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _reason(error) from error
     return Path(out)
+
+
+def _reason(error: Exception) -> RefineryError:
+    """What the first failed worker said."""
+    failures = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failures.items()):
+        for cause in causes(failure):
+            if isinstance(cause, RefineryError):
+                return cause
+        return RefineryError(f"training failed on worker {rank}: {failure}")
+    return RefineryError(f"training failed: {error}")
 
 
 def _fit_on_worker(loop_config: dict[str, Any]) -> None:
