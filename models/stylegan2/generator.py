@@ -207,7 +207,8 @@ class Generator(nn.Module):
         # memory is that of one sample, and it is still in the cache when it is used again.
         split = self._first_large_layer(w_plus.dtype)
         self._run(part, 0, split)
-        size = self._chunk(split, w_plus.dtype)
+        sizes = [self._chunk(index, w_plus.dtype) for index in range(split, self.num_convs)]
+        size = min(sizes, default=len(x))
         if size >= len(x):
             return self._run(part, split, self.num_convs)
         chunks = range(0, len(x), size)
@@ -260,8 +261,7 @@ class Generator(nn.Module):
 
     def _chunk(self, index: int, dtype: torch.dtype) -> int:
         """Samples whose activations after layer `index` fit in CHUNK_BYTES together, at least 1."""
-        last = min(index, self.num_convs - 1)
-        size = self.conv_resolution(last) ** 2 * self.conv(last).conv.weight.shape[1]
+        size = self.conv_resolution(index) ** 2 * self.conv(index).conv.weight.shape[1]
         return max(CHUNK_BYTES // (size * dtype.itemsize), 1)
 
     def _first_large_layer(self, dtype: torch.dtype) -> int:

@@ -29,11 +29,12 @@ Form = Literal["auto", "grouped", "implicit", "folded"]
 EPS = 1e-8
 
 
-def modulated_conv2d(
+def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
     x: Float[Tensor, "N I H W"],
     weight: Float32[Tensor, "O I k k"] | Float[Tensor, "O I k k"],
     styles: Float[Tensor, "N I"],
     *,
+    scale: float = 1.0,
     gain: float = 1.0,
     should_demodulate: bool = True,
     up: bool = False,
@@ -44,8 +45,9 @@ def modulated_conv2d(
 
     Args:
         x: activations; their dtype is the dtype of the convolution.
-        weight: the shared kernel in its master precision, already scaled by 1/sqrt(I k k).
+        weight: the shared kernel in its master precision.
         styles: per-sample input gains, in the kernel's precision.
+        scale: the equalised-learning-rate gain 1/sqrt(I k k): multiplies kernel and residual.
         gain: multiplies the result (sqrt(2) of the following LeakyReLU, which commutes with it).
         should_demodulate: normalise each output channel's kernel (False in ToRGB).
         up: transposed convolution of stride 2 without padding: h = 2H + k - 2.
@@ -55,12 +57,14 @@ def modulated_conv2d(
     if form == "auto":
         form = choose_form(x, weight, styles, residual)
     if form == "grouped":
-        return _grouped(x, weight, styles, gain, should_demodulate, up, residual)
+        return _grouped(x, weight, styles, scale, gain, should_demodulate, up, residual)
     if x.dtype == torch.float16 and should_demodulate and residual is None:
         # Keep half-precision products in range; demodulation undoes both scales.
         weight = weight / weight.detach().abs().amax()
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
-    d = demodulate(weight, styles, residual) * gain if should_demodulate else None
+    # The scale rides on d (or on the gain), so that no scaled copy of the kernel is made.
+    gain = gain * scale
+    d = demodulate(weight, styles, residual, scale) * gain if should_demodulate else None
     if form == "implicit":
         return _implicit(x, weight, styles, d, gain, up, residual)
     return _folded(x, weight, styles, d, gain, up, residual)
@@ -86,9 +90,12 @@ def choose_form(
 
 
 def demodulate(
-    weight: Float[Tensor, "O I k k"], styles: Float[Tensor, "N I"], residual: LowRank | None = None
+    weight: Float[Tensor, "O I k k"],
+    styles: Float[Tensor, "N I"],
+    residual: LowRank | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "N O"]:
-    """`d = 1 / ||K_n,o||` without building K_n (the low-rank identity above)."""
+    """`d = rsqrt(scale^2 ||K_n,o||^2 + eps)` without building K_n (the low-rank identity above)."""
     norm = styles.square() @ weight.square().sum(dim=(2, 3)).T  # [N O]
     if residual is not None:
         u, v = residual.u.to(styles.dtype), residual.v.to(styles.dtype)
@@ -98,13 +105,14 @@ def demodulate(
         gram = v.reshape(n, r, -1)
         gram = gram @ gram.transpose(1, 2)  # [N r r]
         norm = norm + 2 * (u * cross.transpose(1, 2)).sum(2) + ((u @ gram) * u).sum(2)
-    return torch.rsqrt(norm + EPS)
+    return torch.rsqrt(norm * scale**2 + EPS)
 
 
 def _grouped(
     x: Tensor,
     weight: Tensor,
     styles: Tensor,
+    scale: float,
     gain: float,
     should_demodulate: bool,
     up: bool,
@@ -113,6 +121,7 @@ def _grouped(
     kernel = weight[None] * styles[:, None, :, None, None]  # [N O I k k]
     if residual is not None:
         kernel = kernel + residual.kernel().to(kernel.dtype)
+    kernel = kernel * scale
     if should_demodulate:
         kernel = kernel * torch.rsqrt(kernel.square().sum(dim=(2, 3, 4), keepdim=True) + EPS)
     return _grouped_conv(x, (kernel * gain).to(x.dtype), up)
@@ -175,9 +184,18 @@ def _folded(
     if needs_grad and residual is None and not weight.requires_grad:
         return _FoldedConv.apply(x, weight, styles, d, up)  # type: ignore[no-any-return]
     kernel = weight[None] * styles[:, None, :, None, None]
-    if residual is not None:
-        kernel = kernel + residual.kernel().to(kernel.dtype)
-    return _per_sample_conv(x, (kernel * d[:, :, None, None, None]).to(x.dtype), up)
+    if torch.is_grad_enabled() and (kernel.requires_grad or d.requires_grad or residual):
+        if residual is not None:
+            kernel = kernel + residual.kernel().to(kernel.dtype)
+        kernel = kernel * d[:, :, None, None, None]
+    else:
+        if residual is not None:
+            n, o = kernel.shape[:2]
+            flat = kernel.view(n, o, -1)  # changed in place
+            u, v = residual.u.to(kernel.dtype), residual.v.to(kernel.dtype)
+            flat.baddbmm_(u, v.flatten(2))
+        kernel.mul_(d[:, :, None, None, None])
+    return _per_sample_conv(x, kernel.to(x.dtype), up)
 
 
 def _shared_conv(x: Tensor, weight: Tensor, up: bool) -> Tensor:

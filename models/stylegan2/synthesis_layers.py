@@ -36,12 +36,11 @@ class ModulatedConv(nn.Module):
     def forward(
         self, x: Tensor, styles: Tensor, *, gain: float, residual: LowRank | None, form: Form
     ) -> Tensor:
-        if residual is not None:
-            residual = LowRank(u=residual.u * self.scale, v=residual.v)
         return modulated_conv2d(
             x,
-            self.weight[0] * self.scale,
+            self.weight[0],
             styles,
+            scale=self.scale,
             gain=gain,
             should_demodulate=self.demodulate,
             up=self.up,
