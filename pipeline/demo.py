@@ -42,7 +42,7 @@ def run_demo(console: Console, error_console: Console, out: str, config: str | N
     run_uri = str(folder / "run")
 
     _say(console, f"refinery plan {source}")
-    console.print(estimate(source, settings, limit=None, count=4))
+    console.print(estimate(source, settings, limit=None, count=8))
 
     flags = " ".join([*chain, *(f"--set {item}" for item in sets)])
     _say(console, f"refinery invert {source} {run_uri} {flags}")

@@ -16,7 +16,6 @@ FITS = {
     "encoder": ("tasks.training.encoder", "FitEncoderConfig"),
     "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
     "release": ("tasks.training.release", "ReleaseConfig"),
-    "release": ("tasks.training.release", "ReleaseConfig"),
 }
 """What to make -> module with `fit`, and its config."""
 DISTRIBUTED = ("generator",)

@@ -28,7 +28,8 @@ def config(tmp_path: Path) -> Path:
     path.write_text(
         f'data = ["{tmp_path}/data.parquet"]\nout = "{tmp_path}/out"\nresolution = 16\n'
         "images = 16\nbatch = 4\nz_dim = 8\nw_dim = 8\nmapping_layers = 2\n"
-        'precision = "float32"\nthreads = 1\nlog_images = 8\ncheckpoint_images = 16\nfrechet_images = 0\n'
+        'precision = "float32"\nthreads = 1\nlog_images = 8\ncheckpoint_images = 16\n'
+        "frechet_images = 0\n"
         "[widths]\n4 = 8\n8 = 8\n16 = 8\n"
     )
     return path
