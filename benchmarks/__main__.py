@@ -1,6 +1,7 @@
 """`make bench`: every figure of the README, measured here and printed as one table.
 
-Writes benchmarks/results.json and benchmarks/results.md beside this file.
+Writes benchmarks/results.json and benchmarks/results.md beside this file. `--only synthesis` or
+`--only pipeline` measures one part and keeps the other as it was last measured.
 """
 
 import argparse
@@ -12,55 +13,77 @@ from typing import Any
 from benchmarks import pipeline, synthesis
 
 HERE = Path(__file__).parent
+PARTS = ("pipeline", "synthesis")
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures as markdown."""
-    s, p = found["synthesis"], found["pipeline"]
+    """The figures as markdown, each part with the machine and the date it was measured on."""
+    text = "# Benchmarks\n\n`make bench` measures all of this and writes it here.\n"
+    if found.get("pipeline"):
+        text += _pipeline_table(found["pipeline"])
+    if found.get("synthesis"):
+        text += _synthesis_table(found["synthesis"])
+    return text
+
+
+def _heading(title: str, machine: dict[str, str]) -> list[str]:
+    where = f"{machine['date']}, {machine['chip']}, torch {machine['torch']}."
+    return ["", f"## {title}", "", where, ""]
+
+
+def _pipeline_table(p: dict[str, Any]) -> str:
+    stages = ", ".join(f"{k} {v} s" for k, v in p["last_round"]["stage_seconds"].items())
     lines = [
-        "# Benchmarks",
-        "",
-        f"`make bench`, {s['machine']['date']}, {s['machine']['chip']}, "
-        f"torch {s['machine']['torch']}.",
-        "",
+        *_heading("Pipeline", p["machine"]),
         "| what | measured | wanted |",
         "|---|---|---|",
+        f"| pipeline / bare loop, images/s ({p['images']} pictures, e4e, {p['rounds']} rounds) | "
+        f"{p['pipeline / bare']:.2f} ({p['pipeline_images_per_s']:.0f} / "
+        f"{p['bare_images_per_s']:.0f}) | >= 0.90 |",
+        "",
+        f"Stages of the last pipeline round, summed over workers: {stages}; start-up "
+        f"{p['last_round']['startup_s']:.1f} s, outside the clock.",
     ]
-    if p is not None:
-        lines += [
-            f"| pipeline / bare loop, images/s ({p['images']} pictures, e4e) | "
-            f"{p['pipeline / bare']:.2f} ({p['pipeline_images_per_s']:.0f} / "
-            f"{p['bare_images_per_s']:.0f}) | >= 0.90 |",
-        ]
-    b, r, px = s["batch"], s["rank"], s["resolution"]
+    return "\n".join(lines) + "\n"
+
+
+def _synthesis_table(s: dict[str, Any]) -> str:
+    what = f"synthesis {s['resolution']} px, batch {s['batch']}, rank-{s['rank']} residuals"
     rows = [
         ("refined / plain, time", s["refined / plain, time"], "<= 1.20"),
         ("refined / grouped twin, time", s["refined / grouped, time"], "<= 0.65"),
         ("refined / grouped twin, peak memory", s["refined / grouped, peak memory"], "<= 0.35"),
     ]
+    lines = _heading("Synthesis, config-f widths", s["machine"])
+    lines += ["| what | measured | wanted |", "|---|---|---|"]
+    lines += [f"| {what}: {name} | {value:.2f} | {wanted} |" for name, value, wanted in rows]
     lines += [
-        f"| synthesis {px} px, batch {b}, {b} different rank-{r} residuals: {name} | {value:.2f} "
-        f"| {wanted} |"
-        for name, value, wanted in rows
-    ]
-    lines += [
-        f"| W+ step, {px} px, batch {size}: frozen / grouped twin, time | {step['ratio']:.2f} "
-        "| <= 0.70 |"
+        f"| W+ step, {s['resolution']} px, batch {size}: frozen / grouped twin, time | "
+        f"{step['ratio']:.2f} | <= 0.70 |"
         for size, step in s["w_plus_step"].items()
     ]
-    lines += ["", "| precision | images/s | relative error |", "|---|---|---|"]
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in s["seconds"].items())
+    memory = ", ".join(f"{name} {value:.0f} MiB" for name, value in s["peak_mib"].items())
+    lines += ["", f"Seconds a batch: {seconds}. Peak memory: {memory}.", ""]
+    lines += ["| precision | images/s | relative error |", "|---|---|---|"]
     lines += [
         f"| {row['precision']} | {row['images_per_s']:.2f} | {row['relative_error']:.1e} |"
         for row in s["precision"]
     ]
-    if p is not None:
-        stages = ", ".join(f"{k} {v} s" for k, v in p["last_round"]["stage_seconds"].items())
-        lines += [
-            "",
-            f"Stages of the last pipeline round, summed over workers: {stages}; start-up "
-            f"{p['last_round']['startup_s']:.1f} s, outside the clock.",
-        ]
     return "\n".join(lines) + "\n"
+
+
+def measure(part: str, rounds: int, resolution: int) -> dict[str, Any] | None:
+    """One part's figures; None where its data is absent."""
+    if part == "synthesis":
+        return synthesis.run(resolution, 8, 4, rounds)
+    if not any(pipeline.default_data().glob("train64-*.parquet")):
+        sys.stderr.write(
+            f"no faces in {pipeline.default_data()}: the pipeline is not measured; "
+            "set REFINERY_SHARED to the shared data\n"
+        )
+        return None
+    return pipeline.compare(pipeline.default_data(), 4990, rounds)
 
 
 def main() -> None:
@@ -68,18 +91,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--only", choices=PARTS)
     args = parser.parse_args()
-    found: dict[str, Any] = {"pipeline": None}
-    if any(pipeline.default_data().glob("train64-*.parquet")):
-        found["pipeline"] = pipeline.compare(pipeline.default_data(), 4990, args.rounds)
-    else:
-        sys.stderr.write(
-            f"no faces in {pipeline.default_data()}: the pipeline is not measured; "
-            "set REFINERY_SHARED to the shared data\n"
-        )
-    found["synthesis"] = synthesis.run(args.resolution, 8, 4, args.rounds)
+    path = HERE / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for part in [args.only] if args.only else PARTS:
+        found[part] = measure(part, args.rounds, args.resolution) or found.get(part)
+        path.write_text(json.dumps(found, indent=2) + "\n")
     text = table(found)
-    (HERE / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (HERE / "results.md").write_text(text)
     sys.stdout.write(text)
 
