@@ -12,6 +12,7 @@ from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("local_ray")
 def test_one_actor_killed_at_each_of_six_points(
     dataset: Dataset, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -30,6 +31,7 @@ def test_one_actor_killed_at_each_of_six_points(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("local_ray")
 def test_two_actors_writing_to_s3(dataset: Dataset, undisturbed: str, s3: str) -> None:
     run = f"{s3}/runs/one"

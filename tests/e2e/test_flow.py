@@ -50,6 +50,7 @@ def artifacts(flow_run: FlowRun) -> dict[str, Artifact]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_flow_completes_and_shows_the_run(
     dataset: Dataset, undisturbed: str, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_flow_completes_and_shows_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_flow_fails_when_a_shard_was_quarantined(
     dataset: Dataset, tmp_path: Path, face_bytes: list[bytes]
 ) -> None:
@@ -92,6 +94,7 @@ def test_flow_fails_when_a_shard_was_quarantined(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_errors_of_ours_pass_through_at_once(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.actor: unknown key"):
         invert_dataset(dataset.source, str(tmp_path), dataset.config, ["engine.actor=1"])

@@ -68,6 +68,7 @@ def test_driver_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_driver_of_the_default_command_killed(
     dataset: Dataset, undisturbed: str, tmp_path: Path
@@ -82,13 +83,13 @@ def test_driver_of_the_default_command_killed(
     crashing = environment | {"REFINERY_CRASH": "before_marker:3"}
     with (tmp_path / "driver.log").open("wb") as log:
         driver = subprocess.Popen(
-            [*command, "--set", "engine.max_attempts=50"],
+            [*command, "--set", "engine.max_attempts=50", "--set", "engine.actors=1"],
             env=crashing,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
         try:
-            wait_until(lambda: run.is_dir() and len(committed(str(run))) == NUM_SHARDS - 1)
+            wait_until(lambda: run.is_dir() and len(committed(str(run))) > 0)
             assert len(marked(tmp_path)) > 5
         finally:
             driver.send_signal(signal.SIGKILL)
@@ -106,7 +107,7 @@ def test_driver_of_the_default_command_killed(
     assert marked(tmp_path) == []
 
 
-def wait_until(condition: object, patience_s: float = 100) -> None:
+def wait_until(condition: object, patience_s: float = 200) -> None:
     assert callable(condition)
     deadline = time.monotonic() + patience_s
     while not condition():
