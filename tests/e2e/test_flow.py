@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -18,7 +19,8 @@ from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
 
-from models.errors import ConfigError
+from models.errors import ConfigError, LedgerError
+from pipeline import flows
 from pipeline.config import EngineConfig
 from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening
 from pipeline.tally import Snapshot
@@ -106,3 +108,43 @@ def test_gpu_quota() -> None:
     assert gpus_wanted(EngineConfig(gpus_per_actor=0.25, actors=6)) == 2
     assert gpus_wanted(EngineConfig(gpus_per_actor="auto", actors=3, address="auto")) == 3
     assert gpus_wanted(EngineConfig(kind="inline", gpus_per_actor=1, actors=8)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_storage_that_comes_back_is_waited_for(
+    dataset: Dataset, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_plan, tries = flows.stages.plan, []
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        tries.append(args)
+        if len(tries) == 1:
+            raise LedgerError("no answer") from ConnectionError()
+        return real_plan(*args, **kwargs)
+
+    monkeypatch.setattr(flows.stages, "plan", plan)
+    monkeypatch.setattr(flows, "plan_run", flows.plan_run.with_options(retry_delay_seconds=0))
+    run = str(tmp_path / "run")
+    invert_dataset(dataset.source, run, dataset.config, ["engine.kind=inline"])
+    assert len(tries) == 2
+    assert fingerprint(run) == fingerprint(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_refusal_is_not_retried(
+    dataset: Dataset, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_plan, tries = flows.stages.plan, []
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        tries.append(args)
+        return real_plan(*args, **kwargs)
+
+    monkeypatch.setattr(flows.stages, "plan", plan)
+    with pytest.raises(LedgerError, match=r"config\.seed: 0 in the run, 1 now"):
+        invert_dataset(
+            dataset.source, undisturbed, dataset.config, ["engine.kind=inline", "seed=1"]
+        )
+    assert len(tries) == 1
