@@ -88,7 +88,7 @@ def _load(generator: Generator, config: E4eConfig) -> LoadedEncoder:
         raise AssetError(
             f"e4e: no bundled encoder belongs to this generator ({generator_hash[:12]}...); set "
             "`checkpoint` to an encoder trained with it (ours or an official e4e / pSp .pt), or "
-            "train one with `refinery train e4e`"
+            "train one with `refinery train encoder`"
         )
     loaded = load_encoder(path, generator.num_ws, generator.w_dim)
     if loaded.generator_hash not in (None, generator_hash):
