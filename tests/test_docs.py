@@ -14,6 +14,7 @@ from pipeline.cli import app
 from pipeline.config import RunConfig
 from tasks.training.encoder import FitEncoderConfig
 from tasks.training.generator import FitGeneratorConfig
+from tasks.training.release import ReleaseConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -64,7 +65,11 @@ def test_files_in_backquotes_exist(page: str) -> None:
 
 def test_settings_of_the_training_examples_exist() -> None:
     blocks = re.findall(r"```toml\n# (\w+)\.toml\n(.*?)```", PAGES["docs/training.md"], re.DOTALL)
-    configs = {"faces": FitGeneratorConfig, "encoder": FitEncoderConfig}
+    configs = {
+        "faces": FitGeneratorConfig,
+        "release": ReleaseConfig,
+        "encoder": FitEncoderConfig,
+    }
     assert [name for name, _ in blocks] == list(configs)
     for name, text in blocks:
         keys = re.findall(r"^(\w+) =", text, re.M)
