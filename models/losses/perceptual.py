@@ -5,6 +5,7 @@ Legend: N batch, C channels, H W image.
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
@@ -31,7 +32,7 @@ BACKBONES = {
 """torchvision's ImageNet weights that the published LPIPS layers (v0.1) were fitted on."""
 
 
-class Perceptual(nn.Module):
+class Perceptual(nn.Module, ABC):
     """A perceptual distance: `distance(a, b)` gives one value per picture, differentiable.
 
     `distance.compare(distance.features(a), distance.features(b))` is the same value; an
@@ -45,13 +46,13 @@ class Perceptual(nn.Module):
     name: str
     hash: str
 
+    @abstractmethod
     def features(self, images: Float[Tensor, "N 3 H W"]) -> list[Tensor]:
         """Channel-normalised features [N C h w] of pictures in [-1, 1], finest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, " N"]:
         """The distance between two results of `features`."""
-        raise NotImplementedError
 
     def forward(
         self, a: Float[Tensor, "N 3 H W"], b: Float[Tensor, "N 3 H W"]
