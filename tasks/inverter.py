@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from models.losses.perceptual import load_perceptual
 from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
 from models.stylegan2.generator import Generator, weights_hash
-from models.stylegan2.residual import LowRank
 from tasks.job import JobConfig
 from tasks.storage import exists, is_local, join, localise, read_bytes, write_bytes
 from tasks.training.grids import to_bytes
@@ -197,6 +196,7 @@ class Inverter:
                     failures.setdefault(row, ("diverged", reason))
                 inversion = self._replace_broken_rows(inversion, failures)
         assert inversion is not None
+        inversion = inversion.stored()
         with torch.inference_mode():
             image = inversion.render(self.generator).float()
             for row in _rows_not_finite([image]):
@@ -229,33 +229,15 @@ class Inverter:
         self, inversion: Inversion, failures: dict[int, tuple[str, str]]
     ) -> Inversion:
         """Codes of rows that are not finite become the average: the next method gets numbers."""
-        doors = [inversion.w_plus, *(inversion.noise or ())]
-        doors += list((inversion.features or {}).values())
-        for low_rank in (inversion.residual or {}).values():
-            doors += [low_rank.u, low_rank.v]
-        broken = _rows_not_finite(doors)
+        broken = _rows_not_finite(list(inversion.tensors().values()))
         if not broken:
             return inversion
         for row in broken:
             failures.setdefault(row, ("not_finite", "the codes are not finite"))
-
-        def clean(value: Tensor) -> Tensor:
-            value = value.clone()
-            value[broken] = 0.0
-            return value
-
-        w_plus = clean(inversion.w_plus)
-        w_plus[broken] = self.generator.latent_avg.nan_to_num(0.0)
-        noise, features, residual = inversion.noise, inversion.features, inversion.residual
-        return Inversion(
-            w_plus=w_plus,
-            noise=None if noise is None else tuple(clean(n) for n in noise),
-            features=None if features is None else {k: clean(f) for k, f in features.items()},
-            residual=None
-            if residual is None
-            else {k: LowRank(u=clean(r.u), v=clean(r.v)) for k, r in residual.items()},
-            failures=inversion.failures,
-        )
+        tensors = {name: value.clone() for name, value in inversion.tensors().items()}
+        for name, value in tensors.items():
+            value[broken] = self.generator.latent_avg.nan_to_num(0.0) if name == "w_plus" else 0
+        return replace(Inversion.from_tensors(tensors), failures=inversion.failures)
 
     def _halve(self, batch: int, reason: str) -> int:
         if batch == 1:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from models.errors import SampleError
 from models.inversion.base import Inversion, sample_seed
@@ -22,7 +21,6 @@ from tasks.job import JobConfig
 from tasks.read import RawSample
 
 SUFFIX = {"png": "png", "webp": "webp", "jpeg": "jpg"}
-_HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(kw_only=True)
@@ -90,19 +88,13 @@ def fill_row(inverted: Inverted, job: JobConfig, at: int, sample: tuple[Row, np.
 
 
 def stored_doors(inversion: Inversion, at: int) -> dict[str, np.ndarray]:
-    """The doors of row `at` besides w_plus as float16 arrays: `noise_<layer>`, `features_<layer>`,
-    `residual_<layer>_u` and `_v`, numbered as `Generator.synthesis` does."""
-    values: dict[str, Tensor] = {}
-    for layer, noise in enumerate(inversion.noise or ()):
-        values[f"noise_{layer}"] = noise[at]
-    for layer, features in sorted((inversion.features or {}).items()):
-        values[f"features_{layer}"] = features[at]
-    for layer, low_rank in sorted((inversion.residual or {}).items()):
-        values[f"residual_{layer}_u"] = low_rank.u[at]
-        values[f"residual_{layer}_v"] = low_rank.v[at]
+    """The doors of row `at` besides w_plus, named as `Inversion.tensors` does: float16 arrays, and
+    the 8-bit codes of tuned weights."""
+    tensors = inversion.stored().tensors()
     return {
-        name: value.float().clamp(-_HALF_MAX, _HALF_MAX).half().numpy()
-        for name, value in values.items()
+        name: (value[at].half() if value.is_floating_point() else value[at]).numpy()
+        for name, value in tensors.items()
+        if name != "w_plus"
     }
 
 

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -51,8 +51,7 @@ class LoadedEncoder:
 
 def build_encoder(architecture: EncoderArchitecture) -> PyramidEncoder:
     """A freshly initialised encoder of the architecture's kind."""
-    cls = Encoder4Editing if architecture.kind == "e4e" else GradualStyleEncoder
-    return cls(architecture)
+    return ENCODERS[architecture.kind][1](architecture)
 
 
 def load_encoder(path: str | Path, num_ws: int, w_dim: int) -> LoadedEncoder:
@@ -72,8 +71,33 @@ def load_encoder(path: str | Path, num_ws: int, w_dim: int) -> LoadedEncoder:
     return _load_official(path, num_ws, w_dim)
 
 
+class Architecture(Protocol):
+    """Sizes of a network as its card holds them."""
+
+    @property
+    def kind(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class SizedNetwork(Protocol):
+    """A module that knows its sizes."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+Kinds = Mapping[str, tuple[Callable[..., Any], Callable[[Any], Any]]]
+"""By `kind` of the card: what makes an architecture of the card's sizes, and a module of it."""
+
+ENCODERS: Kinds = {
+    "e4e": (EncoderArchitecture, Encoder4Editing),
+    "psp": (EncoderArchitecture, GradualStyleEncoder),
+}
+
+
 def save_encoder(
-    encoder: PyramidEncoder,
+    encoder: SizedNetwork,
     path: str | Path,
     card: Mapping[str, Any],
     dtype: torch.dtype = torch.float16,
@@ -150,36 +174,61 @@ def check_layout(
 # ---------------------------------------------------------------------- our format
 
 
-def _load_native(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
-    card = _read_card(path.with_suffix(".json"))
+def load_network(path: str | Path, kinds: Kinds) -> tuple[Any, str, dict[str, Any]]:
+    """Open a network of our format, of any of the given kinds.
+
+    Returns:
+        The module (eval mode, float32, no gradients, on the CPU), the file's sha256 and the card.
+
+    Raises:
+        AssetError: missing, damaged, of another kind, or not laid out as its card says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AssetError(f"network {path}: no such file; set `checkpoint` to a network's file")
+    card_path = path.with_suffix(".json")
+    card = _read_card(card_path, kinds)
     sha256 = _sha256(path)
     if card.get("sha256") != sha256:
         raise AssetError(
             f"encoder {path}: sha256 is {sha256}, its card says {card.get('sha256')}: the file is "
             "damaged or the card belongs to another one; fetch both again"
         )
+    make_architecture, make = kinds[card["kind"]]
     try:
-        architecture = EncoderArchitecture(**card["architecture"])
+        architecture = make_architecture(**card["architecture"])
     except (KeyError, TypeError, ValueError) as error:
-        raise AssetError(f"encoder card {path.with_suffix('.json')}: {error!r}") from error
+        raise AssetError(f"encoder card {card_path}: {error!r}") from error
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AssetError(f"encoder {path}: cannot read the weights: {error}") from error
+    module = _filled(make, (architecture,), state, f"encoder {path}: not as its card says")
+    return module, sha256, card
+
+
+def check_size(path: Path, architecture: Any, num_ws: int, w_dim: int) -> None:
+    """Refuse a network for another shape of w+.
+
+    Raises:
+        AssetError: rows or dimension differ.
+    """
     if (architecture.num_ws, architecture.w_dim) != (num_ws, w_dim):
         raise AssetError(
             f"encoder {path}: it predicts {architecture.num_ws} rows of {architecture.w_dim}, the "
             f"generator needs {num_ws} rows of {w_dim}: choose the encoder of this generator"
         )
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise AssetError(f"encoder {path}: cannot read the weights: {error}") from error
-    encoder = _filled(
-        build_encoder, (architecture,), state, f"encoder {path}: not as its card says"
-    )
+
+
+def _load_native(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
+    encoder, sha256, card = load_network(path, ENCODERS)
+    check_size(path, encoder.architecture, num_ws, w_dim)
     return LoadedEncoder(
         encoder=encoder, sha256=sha256, generator_hash=card.get("generator_hash"), card=card
     )
 
 
-def _read_card(path: Path) -> dict[str, Any]:
+def _read_card(path: Path, kinds: Kinds) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -188,9 +237,10 @@ def _read_card(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise AssetError(f"encoder card {path}: cannot read: {error}") from error
-    if not isinstance(card, dict) or card.get("kind") not in OFFICIAL_KINDS.values():
+    if not isinstance(card, dict) or card.get("kind") not in kinds:
         kind = card.get("kind") if isinstance(card, dict) else type(card).__name__
-        raise AssetError(f'encoder card {path}: expected kind "e4e" or "psp", found {kind!r}')
+        known = " or ".join(f'"{name}"' for name in kinds)
+        raise AssetError(f"encoder card {path}: expected kind {known}, found {kind!r}")
     return card
 
 

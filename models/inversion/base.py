@@ -5,9 +5,9 @@ Legend: N batch, L num_ws, D w_dim, C H W image.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,18 +16,23 @@ from torch import Tensor
 
 from models.errors import ConfigError
 from models.stylegan2.generator import Generator
-from models.stylegan2.residual import LowRank
+from models.stylegan2.residual import LowRank, Residual
+from models.stylegan2.weight_delta import TunedWeights, WeightDelta
+
+HALF_MAX = float(torch.finfo(torch.float16).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
-    """What a method found for N pictures: the four doors of the generator, and who failed.
+    """What a method found for N pictures: the doors of the generator, and who failed.
 
     Attributes:
         w_plus: one w per layer, float32.
         noise: one map [N 1 h w] per 3x3 convolution, or None for the generator's stored maps.
         features: replaced activations by layer (`Generator.synthesis`).
         residual: low-rank kernel additions by layer.
+        weights: changes of the generator's parameters by name, where it was tuned to each picture.
+            Such rows render one at a time.
         failures: reason by row for pictures that could not be inverted (a diverged optimisation);
             their other fields hold finite placeholders and must not be used.
     """
@@ -35,7 +40,8 @@ class Inversion:
     w_plus: Float[Tensor, "N L D"]
     noise: tuple[Float[Tensor, "N 1 h w"], ...] | None = None
     features: Mapping[int, Float[Tensor, "N C H W"]] | None = None
-    residual: Mapping[int, LowRank] | None = None
+    residual: Residual | None = None
+    weights: TunedWeights | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -45,58 +51,143 @@ class Inversion:
         """The same fields for a range of rows (step 1)."""
         start, stop, step = rows.indices(len(self))
         assert step == 1
-        return Inversion(
-            w_plus=self.w_plus[rows],
-            noise=None if self.noise is None else tuple(n[rows] for n in self.noise),
-            features=None
-            if self.features is None
-            else {k: f[rows] for k, f in self.features.items()},
-            residual=None
-            if self.residual is None
-            else {k: r[rows] for k, r in self.residual.items()},
-            failures={k - start: why for k, why in self.failures.items() if start <= k < stop},
-        )
+        kept = {k - start: why for k, why in self.failures.items() if start <= k < stop}
+        return replace(self._each(lambda part: part[rows]), failures=kept)
 
     def to(self, device: torch.device | str) -> "Inversion":
+        return self._each(lambda part: part.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as a stored run names them: `w_plus`, `noise_<layer>`,
+        `features_<layer>`, `residual_<layer>_u` and `_v`, `weights_<parameter>_codes` and `_step`,
+        layers numbered as `Generator.synthesis` does."""
+        found = {"w_plus": self.w_plus}
+        found |= {f"noise_{i}": m for i, m in enumerate(self.noise or ())}
+        found |= {f"features_{k}": f for k, f in sorted((self.features or {}).items())}
+        for layer, low_rank in sorted((self.residual or {}).items()):
+            found[f"residual_{layer}_u"], found[f"residual_{layer}_v"] = low_rank.u, low_rank.v
+        for name, delta in sorted((self.weights or {}).items()):
+            found[f"weights_{name}_codes"], found[f"weights_{name}_step"] = delta.codes, delta.step
+        return found
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> "Inversion":
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError: a name that `tensors` does not give.
+        """
+        noise: dict[int, Tensor] = {}
+        features: dict[int, Tensor] = {}
+        residual: dict[int, dict[str, Tensor]] = {}
+        weights: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("_")
+            if name == "w_plus":
+                continue
+            if kind == "noise":
+                noise[int(rest)] = value
+            elif kind == "features":
+                features[int(rest)] = value
+            elif kind == "residual":
+                layer, factor = rest.split("_")
+                residual.setdefault(int(layer), {})[factor] = value
+            elif kind == "weights":
+                parameter, _, what = rest.rpartition("_")
+                weights.setdefault(parameter, {})[what] = value
+            else:
+                raise ValueError(f"an inversion has no tensor {name!r}")
         return Inversion(
-            w_plus=self.w_plus.to(device),
-            noise=None if self.noise is None else tuple(n.to(device) for n in self.noise),
-            features=None
-            if self.features is None
-            else {k: f.to(device) for k, f in self.features.items()},
-            residual=None
-            if self.residual is None
-            else {k: r.to(device) for k, r in self.residual.items()},
-            failures=dict(self.failures),
+            w_plus=tensors["w_plus"],
+            noise=tuple(noise[i] for i in sorted(noise)) or None,
+            features=features or None,
+            residual={k: LowRank(**parts) for k, parts in residual.items()} or None,
+            weights={k: WeightDelta(**parts) for k, parts in weights.items()} or None,
+        )
+
+    def stored(self) -> "Inversion":
+        """What a stored run gives back: noise, features and residual rounded to half precision."""
+
+        def rounded(values: Tensor) -> Tensor:
+            return values.float().clamp(-HALF_MAX, HALF_MAX).half().float()
+
+        residual = self.residual and {
+            k: LowRank(u=rounded(r.u), v=rounded(r.v)) for k, r in self.residual.items()
+        }
+        return replace(
+            self,
+            noise=self.noise and tuple(rounded(m) for m in self.noise),
+            features=self.features and {k: rounded(f) for k, f in self.features.items()},
+            residual=residual,
         )
 
     def render(self, generator: Generator) -> Float[Tensor, "N 3 H W"]:
         """The reconstruction: every door as it was found, the stored noise where none was."""
-        noise = "const" if self.noise is None else list(self.noise)
-        return generator.synthesis(self.w_plus, noise, self.features, self.residual)
+        if self.weights is not None:
+            rows = [self[row : row + 1] for row in range(len(self))]
+            return torch.cat([row._render_tuned(generator) for row in rows])
+        return generator.synthesis(*self._doors())
+
+    def edited(
+        self, generator: Generator, w_plus: Float[Tensor, "N L D"], strength: float = 1.0
+    ) -> "Inversion":
+        """The same pictures at other codes: noise, residual and tuned weights stay attached.
+
+        Features move by what the plain generator's activations move by (CLCAE, arXiv 2211.11448:
+        f + G5(edited w+) - G5(w+)).
+
+        Args:
+            w_plus: the edited codes.
+            strength: factor of the kernel residual; below 1 it lets go of the picture's details.
+        """
+        features, residual = self.features, self.residual
+        if features is not None:
+            features = {
+                layer: f
+                + generator.activations(w_plus, layer, self.noise or "const")
+                - generator.activations(self.w_plus, layer, self.noise or "const")
+                for layer, f in features.items()
+            }
+        if residual is not None and strength != 1.0:
+            residual = {k: LowRank(u=strength * r.u, v=r.v) for k, r in residual.items()}
+        return replace(self, w_plus=w_plus, features=features, residual=residual)
 
     @staticmethod
     def cat(parts: Sequence["Inversion"]) -> "Inversion":
         """Join along the batch. All parts come from one method chain: they carry the same doors."""
-        first, failures, at = parts[0], {}, 0
+        failures: dict[int, str] = {}
+        at = 0
         for part in parts:
             failures |= {at + row: why for row, why in part.failures.items()}
             at += len(part)
+        tensors = [part.tensors() for part in parts]
+        joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
+        return replace(Inversion.from_tensors(joined), failures=failures)
+
+    def detached(self) -> "Inversion":
+        """The same values as ordinary tensors without history, also from inference mode."""
+        tensors = {name: value.detach().clone() for name, value in self.tensors().items()}
+        return replace(Inversion.from_tensors(tensors), failures=dict(self.failures))
+
+    def _each(self, change: Callable[[Any], Any]) -> "Inversion":
+        """The same change of every door; each understands the operations of a tensor's rows."""
         return Inversion(
-            w_plus=torch.cat([p.w_plus for p in parts]),
-            noise=None
-            if first.noise is None
-            else tuple(
-                torch.cat(maps) for maps in zip(*(p.noise or () for p in parts), strict=True)
-            ),
-            features=None
-            if first.features is None
-            else {k: torch.cat([(p.features or {})[k] for p in parts]) for k in first.features},
-            residual=None
-            if first.residual is None
-            else {k: LowRank.cat([(p.residual or {})[k] for p in parts]) for k in first.residual},
-            failures=failures,
+            w_plus=change(self.w_plus),
+            noise=self.noise and tuple(change(m) for m in self.noise),
+            features=self.features and {k: change(f) for k, f in self.features.items()},
+            residual=self.residual and {k: change(r) for k, r in self.residual.items()},
+            weights=self.weights and {k: change(d) for k, d in self.weights.items()},
+            failures=dict(self.failures),
         )
+
+    def _doors(self) -> tuple[Any, ...]:
+        noise = "const" if self.noise is None else list(self.noise)
+        return self.w_plus, noise, self.features, self.residual
+
+    def _render_tuned(self, generator: Generator) -> Float[Tensor, "1 3 H W"]:
+        own = dict(generator.named_parameters())
+        tuned = {k: own[k] + d.value()[0].to(own[k]) for k, d in (self.weights or {}).items()}
+        return torch.func.functional_call(generator, tuned, self._doors())
 
 
 class SampleRng:
@@ -187,6 +278,11 @@ class Method(ABC):
             raise ConfigError(
                 f"{type(self).__name__}: it starts from the result of an earlier method and there "
                 "is none: put another [[method]] (for example e4e) before it"
+            )
+        if init is not None and init.weights is not None:
+            raise ConfigError(
+                f"{type(self).__name__}: the method before it tuned the generator to each picture; "
+                "such a method must be the last one of the chain"
             )
         counts = {"images": len(images), "rng": len(rng), "init": len(init or images)}
         if len(set(counts.values())) > 1:

@@ -3,7 +3,6 @@
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.checkpoints.bundled import find_for_generator
 from models.encoders.checkpoint import LoadedEncoder, load_encoder
 from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng
-from models.stylegan2.generator import Generator, weights_hash
-
-logger = logging.getLogger(__name__)
+from models.inversion.weights import check_generator, weights_file
+from models.stylegan2.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +79,7 @@ class E4e(Method):
 
 
 def _load(generator: Generator, config: E4eConfig) -> LoadedEncoder:
-    generator_hash = weights_hash(generator)
-    path = config.checkpoint or find_for_generator(generator_hash, "e4e.safetensors")
-    if path is None:
-        raise AssetError(
-            f"e4e: no bundled encoder belongs to this generator ({generator_hash[:12]}...); set "
-            "`checkpoint` to an encoder trained with it (ours or an official e4e / pSp .pt), or "
-            "train one with `refinery train encoder`"
-        )
+    path = weights_file("e4e", generator, config.checkpoint)
     loaded = load_encoder(path, generator.num_ws, generator.w_dim)
-    if loaded.generator_hash not in (None, generator_hash):
-        complaint = (
-            f"e4e: `checkpoint` {path} was trained with generator {loaded.generator_hash[:12]}..., "
-            f"this one is {generator_hash[:12]}..."
-        )
-        if not config.allow_other_generator:
-            raise AssetError(
-                f"{complaint} Choose this generator's encoder, or set `allow_other_generator` "
-                "= true for a generator fine-tuned from that one"
-            )
-        logger.warning("%s", complaint)
+    check_generator("e4e", path, loaded.generator_hash, generator, config.allow_other_generator)
     return loaded

@@ -158,7 +158,7 @@ class WPlus(Method):
             self.perceptual.to(images.device)
         # The caller may run in inference mode, whose tensors autograd refuses: work on copies.
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.generator):
-            start = Inversion(w_plus=self._average(images)) if init is None else _copied(init)
+            start = Inversion(w_plus=self._average(images)) if init is None else init.detached()
             search = _Search(self, images.detach().float().clone(), start, init is None, rng)
             return search.run()
 
@@ -310,14 +310,10 @@ class _Search:
         self.targets = self.images[self.rows]
         self.target_features = [f[keep] for f in self.target_features]
         start = self.start
-        self.features = (
-            None if start.features is None else {k: f[self.rows] for k, f in start.features.items()}
-        )
-        self.residual = (
-            None
-            if start.residual is None
-            else {k: LowRank(u=r.u[self.rows], v=r.v[self.rows]) for k, r in start.residual.items()}
-        )
+        self.features = start.features and {k: f[self.rows] for k, f in start.features.items()}
+        self.residual = start.residual and {
+            k: LowRank(u=r.u[self.rows], v=r.v[self.rows]) for k, r in start.residual.items()
+        }
 
     def _result(self) -> Inversion:
         code, *maps = self.best
@@ -331,20 +327,3 @@ class _Search:
             residual=self.start.residual,
             failures=self.failures,
         )
-
-
-def _copied(init: Inversion) -> Inversion:
-    """The same values as ordinary tensors without history."""
-
-    def copy(t: Tensor) -> Tensor:
-        return t.detach().clone()
-
-    return Inversion(
-        w_plus=copy(init.w_plus).float(),
-        noise=None if init.noise is None else tuple(copy(m) for m in init.noise),
-        features=None if init.features is None else {k: copy(f) for k, f in init.features.items()},
-        residual=None
-        if init.residual is None
-        else {k: LowRank(u=copy(r.u), v=copy(r.v)) for k, r in init.residual.items()},
-        failures=dict(init.failures),
-    )

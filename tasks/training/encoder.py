@@ -10,15 +10,15 @@ Legend: N batch, Y synthetic pictures of it, L num_ws, D w_dim, S open offsets, 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import build_encoder, load_encoder, save_encoder
@@ -29,15 +29,20 @@ from models.errors import AssetError, ConfigError
 from models.optim import Ranger
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
-from tasks.training.distributed import average_gradients
+from tasks.training.blocks import (
+    LOSS_SIZE,
+    card_settings,
+    descend,
+    for_losses,
+    prepared,
+    rounded_scores,
+    settle,
+)
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
 from tasks.training.schedules import annealed, open_offsets
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
 
 logger = logging.getLogger(__name__)
-
-LOSS_SIZE = 256
-"""Larger renders are averaged down to this before any loss, as pSp and e4e do, px."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +145,7 @@ class E4eObjective(Objective):
         self.config, self.dtype = config, PRECISIONS[config.precision]
         self.generator_hash = weights_hash(generator)
         self.spread = statistics_for(generator).w_std
-        self.generator = _prepared(generator, config.device, self.dtype)
+        self.generator = prepared(generator, config.device, self.dtype)
         self.resolution = min(generator.resolution, LOSS_SIZE)
         self.architecture = EncoderArchitecture(
             num_ws=generator.num_ws,
@@ -218,7 +223,7 @@ class E4eObjective(Objective):
             self.discriminator.requires_grad_(True)
             total = total + self.config.adversarial_weight * adversarial
             logged["adversarial"] = adversarial
-        _descend(total, self.encoder, self.optimizer)
+        descend(total, list(self.encoder.parameters()), self.optimizer)
         if self.config.adversarial_weight:
             logged |= self._discriminator_step(codes.detach(), shown // self.config.batch)
         logged["rows"] = torch.tensor(float(self.encoder.stage + 1))
@@ -242,7 +247,7 @@ class E4eObjective(Objective):
             penalty = gradient.square().sum(1).mean()
             total = total + self.config.r1_gamma / 2 * self.config.r1_interval * penalty
             logged["r1"] = penalty
-        _descend(total, self.discriminator, self.optimizer_d)
+        descend(total, list(self.discriminator.parameters()), self.optimizer_d)
         return logged
 
     @torch.no_grad()
@@ -263,10 +268,7 @@ class E4eObjective(Objective):
             return self.encoder.split(pictures.contiguous(memory_format=torch.channels_last))
 
     def _render(self, w_plus: Tensor, noise: Any) -> Float[Tensor, "N 3 H W"]:
-        images = self.generator.synthesis(w_plus, noise)
-        if images.shape[2] > self.resolution:
-            images = F.adaptive_avg_pool2d(images, self.resolution)
-        return images
+        return for_losses(self.generator.synthesis(w_plus, noise))
 
     # ------------------------------------------------------------------ scores and export
 
@@ -286,19 +288,10 @@ class E4eObjective(Objective):
     def settle(self) -> None:
         self.encoder.stage = self.architecture.num_ws - 1
         self.dtype = self.losses.dtype = self.generator.compute_dtype = None
-        with torch.no_grad():
-            for tensor in self.encoder.state_dict().values():
-                if tensor.ndim > 1:
-                    tensor.copy_(tensor.half())
+        settle(self.encoder)
 
     def export(self, scores: Mapping[str, float], shown: int) -> Path:
         config = self.config
-        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "time_limit_s")}
-        # File names only: a machine's paths say nothing to a reader.
-        for name in ("data", "validation"):
-            settings[name] = [Path(path).name for path in settings[name]]
-        for name in ("generator", "identity", "start_from"):
-            settings[name] = settings[name] and Path(settings[name]).name
         card = {
             "kind": "e4e",
             "generator_hash": self.generator_hash,
@@ -308,9 +301,9 @@ class E4eObjective(Objective):
                 "generator": Path(config.generator).stem,
                 "images_shown": shown,
                 "perceptual": self.losses.perceptual_name,
-                "settings": settings,
+                "settings": card_settings(config, ("generator", "identity", "start_from")),
             },
-            "scores": {name: round(value, 5) for name, value in scores.items()},
+            "scores": rounded_scores(scores),
         }
         return save_encoder(self.encoder, Path(config.out) / "e4e.safetensors", card)
 
@@ -333,24 +326,3 @@ def _start_from(encoder: Encoder4Editing, path: str) -> None:
             f"{arch.to_dict()}: choose another file or the same width, units and head_width"
         )
     encoder.load_state_dict(loaded.state_dict())
-
-
-def _prepared(generator: Generator, device: str, dtype: torch.dtype | None) -> Generator:
-    """The frozen generator in the layout that trains fastest here.
-
-    Measured at 64 px and batch 16 in bfloat16 on a CPU: implicit and channels-last take 5.0 ms a
-    picture forward and backward, the automatic choice 6.5.
-    """
-    generator.to(device).requires_grad_(False)
-    generator.compute_dtype = dtype
-    if generator.resolution <= 64 or dtype is not None:
-        generator.form, generator.memory_format = "implicit", torch.channels_last
-    return generator
-
-
-def _descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    parameters: Iterable[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    average_gradients(list(parameters))
-    optimizer.step()

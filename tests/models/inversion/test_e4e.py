@@ -76,7 +76,7 @@ def test_official_names_with_other_sizes_are_refused(
 
 
 def test_no_encoder_names_the_setting(tiny_generator: Generator) -> None:
-    with pytest.raises(AssetError, match=r"no bundled encoder belongs .* set `checkpoint`"):
+    with pytest.raises(AssetError, match=r"no bundled weights belong .* set `checkpoint`"):
         load_method("e4e", tiny_generator)
 
 
