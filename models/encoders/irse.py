@@ -31,6 +31,19 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.fc2(F.relu(self.fc1(gate))))
 
 
+class StridedProjection(nn.Conv2d):
+    """A 1x1 convolution of every `stride`-th pixel, which is what a strided one computes.
+
+    The pixels are picked first: the weight gradient of oneDNN's strided 1x1 convolution writes past
+    its buffer where the input has fewer channels than a vector register (oneDNN issue 6035; seen
+    with torch 2.13 on AVX2 as wrong gradients, hangs and crashes).
+    """
+
+    def forward(self, x: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight)
+
+
 class Unit(nn.Module):
     """Pre-activation residual unit: BN, conv, PReLU, conv (strided), BN, squeeze-excite.
 
@@ -43,7 +56,7 @@ class Unit(nn.Module):
             self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
         else:
             self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                StridedProjection(in_channels, out_channels, 1, stride, bias=False),
                 nn.BatchNorm2d(out_channels),
             )
         self.res_layer = nn.Sequential(
