@@ -278,7 +278,7 @@ def statistics(generator: str, target: str, /, *, samples: int = 10_000, seed: i
 
 @app.command(group=MODELS)
 def train(
-    what: Literal["generator", "encoder", "trunk", "release"],
+    what: str,
     /,
     *,
     config: Config = None,
@@ -288,7 +288,8 @@ def train(
     """Train a network from a TOML config; run the same command again to resume.
 
     Args:
-        what: the network, or release: the bundle of a trained generator.
+        what: generator, trunk, a method's network (e4e, psp, w-encoder, lsap, cycle, clcae-align,
+            clcae, refine), or release: the bundle of a trained generator.
         workers: GPUs (or CPU processes) to train on, by Ray Train; 1 trains in this process.
     """
     from pipeline.train import train as train_network

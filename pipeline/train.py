@@ -13,7 +13,13 @@ from pipeline.ray_session import ray_session
 
 FITS = {
     "generator": ("tasks.training.generator", "FitGeneratorConfig"),
-    "encoder": ("tasks.training.encoder", "FitEncoderConfig"),
+    "e4e": ("tasks.training.encoder", "FitEncoderConfig"),
+    "psp": ("tasks.training.encoder", "FitPspConfig"),
+    "w-encoder": ("tasks.training.encoder", "FitWEncoderConfig"),
+    "lsap": ("tasks.training.encoder", "FitLsapConfig"),
+    "cycle": ("tasks.training.encoder", "FitCycleConfig"),
+    "clcae-align": ("tasks.training.clcae_align", "FitClcaeAlignConfig"),
+    "clcae": ("tasks.training.clcae", "FitClcaeConfig"),
     "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
     "release": ("tasks.training.release", "ReleaseConfig"),
 }
@@ -34,8 +40,10 @@ def train(what: str, path: str | None, sets: Sequence[str], workers: int = 1) ->
         What `fit` returns; with several workers, the folder `out`.
 
     Raises:
-        ConfigError: a key or value is wrong, or the network trains on one process only.
+        ConfigError: no such network, a wrong key or value, or one that trains on one process only.
     """
+    if what not in FITS:
+        raise ConfigError(f"train {what}: unknown; known: {', '.join(sorted(FITS))}")
     module, config_name = FITS[what]
     if workers < 1 or (workers > 1 and what not in DISTRIBUTED):
         raise ConfigError(

@@ -223,6 +223,8 @@ def check_size(path: Path, architecture: Any, num_ws: int, w_dim: int) -> None:
 def _load_native(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
     encoder, sha256, card = load_network(path, ENCODERS)
     check_size(path, encoder.architecture, num_ws, w_dim)
+    if card.get("space") == "w" and isinstance(encoder, Encoder4Editing):
+        encoder.stage = 0  # its training ended with w alone: the other heads mean nothing
     return LoadedEncoder(
         encoder=encoder, sha256=sha256, generator_hash=card.get("generator_hash"), card=card
     )

@@ -1,7 +1,9 @@
-"""Train an e4e encoder: one plain, resumable `fit(config)` that runs in a bare Python process.
+"""Train a pyramid encoder: e4e, pSp, a W encoder, LSAP or Cycle Encoding, by one objective.
 
 Losses and schedule of e4e (arXiv 2102.02766): MSE + perceptual + identity on the render, a penalty
-on the offsets, a latent discriminator, and offsets that open row by row. Two additions for short
+on the offsets, a latent discriminator, and offsets that open row by row. pSp (arXiv 2008.00951) has
+neither offsets nor discriminator; LSAP (arXiv 2209.12746) aligns the styles instead; Cycle Encoding
+(arXiv 2207.09367) closes the offsets again, so that its codes end in W. Two additions for short
 runs: a learning rate that falls at the end, and, as an option, pictures drawn from the generator,
 whose codes are known and need no render. The published schedule (300,000 steps) is scaled to the
 budget.
@@ -9,9 +11,8 @@ budget.
 Legend: N batch, Y synthetic pictures of it, L num_ws, D w_dim, S open offsets, H W image.
 """
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import build_encoder, load_encoder, save_encoder
 from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
-from models.encoders.psp import EncoderArchitecture
-from models.errors import AssetError, ConfigError
+from models.encoders.psp import EncoderArchitecture, PyramidEncoder
+from models.errors import AssetError
+from models.losses.style_space import StyleSpace
 from models.optim import Ranger
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
@@ -38,107 +40,31 @@ from tasks.training.blocks import (
     rounded_scores,
     settle,
 )
+from tasks.training.encoder_config import FitCycleConfig as FitCycleConfig
+from tasks.training.encoder_config import FitEncoderConfig as FitEncoderConfig
+from tasks.training.encoder_config import FitLsapConfig as FitLsapConfig
+from tasks.training.encoder_config import FitPspConfig as FitPspConfig
+from tasks.training.encoder_config import FitWEncoderConfig as FitWEncoderConfig
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
-from tasks.training.schedules import annealed, open_offsets
-from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitEncoderConfig(TrainingConfig):
-    """Settings of one e4e training run. The defaults suit a 64 px generator on a CPU."""
-
-    generator: str
-    """A bundled name or a checkpoint file; it stays as it is."""
-
-    width: int = 24
-    """Channels of the first stage, 64 in the published encoder."""
-    units: tuple[int, int, int, int] = (2, 2, 2, 2)
-    """Residual units of the stages, (3, 4, 14, 3) in the published encoder."""
-    head_width: int = 64
-    """Channels inside the style heads, 512 in the published encoder."""
-    stem_stride: int = 2
-    """1 in the published encoder; 2 saves the convolutions at full size."""
-    start_from: str | None = None
-    """Encoder file of the same sizes whose weights the run starts from, for example one that was
-    trained with an earlier state of the generator."""
-
-    learning_rate: float = 3e-3
-    """Ranger's; 1e-4 as published, for 2.4 million pictures."""
-    anneal: float = 0.4
-    """Share of the run, at its end, in which the rate falls to 0 along a cosine; 0 as published."""
-    open_start: float = 20 / 300
-    """Share of the run after which the first offset opens (step 20,000 of 300,000)."""
-    open_end: float = 52 / 300
-    """Share of the run after which the last offset opens; the others at equal distances between."""
-
-    mse_weight: float = 1.0
-    perceptual_weight: float = 0.8
-    perceptual: str = "auto"
-    """Name for `load_perceptual`, or "none"."""
-    identity: str | None = None
-    """File of ArcFace weights for the identity loss."""
-    identity_weight: float = 0.1
-    delta_weight: float = 2e-4
-    """Of the summed norms of the offsets."""
-    adversarial_weight: float = 0.1
-    """Of the latent discriminator's verdict on the codes; 0 trains without it."""
-    discriminator_learning_rate: float = 2e-4
-    """Adam's; 2e-5 as published, for a run about ten times as long."""
-    r1_gamma: float = 10.0
-    r1_interval: int = 16
-    pool: int = 50
-    """Codes in each replay pool of the latent discriminator."""
-
-    synthetic_fraction: float = 0.0
-    """Share of each batch that is drawn from the generator: learned by its code, not rendered. It
-    costs real pictures: at 8,000 shown (32 px) a share of 0.25 raised the held-out MSE by 16 %."""
-    code_weight: float = 0.5
-    """Of their squared code error, in units of the spread of W."""
-
-    terms: str = "as the training data's"
-    """For the card: on what terms the weights may be used."""
-
-    def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        if not 0 <= self.open_start <= self.open_end <= 1:
-            raise ConfigError(
-                f"open_start and open_end: expected 0 <= open_start <= open_end <= 1, "
-                f"got {self.open_start} and {self.open_end}"
-            )
-        for name in ("anneal", "synthetic_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        if self.batch - self.num_synthetic < 2:
-            raise ConfigError(
-                f"batch {self.batch} with synthetic_fraction {self.synthetic_fraction} leaves "
-                f"{self.batch - self.num_synthetic} real pictures, expected at least 2"
-            )
-
-    @property
-    def num_synthetic(self) -> int:
-        """Generated pictures of each batch."""
-        return round(self.batch * self.synthetic_fraction)
+from tasks.training.schedules import annealed, progress
+from tasks.training.trainer import PRECISIONS, Objective, set_up, train
 
 
 def fit(config: FitEncoderConfig) -> Path:
     """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
 
     Returns:
-        `<out>/e4e.safetensors` (half precision, its card `e4e.json` beside it), or the checkpoint
-        where the time limit came first.
+        `<out>/<method>.safetensors` (half precision, its card `<method>.json` beside it), or the
+        checkpoint where the time limit came first.
 
     Raises:
         AssetError: no generator, no pictures, or a checkpoint of another run.
     """
     set_up(config)
-    return train(E4eObjective(config, load_generator(config.generator)), config)
+    return train(EncoderObjective(config, load_generator(config.generator)), config)
 
 
-class E4eObjective(Objective):
+class EncoderObjective(Objective):
     """Encoder, latent discriminator, their optimisers and pools."""
 
     def __init__(self, config: FitEncoderConfig, generator: Generator) -> None:
@@ -155,11 +81,12 @@ class E4eObjective(Objective):
             units=config.units,
             head_width=config.head_width,
             stem_stride=config.stem_stride,
+            kind=config.kind,
         )
         encoder = build_encoder(self.architecture)
-        assert isinstance(encoder, Encoder4Editing)
         if config.start_from:
             _start_from(encoder, config.start_from)
+        self.style_space = StyleSpace(generator, statistics_for(generator).style_anchor)
         self.encoder = encoder.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = Ranger(self.encoder.parameters(), lr=config.learning_rate)
         self.discriminator = LatentDiscriminator(generator.w_dim).to(config.device)
@@ -196,9 +123,7 @@ class E4eObjective(Objective):
 
     def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
         share = shown / self.config.images
-        self.encoder.stage = open_offsets(
-            share, self.architecture.num_ws, self.config.open_start, self.config.open_end
-        )
+        stage = self._set_stage(share)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * annealed(share, self.config.anneal)
         num_synthetic = self.config.num_synthetic
@@ -213,21 +138,35 @@ class E4eObjective(Objective):
             code = code_distance(w_plus[:num_synthetic], known, self.spread)
             total = total + self.config.code_weight * code.mean()
             logged["code"] = code
-        if self.encoder.stage:
+        shrunk = progress(share, self.config.shrink_start, self.config.shrink_end)
+        if deltas.shape[1] and self.config.delta_weight:
             logged["delta"] = delta_penalty(deltas)
-            total = total + self.config.delta_weight * logged["delta"].mean()
-        codes = w_plus[:, : self.encoder.stage + 1]
+            weight = self.config.delta_weight * self.config.delta_growth ** min(shrunk, 1.0)
+            total = total + weight * logged["delta"].mean()
+        if self.config.nscd_weight:
+            rows = stage + 1 if self.config.align_open_rows else None
+            logged["alignment"] = self.style_space.loss(w_plus, rows)
+            total = total + self.config.nscd_weight * logged["alignment"].mean()
+        codes = w_plus[:, : stage + 1]
         if self.config.adversarial_weight:
             self.discriminator.requires_grad_(False)
             adversarial = F.softplus(-self.discriminator(codes.flatten(0, 1))).mean()
             self.discriminator.requires_grad_(True)
-            total = total + self.config.adversarial_weight * adversarial
+            weight = self.config.adversarial_weight * self.config.adversarial_decay**shrunk
+            total = total + weight * adversarial
             logged["adversarial"] = adversarial
         descend(total, list(self.encoder.parameters()), self.optimizer)
         if self.config.adversarial_weight:
             logged |= self._discriminator_step(codes.detach(), shown // self.config.batch)
-        logged["rows"] = torch.tensor(float(self.encoder.stage + 1))
+        logged["rows"] = torch.tensor(float(stage + 1))
         return logged
+
+    def _set_stage(self, share: float) -> int:
+        """Open the offsets of this moment; how many there are."""
+        if not isinstance(self.encoder, Encoder4Editing):
+            return self.architecture.num_ws - 1
+        self.encoder.stage = self.config.open_offsets(share, self.architecture.num_ws)
+        return self.encoder.stage
 
     def _discriminator_step(self, codes: Float[Tensor, "N S D"], step: int) -> dict[str, Tensor]:
         """One update of the latent discriminator on one open row of every picture."""
@@ -265,7 +204,12 @@ class E4eObjective(Objective):
         self, pictures: Float[Tensor, "N 3 H W"]
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N S D"]]:
         with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.encoder.split(pictures.contiguous(memory_format=torch.channels_last))
+            x = pictures.contiguous(memory_format=torch.channels_last)
+            if isinstance(self.encoder, Encoder4Editing):
+                return self.encoder.split(x)
+            codes = self.encoder(x)
+            # pSp has no offsets; relative to its first row its codes read as if it had.
+            return codes[:, 0], codes[:, 1:] - codes[:, :1]
 
     def _render(self, w_plus: Tensor, noise: Any) -> Float[Tensor, "N 3 H W"]:
         return for_losses(self.generator.synthesis(w_plus, noise))
@@ -283,21 +227,23 @@ class E4eObjective(Objective):
             scores[self.losses.perceptual_name] = scores.pop("perceptual")
         offsets = (w_plus - w_plus[:, :1]).square().sum(2).sqrt().mean(1)
         scores["offset_norm"] = offsets / self.spread
+        scores["nscd"] = self.style_space.nscd(w_plus)
         return scores, [renders]
 
     def settle(self) -> None:
-        self.encoder.stage = self.architecture.num_ws - 1
+        self._set_stage(1.0)
         self.dtype = self.losses.dtype = self.generator.compute_dtype = None
         settle(self.encoder)
 
     def export(self, scores: Mapping[str, float], shown: int) -> Path:
         config = self.config
         card = {
-            "kind": "e4e",
+            "kind": config.kind,
+            "space": "w" if config.is_in_w else "w_plus",
             "generator_hash": self.generator_hash,
             "terms": config.terms,
             "provenance": {
-                "method": "e4e (arXiv 2102.02766), tasks.training.encoder",
+                "method": f"refinery train {config.method}",
                 "generator": Path(config.generator).stem,
                 "images_shown": shown,
                 "perceptual": self.losses.perceptual_name,
@@ -305,7 +251,7 @@ class E4eObjective(Objective):
             },
             "scores": rounded_scores(scores),
         }
-        return save_encoder(self.encoder, Path(config.out) / "e4e.safetensors", card)
+        return save_encoder(self.encoder, Path(config.out) / f"{config.method}.safetensors", card)
 
 
 def absolute_codes(
@@ -317,12 +263,15 @@ def absolute_codes(
     return generator.latent_avg + w[:, None] + offsets
 
 
-def _start_from(encoder: Encoder4Editing, path: str) -> None:
+def _start_from(encoder: PyramidEncoder, path: str) -> None:
     arch = encoder.architecture
     loaded = load_encoder(path, arch.num_ws, arch.w_dim).encoder
-    if loaded.architecture != arch:
+    if replace(loaded.architecture, kind=arch.kind) != arch:
         raise AssetError(
             f"start_from {path}: its sizes are {loaded.architecture.to_dict()}, this run's are "
             f"{arch.to_dict()}: choose another file or the same width, units and head_width"
         )
-    encoder.load_state_dict(loaded.state_dict())
+    state = loaded.state_dict()
+    if loaded.architecture.kind != arch.kind:
+        state = {k: v for k, v in state.items() if not k.startswith("styles.")}
+    encoder.load_state_dict(state, strict=loaded.architecture.kind == arch.kind)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.encoders.checkpoint import build_encoder
 from models.encoders.e4e import Encoder4Editing
-from models.encoders.irse import IrSe
+from models.encoders.irse import IrSe, StridedProjection
 from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder
 
@@ -164,3 +164,17 @@ def test_pool_swaps_about_half_and_resumes_exactly() -> None:
     torch.manual_seed(1)
     assert torch.equal(again.query(query), expected)
     assert torch.equal(CodePool(0).query(query), query)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_projection_has_the_strided_convolution_s_gradients(stride: int) -> None:
+    """4 channels: fewer than a register, where oneDNN's strided 1x1 kernel writes out of bounds."""
+    projection = StridedProjection(4, 8, 1, stride, bias=False)
+    x = torch.randn(6, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = torch.autograd.grad(projection(x).square().sum(), (x, projection.weight))
+    y, weight = x.detach().double().requires_grad_(), projection.weight.detach().double()
+    weight.requires_grad_()
+    picked = y[:, :, ::stride, ::stride]
+    want = torch.einsum("oi,nihw->nohw", weight[:, :, 0, 0], picked)
+    for a, b in zip(found, torch.autograd.grad(want.square().sum(), (y, weight)), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)

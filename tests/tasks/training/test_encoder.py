@@ -18,13 +18,17 @@ from models.inversion.base import SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.training.encoder import (
-    E4eObjective,
+    EncoderObjective,
+    FitCycleConfig,
     FitEncoderConfig,
+    FitLsapConfig,
+    FitPspConfig,
+    FitWEncoderConfig,
     absolute_codes,
     fit,
 )
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
-from tasks.training.schedules import annealed, open_offsets
+from tasks.training.schedules import annealed, closed_offsets, open_offsets, progress
 
 SMALL: dict[str, Any] = {
     "width": 4,
@@ -208,19 +212,19 @@ def test_a_checkpoint_of_another_encoder_is_not_resumed(config: FitEncoderConfig
 def test_a_run_can_start_from_an_earlier_encoder(config: FitEncoderConfig, tmp_path: Path) -> None:
     path = fit(config)
     again = dataclasses.replace(config, start_from=str(path), out=str(tmp_path / "again"))
-    encoder = E4eObjective(again, load(config)).encoder
+    encoder = EncoderObjective(again, load(config)).encoder
     want = load_encoder(path, 8, 16).encoder.state_dict()
     assert all(torch.equal(value, want[name]) for name, value in encoder.state_dict().items())
     card = json.loads(fit(again).with_suffix(".json").read_text())
     assert card["provenance"]["settings"]["start_from"] == "e4e.safetensors"
     with pytest.raises(AssetError, match=r"start_from .*'width': 4.* this run's are .*'width': 6"):
-        E4eObjective(dataclasses.replace(again, width=6), load(config))
+        EncoderObjective(dataclasses.replace(again, width=6), load(config))
 
 
 def test_the_generator_takes_no_gradient_and_stays(config: FitEncoderConfig) -> None:
     generator = load(config)
     before = weights_hash(generator)
-    objective = E4eObjective(config, generator)
+    objective = EncoderObjective(config, generator)
     pictures = held_out(config)
     start = {name: p.detach().clone() for name, p in objective.encoder.named_parameters()}
     for shown in (0, 8, 32):
@@ -237,7 +241,7 @@ def test_it_learns(config: FitEncoderConfig) -> None:
     """On pictures that the generator can draw, forty steps beat the mean code clearly."""
     generator = load(config)
     torch.manual_seed(0)
-    objective = E4eObjective(dataclasses.replace(config, images=320), generator)
+    objective = EncoderObjective(dataclasses.replace(config, images=320), generator)
     z = torch.randn(64, 16, generator=torch.Generator().manual_seed(7))
     pictures = generator.synthesis(generator.mapping(z)).clamp(-1, 1)
     mean_code = generator.latent_avg.expand(64, 8, -1)
@@ -253,3 +257,114 @@ def test_bfloat16_trains_and_only_validation_is_optional(config: FitEncoderConfi
     path = fit(dataclasses.replace(config, **settings))
     assert load_encoder(path, 8, 16).card["scores"] == {}
     assert "code" not in rows(config)[-1]
+
+
+# ---------------------------------------------------------------------- other methods' encoders
+
+
+def preset(cls: type[FitEncoderConfig], config: FitEncoderConfig, **more: Any) -> Any:
+    """The preset's config with the small run's settings."""
+    names = ("generator", "data", "validation", "out")
+    given = {name: getattr(config, name) for name in names}
+    return cls(**(given | SMALL | {"synthetic_fraction": 0.0} | more))
+
+
+def test_the_way_back_is_cycle_encoding_s() -> None:
+    """Its 750,000 steps: the last row closes at 646,000, one more every 4,000, none at 714,000."""
+    start, end = FitCycleConfig.close_start, FitCycleConfig.close_end
+    for step, still_open in (
+        (0, 17),
+        (645_999, 17),
+        (646_000, 17),
+        (650_000, 16),
+        (710_000, 1),
+        (714_000, 0),
+        (750_000, 0),
+    ):
+        assert closed_offsets(step / 750_000, 18, start, end) == still_open, step
+    shrink = FitCycleConfig.shrink_start, FitCycleConfig.shrink_end
+    assert progress(0.1, *shrink) == 0.0
+    assert progress(650 / 750, *shrink) == pytest.approx(1.0)
+    assert 2e-4 * FitCycleConfig.delta_growth == pytest.approx(3.08e-3, rel=1e-3)
+    assert 0.1 * FitCycleConfig.adversarial_decay == pytest.approx(3.05e-6, rel=1e-3)
+
+
+def test_cycle_opens_closes_and_ends_in_w(config: FitEncoderConfig) -> None:
+    path = fit(preset(FitCycleConfig, config, images=400, log_images=8))
+    assert path.name == "cycle.safetensors"
+    opened = [row["rows"] for row in rows(config) if "rows" in row]
+    assert opened[0] == 1.0
+    assert max(opened) == 8.0
+    assert opened[-1] == 1.0
+    assert opened.index(8.0) < len(opened) / 4 < 3 * len(opened) / 4 < opened[::-1].index(1.0) + 40
+    loaded = load_encoder(path, 8, 16)
+    assert loaded.card["space"] == "w"
+    assert loaded.card["scores"]["offset_norm"] == 0.0
+    codes = loaded.encoder(held_out(config))
+    assert torch.equal(codes, codes[:, :1].expand_as(codes))
+
+
+def test_a_w_encoder_never_opens_a_row(config: FitEncoderConfig) -> None:
+    path = fit(preset(FitWEncoderConfig, config))
+    assert {row["rows"] for row in rows(config) if "rows" in row} == {1.0}
+    assert load_encoder(path, 8, 16).card["space"] == "w"
+
+
+def test_lsap_aligns_all_layers_from_the_first_step(config: FitEncoderConfig) -> None:
+    objective = EncoderObjective(preset(FitLsapConfig, config), load(config))
+    logged = objective.step(held_out(config), 0)
+    assert logged["rows"] == 1.0
+    assert "discriminator" not in logged
+    quirk = preset(FitLsapConfig, config, align_open_rows=True)
+    torch.manual_seed(0)
+    one = EncoderObjective(quirk, load(config))
+    torch.manual_seed(0)
+    all_rows = EncoderObjective(preset(FitLsapConfig, config), load(config))
+    pictures = held_out(config)
+    first = one.step(pictures, 0)["alignment"]
+    w, deltas = all_rows._encode(pictures)
+    codes = absolute_codes(w, deltas, all_rows.generator)
+    torch.testing.assert_close(first, all_rows.style_space.loss(codes, 1))
+    assert all_rows.step(pictures, 0)["alignment"].mean() < 4 * first.mean()
+
+
+def test_alignment_lowers_nscd(config: FitEncoderConfig) -> None:
+    """The same run with and without the term; nothing else differs."""
+
+    def nscd(weight: float) -> float:
+        torch.manual_seed(0)
+        settings = {"nscd_weight": weight, "open_start": 0.0, "open_end": 0.01, "images": 240}
+        objective = EncoderObjective(preset(FitLsapConfig, config, **settings), load(config))
+        for step in range(30):
+            objective.step(held_out(config), 8 * step)
+        return float(objective.score(held_out(config))[0]["nscd"].mean())
+
+    assert nscd(0.5) < 0.9 * nscd(0.0)
+
+
+def test_psp_starts_from_an_e4e_trunk(config: FitEncoderConfig, tmp_path: Path) -> None:
+    e4e = fit(dataclasses.replace(config, images=16))
+    settings = {"start_from": str(e4e), "out": str(tmp_path / "psp")}
+    objective = EncoderObjective(preset(FitPspConfig, config, **settings), load(config))
+    want = load_encoder(e4e, 8, 16).encoder.state_dict()
+    for name, value in objective.encoder.state_dict().items():
+        assert torch.equal(value, want[name]) != name.startswith("styles."), name
+    path = fit(preset(FitPspConfig, config, **settings))
+    assert load_encoder(path, 8, 16).encoder.architecture.kind == "psp"
+    assert load_encoder(path, 8, 16).card["space"] == "w_plus"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"close_start": 0.9, "close_end": 0.8}, "close_start and close_end"),
+        ({"shrink_start": -0.1, "shrink_end": 0.8}, "shrink_start and shrink_end"),
+        ({"close_start": 0.1, "close_end": 0.2}, "close_start: expected at least open_end"),
+        ({"adversarial_decay": 0.0}, "adversarial_decay in"),
+    ],
+)
+def test_an_impossible_way_back_is_refused(
+    config: FitEncoderConfig, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **settings)
