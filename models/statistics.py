@@ -4,7 +4,9 @@ Legend: N samples, D w_dim, K principal components, I input channels of a layer,
 """
 
 import json
+import logging
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.cache import cache_folder
 from models.checkpoints.bundled import find_for_generator
 from models.errors import AssetError
 from models.stylegan2.generator import Generator, weights_hash
@@ -24,6 +27,11 @@ FORMAT = "style-refinery statistics 1"
 
 CHUNK = 1000
 """Samples drawn at a time."""
+
+ANCHOR_SAMPLES = 100_000
+"""Draws for the anchors of the style space where nothing else is asked for: LSAP's number."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +169,7 @@ LAYERED = ("style_mean", "style_std", "style_anchor")
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> Path:
-    """Write one safetensors file; the hash and the scalars stand in its metadata."""
+    """Write one safetensors file, atomically; the hash and the scalars stand in its metadata."""
     path = Path(path)
     tensors = {name: getattr(statistics, name).contiguous() for name in TENSORS}
     for name in LAYERED:
@@ -180,9 +188,12 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Path:
         "scalars": json.dumps(scalars),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save(tensors, metadata))
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -219,14 +230,19 @@ _computed: dict[str, Statistics] = {}
 
 
 def statistics_for(generator: Generator) -> Statistics:
-    """The generator's statistics: the bundled file with its hash, else computed once per process.
+    """The generator's statistics: bundled under its hash, else from the cache, else computed.
 
+    What is computed goes into `<cache>/statistics/<hash>.safetensors`, so that the actors of a run
+    and later runs find it; two that compute at the same time write the same values.
     The values are moved nowhere: they are on the CPU whatever the generator's device.
+
+    Raises:
+        AssetError: the bundled file belongs to another generator.
     """
     digest = weights_hash(generator)
     if digest not in _computed:
         path = find_for_generator(digest, "statistics.safetensors")
-        found = load_statistics(path) if path else compute_statistics(generator)
+        found = load_statistics(path) if path else _cached(generator, digest)
         if found.generator_hash != digest:
             raise AssetError(
                 f"statistics {path}: made for generator {found.generator_hash}, expected {digest}; "
@@ -234,3 +250,21 @@ def statistics_for(generator: Generator) -> Statistics:
             )
         _computed[digest] = found
     return _computed[digest]
+
+
+def _cached(generator: Generator, digest: str) -> Statistics:
+    """From the cache, or computed and put there. A cache that cannot be used is no error."""
+    path = cache_folder() / "statistics" / f"{digest}.safetensors"
+    if path.is_file():
+        try:
+            found = load_statistics(path)
+            if (found.generator_hash, found.anchor_samples) == (digest, ANCHOR_SAMPLES):
+                return found
+        except AssetError as error:
+            logger.warning("%s; it is computed again", error)
+    found = compute_statistics(generator, anchor_samples=ANCHOR_SAMPLES)
+    try:
+        save_statistics(found, path)
+    except OSError as error:
+        logger.warning("the generator's statistics cannot be kept for the next start: %s", error)
+    return found

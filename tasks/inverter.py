@@ -25,6 +25,8 @@ from models.losses.identity import load_identity
 from models.losses.perceptual import load_perceptual
 from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
+from models.losses.style_space import StyleSpace
+from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.job import JobConfig
 from tasks.storage import exists, is_local, join, localise, read_bytes, write_bytes
@@ -77,9 +79,10 @@ class Inverter:
     """Pictures in, codes and scores out.
 
     Scores are of the stored picture: the reconstruction is rounded to 8 bits first, so that whoever
-    reads the run can compute the same numbers again. Row n depends on picture n and its key alone,
-    apart from rounding that follows the batch size; a job's batches are always the same, and so are
-    its bytes.
+    reads the run can compute the same numbers again. Only `nscd` is a score of the codes: how far
+    their styles are from those that the mapping network makes.
+    Row n depends on picture n and its key alone, apart from rounding that follows the batch size; a
+    job's batches are always the same, and so are its bytes.
 
     Args:
         job: what to build.
@@ -112,7 +115,8 @@ class Inverter:
             self._scores = self._load_scores()
         if job.precision != "float32":
             self.generator.compute_dtype = getattr(torch, job.precision)
-        self.metric_names: tuple[str, ...] = tuple(self._scores)
+        self._style_space = StyleSpace(self.generator, statistics_for(self.generator).style_anchor)
+        self.metric_names: tuple[str, ...] = (*self._scores, "nscd")
 
     @property
     def device_name(self) -> str:
@@ -203,7 +207,7 @@ class Inverter:
                 failures.setdefault(row, ("not_finite", "the rendered picture is not finite"))
             stored = to_bytes(image.nan_to_num(0.0)).cpu().numpy()
             inverted_s = time.perf_counter() - started
-            metrics = self._score(target, self._to_images(stored))
+            metrics = self._score(target, self._to_images(stored), inversion.w_plus)
         return Inverted(
             inversion=inversion.to("cpu"),
             pictures=stored,
@@ -215,10 +219,10 @@ class Inverter:
             },
         )
 
-    def _score(self, target: Tensor, found: Tensor) -> dict[str, np.ndarray]:
-        return {
-            name: score(target, found).float().cpu().numpy() for name, score in self._scores.items()
-        }
+    def _score(self, target: Tensor, found: Tensor, w_plus: Tensor) -> dict[str, np.ndarray]:
+        values = {name: score(target, found) for name, score in self._scores.items()}
+        values["nscd"] = self._style_space.nscd(w_plus)
+        return {name: value.float().cpu().numpy() for name, value in values.items()}
 
     def _to_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 [N H W 3] -> [N 3 H W] in [-1, 1] on the device."""

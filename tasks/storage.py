@@ -25,6 +25,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from models.cache import cache_folder
 from models.errors import AssetError, ConfigError, LedgerError, RefineryError, ShardError
 from tasks.storage_errors import is_missing, storage_errors
 
@@ -356,7 +357,7 @@ def _etag_of(info: dict[str, object]) -> str:
 def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
     """A local path of a file: itself, or a copy kept in the cache under its URL and etag.
 
-    The cache is $REFINERY_CACHE, else $XDG_CACHE_HOME/style-refinery, else ~/.cache/style-refinery.
+    The cache is `models.cache.cache_folder`.
 
     Raises:
         error: the file is missing or cannot be fetched.
@@ -373,12 +374,3 @@ def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
         with storage_errors("fetch", uri, error), _open_local(str(target)) as file:
             fs.get_file(path, file.name)
     return target
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept."""
-    chosen = os.environ.get("REFINERY_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "style-refinery"

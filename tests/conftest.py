@@ -25,6 +25,14 @@ def shared() -> Path:
     return path.resolve()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from or left in the user's cache, also by programs that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFINERY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def make_tiny_generator(seed: int = 0, resolution: int = 32) -> Generator:
     """A small random generator: every mechanism of a large one, milliseconds a picture."""
     widths = {res: 16 if res <= 8 else 8 for res in (4, 8, 16, 32, 64) if res <= resolution}

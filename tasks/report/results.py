@@ -20,6 +20,7 @@ METRIC_NOTES = {
     "ms_ssim": "multi-scale structural similarity, at most 1; larger is better",
     "identity": "cosine similarity of face embeddings; larger is better",
     "trunk_distance": "perceptual distance in the bundled trunk (not LPIPS); smaller is better",
+    "nscd": "distance of the codes' styles from the generator's own (LSAP); smaller is nearer",
     "lpips": "LPIPS perceptual distance; smaller is better",
 }
 

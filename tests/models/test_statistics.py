@@ -125,13 +125,76 @@ def test_conditional_generator():
     assert found.w_std > 0
 
 
-def test_statistics_for_computes_once(tiny_generator, monkeypatch):
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "_computed", {})
+    monkeypatch.setenv("REFINERY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "statistics"
+
+
+def refuse(*_, **__):
+    raise AssertionError("computed although the cache has it")
+
+
+def test_statistics_for_computes_once_with_100_000_anchor_samples(tiny_generator, empty_cache):
     first = statistics_for(tiny_generator)
     assert statistics_for(tiny_generator) is first
-    assert first.samples == 10_000
+    assert (first.samples, first.anchor_samples) == (10_000, 100_000)
+    assert [p.name for p in empty_cache.iterdir()] == [
+        f"{weights_hash(tiny_generator)}.safetensors"
+    ]
     tiny_generator.input.input += 1.0
     assert statistics_for(tiny_generator) is not first
+
+
+def test_another_process_reads_the_cache(tiny_generator, empty_cache, monkeypatch):
+    first = statistics_for(tiny_generator)
+    monkeypatch.setattr(statistics, "_computed", {})  # as another process has it
+    monkeypatch.setattr(statistics, "compute_statistics", refuse)
+    second = statistics_for(tiny_generator)
+    assert second is not first
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.style_anchor, second.style_anchor, strict=True)
+    )
+    assert second.w_std == first.w_std
+
+
+@pytest.mark.parametrize("fault", ["cut off", "other generator", "fewer samples"])
+def test_a_wrong_file_in_the_cache_is_replaced(
+    fault, tiny_generator, empty_cache, monkeypatch, caplog
+):
+    good = statistics_for(tiny_generator)
+    path = next(empty_cache.iterdir())
+    if fault == "cut off":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        wrong = {"generator_hash": "0" * 64} if "other" in fault else {"anchor_samples": 50}
+        save_statistics(replace(good, w_std=-1.0, **wrong), path)
+    monkeypatch.setattr(statistics, "_computed", {})
+    assert statistics_for(tiny_generator).w_std == good.w_std
+    assert load_statistics(path).w_std == good.w_std
+    assert ("computed again" in caplog.text) == (fault == "cut off")
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tiny_generator, empty_cache, caplog):
+    empty_cache.parent.write_text("a file where the folder should be")
+    assert statistics_for(tiny_generator).anchor_samples == 100_000
+    assert "cannot be kept for the next start" in caplog.text
+
+
+def test_a_failed_write_leaves_the_old_file(tiny_generator, tmp_path, monkeypatch):
+    found = compute_statistics(tiny_generator, samples=20)
+    path = save_statistics(found, tmp_path / "statistics.safetensors")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(statistics.os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        save_statistics(replace(found, w_std=0.0), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_statistics_for_prefers_the_bundled_file(tiny_generator, monkeypatch, tmp_path):

@@ -121,18 +121,42 @@ def test_scores_are_of_the_rounded_picture(
     mse = np.square(difference).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(found.metrics["mse"], mse, rtol=1e-6)
     np.testing.assert_allclose(found.metrics["psnr"], 10 * np.log10(4 / mse), rtol=1e-6)
-    assert inverter.metric_names == tuple(found.metrics) == ("mse", "psnr", "ssim")
+    assert inverter.metric_names == tuple(found.metrics) == ("mse", "psnr", "ssim", "nscd")
     assert set(found.seconds) == {"invert", "score"}
     same = inverter.invert(found.pictures, KEYS)
     assert same.metrics["mse"].tolist() == [0.0] * 4
     assert np.isinf(same.metrics["psnr"]).all()
 
 
+def test_nscd_is_of_the_final_codes(
+    tiny_generator: Generator, tmp_path: Path, pictures: np.ndarray
+) -> None:
+    inverter = build(tiny_generator, tmp_path)
+    found = inverter.invert(pictures, KEYS)
+    w_plus = found.inversion.w_plus
+    z = torch.randn(100_000, tiny_generator.z_dim, generator=torch.Generator().manual_seed(5))
+    mapped = tiny_generator.mapping(z)[:, 0]
+    cosines = []
+    for name, layer, row in tiny_generator.layers():
+        if name.startswith("to_rgb") and name != tiny_generator.layers()[-1][0]:
+            continue
+        anchor = torch.nn.functional.normalize(layer.modulation(mapped), dim=1).mean(0)
+        style = layer.modulation(w_plus[:, row])
+        cosines.append(torch.nn.functional.cosine_similarity(style, anchor[None]))
+    # Other draws of z than the statistics': 100,000 of them leave a few 1e-4.
+    expected = 1 - torch.stack(cosines).mean(0)
+    np.testing.assert_allclose(found.metrics["nscd"], expected, atol=1e-3)
+    assert found.metrics["nscd"].std() > 1e-3
+    # Not a score of the picture: other targets, same codes.
+    again = inverter.invert(255 - pictures, KEYS)
+    assert again.metrics["nscd"].tolist() == found.metrics["nscd"].tolist()
+
+
 def test_perceptual_column_has_its_honest_name(
     tiny_generator: Generator, tmp_path: Path, pictures: np.ndarray
 ) -> None:
     inverter = build(tiny_generator, tmp_path, perceptual="refinery")
-    assert inverter.metric_names == ("mse", "psnr", "ssim", "trunk_distance")
+    assert inverter.metric_names == ("mse", "psnr", "ssim", "trunk_distance", "nscd")
     found = inverter.invert(pictures, KEYS)
     assert (found.metrics["trunk_distance"] > 0).all()
     assert len(inverter.hashes["perceptual.trunk_distance"]) == 64
