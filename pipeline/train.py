@@ -15,6 +15,7 @@ FITS = {
     "generator": ("tasks.training.generator", "FitGeneratorConfig"),
     "e4e": ("tasks.training.encoder", "FitEncoderConfig"),
     "psp": ("tasks.training.encoder", "FitPspConfig"),
+    "restyle": ("tasks.training.encoder", "FitRestyleConfig"),
     "w-encoder": ("tasks.training.encoder", "FitWEncoderConfig"),
     "lsap": ("tasks.training.encoder", "FitLsapConfig"),
     "cycle": ("tasks.training.encoder", "FitCycleConfig"),

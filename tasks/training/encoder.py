@@ -44,6 +44,7 @@ from tasks.training.encoder_config import FitCycleConfig as FitCycleConfig
 from tasks.training.encoder_config import FitEncoderConfig as FitEncoderConfig
 from tasks.training.encoder_config import FitLsapConfig as FitLsapConfig
 from tasks.training.encoder_config import FitPspConfig as FitPspConfig
+from tasks.training.encoder_config import FitRestyleConfig as FitRestyleConfig
 from tasks.training.encoder_config import FitWEncoderConfig as FitWEncoderConfig
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
 from tasks.training.schedules import annealed, progress
@@ -82,6 +83,7 @@ class EncoderObjective(Objective):
             head_width=config.head_width,
             stem_stride=config.stem_stride,
             kind=config.kind,
+            in_channels=3 if config.iterations == 1 else 6,
         )
         encoder = build_encoder(self.architecture)
         if config.start_from:
@@ -126,18 +128,39 @@ class EncoderObjective(Objective):
         stage = self._set_stage(share)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * annealed(share, self.config.anneal)
-        num_synthetic = self.config.num_synthetic
-        real = pictures[num_synthetic:]
-        known, drawn = self._draw(num_synthetic)
-        w, deltas = self._encode(torch.cat([drawn, real]) if num_synthetic else real)
-        w_plus = absolute_codes(w, deltas, self.generator)
-        table = self.losses(self._render(w_plus[num_synthetic:], "random"), real)
+        known, drawn = self._draw(self.config.num_synthetic)
+        seen = torch.cat([drawn, pictures[len(drawn) :]]) if len(drawn) else pictures
+        total, logged, codes = torch.zeros(()), {}, None
+        for _ in range(self.config.iterations):
+            loss, logged, codes = self._losses(seen, known, codes, share, stage)
+            total = total + loss
+        descend(total, list(self.encoder.parameters()), self.optimizer)
+        if self.config.adversarial_weight:
+            assert codes is not None
+            logged |= self._discriminator_step(codes[:, : stage + 1], shown // self.config.batch)
+        logged["rows"] = torch.tensor(float(stage + 1))
+        return logged
+
+    def _losses(
+        self,
+        seen: Float[Tensor, "N 3 H W"],
+        known: Float[Tensor, "Y L D"],
+        guess: Float[Tensor, "N L D"] | None,
+        share: float,
+        stage: int,
+    ) -> tuple[Tensor, dict[str, Tensor], Float[Tensor, "N L D"]]:
+        """One pass of the encoder from the codes so far: loss, what to log, the detached codes.
+
+        The first Y pictures are the generator's own, of the codes `known`.
+        """
+        w, deltas = self._encode(seen, guess)
+        w_plus = absolute_codes(w, deltas, self.generator, guess)
+        table = self.losses(self._render(w_plus[len(known) :], "random"), seen[len(known) :])
         total = self.losses.total(table)
         logged = {name: value.detach() for name, value in table.items()}
-        if num_synthetic:
-            code = code_distance(w_plus[:num_synthetic], known, self.spread)
-            total = total + self.config.code_weight * code.mean()
-            logged["code"] = code
+        if len(known):
+            logged["code"] = code_distance(w_plus[: len(known)], known, self.spread)
+            total = total + self.config.code_weight * logged["code"].mean()
         shrunk = progress(share, self.config.shrink_start, self.config.shrink_end)
         if deltas.shape[1] and self.config.delta_weight:
             logged["delta"] = delta_penalty(deltas)
@@ -147,19 +170,14 @@ class EncoderObjective(Objective):
             rows = stage + 1 if self.config.align_open_rows else None
             logged["alignment"] = self.style_space.loss(w_plus, rows)
             total = total + self.config.nscd_weight * logged["alignment"].mean()
-        codes = w_plus[:, : stage + 1]
         if self.config.adversarial_weight:
             self.discriminator.requires_grad_(False)
-            adversarial = F.softplus(-self.discriminator(codes.flatten(0, 1))).mean()
+            verdict = self.discriminator(w_plus[:, : stage + 1].flatten(0, 1))
             self.discriminator.requires_grad_(True)
+            logged["adversarial"] = F.softplus(-verdict).mean()
             weight = self.config.adversarial_weight * self.config.adversarial_decay**shrunk
-            total = total + weight * adversarial
-            logged["adversarial"] = adversarial
-        descend(total, list(self.encoder.parameters()), self.optimizer)
-        if self.config.adversarial_weight:
-            logged |= self._discriminator_step(codes.detach(), shown // self.config.batch)
-        logged["rows"] = torch.tensor(float(stage + 1))
-        return logged
+            total = total + weight * logged["adversarial"]
+        return total, logged, w_plus.detach()
 
     def _set_stage(self, share: float) -> int:
         """Open the offsets of this moment; how many there are."""
@@ -201,8 +219,15 @@ class EncoderObjective(Objective):
         return torch.randn(count, self.generator.z_dim).to(self.config.device)
 
     def _encode(
-        self, pictures: Float[Tensor, "N 3 H W"]
+        self, pictures: Float[Tensor, "N 3 H W"], guess: Float[Tensor, "N L D"] | None = None
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N S D"]]:
+        """w and offsets, or, where the encoder sees its last render too, what to add to them."""
+        if self.config.iterations > 1:
+            with torch.no_grad():
+                start = self.generator.latent_avg.expand(len(pictures), self.generator.num_ws, -1)
+                pictures = torch.cat(
+                    [pictures, self._render(start if guess is None else guess, "const")], 1
+                )
         with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype is not None):
             x = pictures.contiguous(memory_format=torch.channels_last)
             if isinstance(self.encoder, Encoder4Editing):
@@ -219,7 +244,10 @@ class EncoderObjective(Objective):
     @torch.no_grad()
     def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
         self.encoder.eval()
-        w_plus = absolute_codes(*self._encode(pictures), self.generator)
+        w_plus = None
+        for _ in range(self.config.iterations):
+            w_plus = absolute_codes(*self._encode(pictures, w_plus), self.generator, w_plus)
+        assert w_plus is not None
         renders = self._render(w_plus, "const")
         self.encoder.train()
         scores = self.losses(renders, pictures)
@@ -255,18 +283,21 @@ class EncoderObjective(Objective):
 
 
 def absolute_codes(
-    w: Float[Tensor, "N D"], deltas: Float[Tensor, "N S D"], generator: Generator
+    w: Float[Tensor, "N D"],
+    deltas: Float[Tensor, "N S D"],
+    generator: Generator,
+    start: Float[Tensor, "N L D"] | None = None,
 ) -> Float[Tensor, "N L D"]:
-    """latent_avg + w on every row, plus the open offsets on rows 1..S."""
+    """`start` (latent_avg without one) + w on every row, plus the open offsets on rows 1..S."""
     rest = generator.num_ws - 1 - deltas.shape[1]
     offsets = F.pad(deltas, (0, 0, 1, rest))
-    return generator.latent_avg + w[:, None] + offsets
+    return (generator.latent_avg if start is None else start) + w[:, None] + offsets
 
 
 def _start_from(encoder: PyramidEncoder, path: str) -> None:
     arch = encoder.architecture
     loaded = load_encoder(path, arch.num_ws, arch.w_dim).encoder
-    if replace(loaded.architecture, kind=arch.kind) != arch:
+    if replace(loaded.architecture, kind=arch.kind, in_channels=arch.in_channels) != arch:
         raise AssetError(
             f"start_from {path}: its sizes are {loaded.architecture.to_dict()}, this run's are "
             f"{arch.to_dict()}: choose another file or the same width, units and head_width"
@@ -274,4 +305,8 @@ def _start_from(encoder: PyramidEncoder, path: str) -> None:
     state = loaded.state_dict()
     if loaded.architecture.kind != arch.kind:
         state = {k: v for k, v in state.items() if not k.startswith("styles.")}
+    stem = "input_layer.0.weight"
+    missing = arch.in_channels - loaded.architecture.in_channels
+    if missing > 0:  # the further channels begin without a say
+        state[stem] = F.pad(state[stem], (0, 0, 0, 0, 0, missing))
     encoder.load_state_dict(state, strict=loaded.architecture.kind == arch.kind)

@@ -56,6 +56,10 @@ class FitEncoderConfig(TrainingConfig):
     delta_growth: float = 1.0
     adversarial_decay: float = 1.0
 
+    iterations: int = 1
+    """Passes for each batch: after the first the encoder sees the picture and the render of its
+    codes so far (6 channels), and adds to them."""
+
     mse_weight: float = 1.0
     perceptual_weight: float = 0.8
     perceptual: str = "auto"
@@ -97,6 +101,8 @@ class FitEncoderConfig(TrainingConfig):
                 f"open_start and open_end: expected 0 <= open_start <= open_end <= 1, "
                 f"got {self.open_start} and {self.open_end}"
             )
+        if self.iterations < 1:
+            raise ConfigError(f"iterations must be >= 1, got {self.iterations}")
         self._check_way_back()
         for name in ("anneal", "synthetic_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -162,6 +168,15 @@ class FitWEncoderConfig(FitEncoderConfig):
 
     open_start: float = 1.0
     open_end: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRestyleConfig(FitEncoderConfig):
+    """ReStyle (arXiv 2104.02699) on e4e: five passes, each sees what the last one rendered."""
+
+    method: ClassVar[str] = "restyle"
+
+    iterations: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from tasks.training.encoder import (
     FitEncoderConfig,
     FitLsapConfig,
     FitPspConfig,
+    FitRestyleConfig,
     FitWEncoderConfig,
     absolute_codes,
     fit,
@@ -354,9 +355,33 @@ def test_psp_starts_from_an_e4e_trunk(config: FitEncoderConfig, tmp_path: Path) 
     assert load_encoder(path, 8, 16).card["space"] == "w_plus"
 
 
+def test_restyle_adds_to_what_it_rendered(config: FitEncoderConfig, tmp_path: Path) -> None:
+    e4e = fit(dataclasses.replace(config, images=16))
+    settings = {"start_from": str(e4e), "out": str(tmp_path / "restyle"), "iterations": 3}
+    fit_config = preset(FitRestyleConfig, config, **settings)
+    objective = EncoderObjective(fit_config, load(config))
+    objective.encoder.eval()
+    pictures = held_out(config)
+    with torch.no_grad():
+        first = absolute_codes(*objective._encode(pictures), objective.generator)
+        # The new channels begin without a say: the first pass is the e4e encoder's.
+        want = load_encoder(e4e, 8, 16).encoder(pictures) + objective.generator.latent_avg
+        torch.testing.assert_close(first, want, atol=1e-5, rtol=1e-5)
+        again = objective._encode(pictures, first)
+        both = absolute_codes(*again, objective.generator, first)
+        alone = absolute_codes(*again, objective.generator) - objective.generator.latent_avg
+        torch.testing.assert_close(both, first + alone, atol=1e-6, rtol=1e-6)
+    logged = objective.step(pictures, 32)
+    assert all(value.isfinite().all() for value in logged.values())
+    path = fit(fit_config)
+    loaded = load_encoder(path, 8, 16)
+    assert loaded.encoder.architecture.in_channels == 6
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"iterations": 0}, "iterations must be >= 1"),
         ({"close_start": 0.9, "close_end": 0.8}, "close_start and close_end"),
         ({"shrink_start": -0.1, "shrink_end": 0.8}, "shrink_start and shrink_end"),
         ({"close_start": 0.1, "close_end": 0.2}, "close_start: expected at least open_end"),
