@@ -85,7 +85,11 @@ class Objective(ABC):
         parts: everything that a resumed run must find again, by name.
         identity: JSON-ready values that a checkpoint must agree with to be resumed (architecture,
             generator).
+        needs_pictures: False for an objective that makes what it learns from itself: no file is
+            read, `step` and `score` get no pictures, and there is no grid.
     """
+
+    needs_pictures: ClassVar[bool] = True
 
     resolution: int
     parts: Mapping[str, Stateful]
@@ -123,8 +127,12 @@ def train(objective: Objective, config: TrainingConfig) -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    pictures = load_pictures(config.data, objective.resolution)
-    held_out = load_pictures(config.validation, objective.resolution) if config.validation else None
+    pictures = held_out = torch.empty(0, 3, objective.resolution, objective.resolution).byte()
+    if objective.needs_pictures:
+        pictures = load_pictures(config.data, objective.resolution)
+        held_out = (
+            load_pictures(config.validation, pictures.shape[2]) if config.validation else None
+        )
     shown = 0
     if checkpoint.exists():
         shown = load_checkpoint(checkpoint, objective)
@@ -163,7 +171,9 @@ def set_up(config: TrainingConfig) -> None:
 
 
 def draw(pictures: UInt8[Tensor, "M 3 H W"], batch: int, device: str) -> Float[Tensor, "N 3 H W"]:
-    """Random pictures with random flips, in [-1, 1], channels last."""
+    """Random pictures with random flips, in [-1, 1], channels last; none where there are none."""
+    if not len(pictures):
+        return to_images(pictures, device)
     rows = torch.randint(len(pictures), (batch,))
     images = pictures[rows]
     is_flipped = torch.rand(batch) < 0.5
@@ -188,10 +198,11 @@ def validate(
         metrics, results = objective.score(images)
         for name, values in metrics.items():
             found.setdefault(name, []).append(values.float().cpu())
-        if not grid.numel():
+        if len(part) and not grid.numel():
             grid = torch.stack([images, *results], 1)[:24].float().cpu()  # [24 columns 3 H W]
-    path = Path(config.out) / f"validation-{shown:08d}.png"
-    save_grid(grid.flatten(0, 1), path, columns=4 * grid.shape[1])
+    if grid.numel():
+        path = Path(config.out) / f"validation-{shown:08d}.png"
+        save_grid(grid.flatten(0, 1), path, columns=4 * grid.shape[1])
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
