@@ -168,6 +168,17 @@ def set_up(config: TrainingConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    is_slow = config.device == "cpu" and not has_bfloat16_instructions()
+    if config.precision == "bfloat16" and is_slow:
+        logger.warning(
+            "precision = bfloat16: this CPU has no instructions for it (AVX-512 BF16 or AMX) and "
+            "emulates them; set precision = float32, which was ten times as fast on such a one"
+        )
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU computes in bfloat16 or emulates it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def draw(pictures: UInt8[Tensor, "M 3 H W"], batch: int, device: str) -> Float[Tensor, "N 3 H W"]:

@@ -17,6 +17,7 @@ from models.errors import AssetError, ConfigError
 from models.inversion.base import SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.training import trainer
 from tasks.training.encoder import (
     EncoderObjective,
     FitCycleConfig,
@@ -251,6 +252,20 @@ def test_it_learns(config: FitEncoderConfig) -> None:
         objective.step(pictures[torch.randint(64, (8,))], 8 * step)
     scores, _ = objective.score(pictures)
     assert scores["mse"].mean() < 0.85 * start
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_emulated_bfloat16_is_warned_of(
+    config: FitEncoderConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has_instructions: bool,
+) -> None:
+    monkeypatch.setattr(trainer, "has_bfloat16_instructions", lambda: has_instructions)
+    trainer.set_up(config)
+    assert not caplog.records
+    trainer.set_up(dataclasses.replace(config, precision="bfloat16"))
+    assert ("set precision = float32" in caplog.text) is not has_instructions
 
 
 def test_bfloat16_trains_and_only_validation_is_optional(config: FitEncoderConfig) -> None:
