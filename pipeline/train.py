@@ -21,6 +21,7 @@ FITS = {
     "cycle": ("tasks.training.encoder", "FitCycleConfig"),
     "clcae-align": ("tasks.training.clcae_align", "FitClcaeAlignConfig"),
     "clcae": ("tasks.training.clcae", "FitClcaeConfig"),
+    "refine": ("tasks.training.refine", "FitRefineConfig"),
     "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
     "release": ("tasks.training.release", "ReleaseConfig"),
 }

@@ -1,6 +1,6 @@
 """e4e's encoder: one w, and offsets to it that open row by row (arXiv 2102.02766).
 
-Legend: N batch, L num_ws, D w_dim, H W image.
+Legend: N batch, L num_ws, D w_dim, C h w feature map, H W image.
 """
 
 import torch
@@ -32,8 +32,13 @@ class Encoder4Editing(PyramidEncoder):
         self, image: Float[Tensor, "N I H W"]
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N S D"]]:
         """w_0 relative to `latent_avg`, and the S = `stage` open offsets."""
-        maps = self.pyramid(image, self.stage + 1)
-        codes = [head(x) for head, x in zip(self.styles, maps, strict=False)]
+        return self.split_maps(self.pyramid(image, self.stage + 1))
+
+    def split_maps(
+        self, maps: list[Float[Tensor, "N C h w"]]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N S D"]]:
+        """As `split`, from the pyramid's maps of the first `stage` + 1 rows (or of more)."""
+        codes = [head(x) for head, x in zip(self.styles, maps[: self.stage + 1], strict=False)]
         w = codes[0]
         deltas = torch.stack(codes[1:], 1) if self.stage else w.new_zeros(len(w), 0, w.shape[1])
         return w, deltas

@@ -141,7 +141,7 @@ def _implicit(
         weight = weight * gain
     y = _shared_conv(x * styles.to(dtype)[:, :, None, None], weight.to(dtype), up)
     if residual is not None:
-        side = _per_sample_conv(x, residual.v.to(dtype), up)  # [N r h w]
+        side = _narrow_conv(x, residual.v.to(dtype), up)  # [N r h w]
         u = residual.u.to(dtype) if d is not None else residual.u.to(dtype) * gain
         y = _add_mixed(y, side, u)
     if d is None:
@@ -214,6 +214,28 @@ def _per_sample_conv(
     if not x.is_contiguous():
         return torch.cat([_shared_conv(x[s : s + 1], kernels[s], up) for s in range(n)])
     return _grouped_conv(x, kernels, up)
+
+
+def _narrow_conv(
+    x: Float[Tensor, "N I H W"], kernels: Float[Tensor, "N r I k k"], up: bool
+) -> Float[Tensor, "N r h w"]:
+    """A kernel per sample with few outputs: one batched matrix product, then sums over the taps.
+
+    The products of all taps, k k r values a pixel, are what it holds in between: worth it where
+    they are not many more than the I of the input. Measured at 64 px with r = 4 on a CPU: half of
+    the time of a convolution per sample, forward and backward; a quarter with r = 2.
+    """
+    n, r, i, k, _ = kernels.shape
+    if x.is_cuda or k * k * r > 2 * i:
+        return _per_sample_conv(x, kernels, up)
+    h, w = x.shape[2:]
+    # `fold` adds tap (a, b) of an input pixel to the output pixel that is (a, b) further on: a
+    # transposed convolution as it stands, an ordinary one with the taps turned around.
+    taps = (kernels if up else kernels.flip(3, 4)).permute(0, 1, 3, 4, 2).reshape(n, r * k * k, i)
+    products = taps @ x.permute(0, 2, 3, 1).reshape(n, h * w, i).transpose(1, 2)
+    if up:
+        return F.fold(products, (2 * h + k - 2, 2 * w + k - 2), k, stride=2)
+    return F.fold(products, (h, w), k, padding=k // 2)
 
 
 def _grouped_conv(

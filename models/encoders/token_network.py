@@ -1,0 +1,334 @@
+"""RefineStyle's network: grouped transformer blocks that read a picture and write token sets.
+
+RefineStyle (arXiv 2410.06104) names the blocks and what they predict; no code and no sizes are
+public. What is built here is inferred from the authors' style transformer (arXiv 2203.07932) and
+said to be so in docs/methods.md: an IR-SE trunk with a feature pyramid, learned queries for the
+tokens of P and of Q of every refined layer, and groups of layers that each read one map.
+
+Legend: N batch, L num_ws, D w_dim, T tokens of a set, G token sets of a group, S tokens of a group
+(G T), d token width, M places of a map, C channels, H W picture, h w map.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.encoders.e4e import Encoder4Editing
+from models.encoders.irse import IR_SE_50
+from models.encoders.psp import COARSE_ROWS, MIDDLE_ROWS, EncoderArchitecture
+from models.errors import ConfigError
+from models.stylegan2.residual import LowRank
+from models.stylegan2.tokens import Factorization, token_layouts
+
+Stages = Literal["two", "one"]
+Grouping = Literal["resolution", "layer", "pq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenArchitecture:
+    """Sizes of a token network.
+
+    Attributes:
+        num_ws, w_dim: of the generator, L and D.
+        channels: (O, I) of the generator's 3x3 layers, all of them (`kernel_channels`).
+        kind: always "refine".
+        stages: "two" sees a picture and its first reconstruction (6 channels) and writes tokens
+            alone; "one" sees the picture and writes codes as e4e does, and tokens.
+        factorization, rank, layers: see `models.stylegan2.tokens`; no layers stand for all.
+        grouping: which token sets attend to each other: "resolution" (those of layers that read
+            one map), "layer" (P and Q of one layer), "pq" (as resolution, P and Q apart).
+        token_width: d. A multiple of 4 and of `heads`.
+        heads, feed_forward, depth: of the transformer blocks.
+        input_size, width, units, stem_stride: of the trunk, see `EncoderArchitecture`.
+        head_width: channels inside the style heads of the one-stage form.
+    """
+
+    num_ws: int
+    w_dim: int
+    channels: tuple[tuple[int, int], ...]
+    kind: Literal["refine"] = "refine"
+    stages: Stages = "two"
+    factorization: Factorization = "shared"
+    rank: int = 4
+    layers: tuple[int, ...] = ()
+    grouping: Grouping = "resolution"
+    token_width: int = 512
+    heads: int = 4
+    feed_forward: int = 1024
+    depth: int = 1
+    input_size: int = 256
+    width: int = 64
+    units: tuple[int, ...] = IR_SE_50
+    stem_stride: int = 1
+    head_width: int = 512
+
+    def __post_init__(self) -> None:
+        channels = tuple((int(o), int(i)) for o, i in self.channels)
+        object.__setattr__(self, "channels", channels)
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        object.__setattr__(self, "units", tuple(int(count) for count in self.units))
+        for name, known in (
+            ("kind", ("refine",)),
+            ("stages", ("two", "one")),
+            ("grouping", ("resolution", "layer", "pq")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}"
+                )
+        if self.heads < 1 or self.token_width < 1 or self.token_width % math.lcm(4, self.heads):
+            raise ConfigError(
+                f"token_width: expected a multiple of 4 and of heads ({self.heads}), "
+                f"found {self.token_width}"
+            )
+        for name in ("feed_forward", "depth"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if len(channels) != self.num_ws - 1:
+            raise ConfigError(
+                f"channels: a generator with {self.num_ws} rows of w+ has {self.num_ws - 1} 3x3 "
+                f"layers, found {len(channels)}"
+            )
+        token_layouts(channels, self.layers, self.factorization, self.rank)  # refuses bad settings
+        self.trunk()
+
+    def trunk(self) -> EncoderArchitecture:
+        """Sizes of the trunk, as an e4e encoder's."""
+        return EncoderArchitecture(
+            num_ws=self.num_ws,
+            w_dim=self.w_dim,
+            input_size=self.input_size,
+            width=self.width,
+            units=self.units,
+            head_width=self.head_width,
+            in_channels=6 if self.stages == "two" else 3,
+            stem_stride=self.stem_stride,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, for a card."""
+        return {
+            **asdict(self),
+            "channels": [list(pair) for pair in self.channels],
+            "layers": list(self.layers),
+            "units": list(self.units),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """What a token network writes for N pictures.
+
+    Attributes:
+        residual: by index of the 3x3 layer.
+        w, deltas: codes of the one-stage form relative to `latent_avg`, as e4e splits them.
+    """
+
+    residual: Mapping[int, LowRank]
+    w: Float[Tensor, "N D"] | None = None
+    deltas: Float[Tensor, "N S D"] | None = None
+
+
+class TokenNetwork(nn.Module):
+    """Picture (and first reconstruction) to token sets (and codes).
+
+    The heads of Q start at zero, so a fresh network changes no kernel; the heads of P do not, or
+    neither would ever learn.
+
+    Attributes:
+        token_gain: factor of every residual; the one-stage training raises it from a small value,
+            so that the codes learn first. 1 in use.
+    """
+
+    def __init__(self, architecture: TokenArchitecture) -> None:
+        super().__init__()
+        arch = self.architecture = architecture
+        self.trunk = Encoder4Editing(arch.trunk())
+        if arch.stages == "two":
+            self.trunk.styles = nn.ModuleList()  # the codes are the first stage's
+        self.layouts = token_layouts(arch.channels, arch.layers, arch.factorization, arch.rank)
+        self.token_gain = 1.0
+        width, index = arch.token_width, {layer: k for k, layer in enumerate(self.layouts)}
+        count = next(iter(self.layouts.values())).count
+        self.layer_embedding = nn.Parameter(torch.randn(len(self.layouts), width) * 0.5)
+        self.type_embedding = nn.Parameter(torch.randn(2, width) * 0.5)
+        self.plan = _groups(list(self.layouts), arch.grouping)
+        self.groups = nn.ModuleList(
+            TokenGroup(arch, len(members), count, 8 * arch.width) for members in self.plan
+        )
+        self._at = [
+            ([index[layer] for layer, _ in members], [side for _, side in members])
+            for members in self.plan
+        ]
+        self.heads_p, self.heads_q = nn.ModuleList(), nn.ModuleList()
+        self.gains = nn.ParameterList()
+        for layout in self.layouts.values():
+            self.heads_p.append(nn.Linear(width, layout.p_width))
+            head = nn.Linear(width, layout.q_width)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.heads_q.append(head)
+            self.gains.append(nn.Parameter(torch.ones(layout.out_channels)))
+
+    def forward(
+        self,
+        pictures: Float[Tensor, "N 3 H W"],
+        reconstructions: Float[Tensor, "N 3 H W"] | None = None,
+    ) -> Refinement:
+        """Token sets of pictures in [-1, 1] of any size.
+
+        Args:
+            reconstructions: what the first stage made of them; in the two-stage form only.
+
+        Raises:
+            ValueError: reconstructions are missing, or given to the one-stage form.
+        """
+        is_two = self.architecture.stages == "two"
+        if is_two != (reconstructions is not None):
+            raise ValueError(
+                f"token network of {self.architecture.stages} stage(s): expected "
+                f"{'pictures and their reconstructions' if is_two else 'pictures alone'}"
+            )
+        seen = pictures if reconstructions is None else torch.cat([pictures, reconstructions], 1)
+        maps = self.trunk.pyramid(
+            seen.contiguous(memory_format=torch.channels_last), self.architecture.num_ws
+        )
+        codes = (None, None) if is_two else self.trunk.split_maps(maps)
+        with torch.autocast(pictures.device.type, enabled=False):  # residuals stay float32
+            residual = self.tokens([m.float() for m in maps])
+        return Refinement(residual=residual, w=codes[0], deltas=codes[1])
+
+    def tokens(self, maps: list[Float[Tensor, "N C h w"]]) -> dict[int, LowRank]:
+        """Residuals from the map that each row reads."""
+        sets: list[dict[int, Tensor]] = [{}, {}]
+        for members, group, (at, sides) in zip(self.plan, self.groups, self._at, strict=True):
+            embedding = self.layer_embedding[at] + self.type_embedding[sides]
+            found = group(maps[members[0][0]], embedding)
+            for column, (layer, side) in enumerate(members):
+                sets[side][layer] = found[:, column]
+        scale = self.token_gain / math.sqrt(self.architecture.rank)
+        return {
+            layer: layout.low_rank(
+                self.heads_p[k](sets[0][layer]),
+                self.heads_q[k](sets[1][layer]),
+                self.gains[k] * scale,
+            )
+            for k, (layer, layout) in enumerate(self.layouts.items())
+        }
+
+
+class TokenGroup(nn.Module):
+    """Token sets that attend to one map and to each other.
+
+    Args:
+        num_sets: G.
+        count: T.
+        in_channels: C of the map.
+    """
+
+    def __init__(
+        self, architecture: TokenArchitecture, num_sets: int, count: int, in_channels: int
+    ) -> None:
+        super().__init__()
+        arch = architecture
+        self.queries = nn.Parameter(torch.randn(num_sets, count, arch.token_width) * 0.5)
+        self.memory = nn.Linear(in_channels, arch.token_width)
+        self.memory_norm = nn.LayerNorm(arch.token_width)
+        self.blocks = nn.ModuleList(
+            TokenBlock(arch.token_width, arch.heads, arch.feed_forward) for _ in range(arch.depth)
+        )
+        self.norm = nn.LayerNorm(arch.token_width)
+
+    def forward(
+        self, feature_map: Float[Tensor, "N C h w"], embedding: Float[Tensor, "G d"]
+    ) -> Float[Tensor, "N G T d"]:
+        n, _, h, w = feature_map.shape
+        memory = self.memory_norm(self.memory(feature_map.flatten(2).transpose(1, 2)))
+        memory = memory + sinusoids(h, w, memory.shape[2], memory)
+        x = (self.queries + embedding[:, None]).flatten(0, 1).expand(n, -1, -1)
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.norm(x).unflatten(1, self.queries.shape[:2])
+
+
+class TokenBlock(nn.Module):
+    """Cross-attention to the map, self-attention, feed-forward; normalised before each (pre-norm).
+
+    The map comes first: where self-attention led, the tokens of a single block would exchange
+    nothing but learned constants.
+    """
+
+    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.cross = Attention(width, heads)
+        self.self_ = Attention(width, heads)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, feed_forward), nn.GELU(), nn.Linear(feed_forward, width)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "N S d"], memory: Float[Tensor, "N M d"]
+    ) -> Float[Tensor, "N S d"]:
+        x = x + self.cross(self.norms[0](x), memory)
+        seen = self.norms[1](x)
+        x = x + self.self_(seen, seen)
+        return x + self.feed_forward(self.norms[2](x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention without dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+
+    def forward(
+        self, x: Float[Tensor, "N S d"], memory: Float[Tensor, "N M d"]
+    ) -> Float[Tensor, "N S d"]:
+        def split(t: Tensor) -> Tensor:
+            return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.key_value(memory).chunk(2, 2)
+        mixed = F.scaled_dot_product_attention(split(self.query(x)), split(key), split(value))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def sinusoids(h: int, w: int, width: int, like: Tensor) -> Float[Tensor, "M d"]:
+    """Sines and cosines of the row (first half of d) and of the column, of growing wavelengths.
+
+    Wavelengths run from 2 pi to 2 pi 10,000 places (arXiv 1706.03762, section 3.5), as DETR uses
+    them in two dimensions.
+    """
+    count = width // 4
+    rates = 10_000.0 ** (-torch.arange(count, device=like.device, dtype=like.dtype) / count)
+
+    def axis(size: int) -> Tensor:
+        angles = torch.arange(size, device=like.device, dtype=like.dtype)[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos()], 1)  # [size d/2]
+
+    rows, columns = axis(h)[:, None].expand(h, w, -1), axis(w)[None].expand(h, w, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)
+
+
+def _groups(layers: list[int], grouping: Grouping) -> list[list[tuple[int, int]]]:
+    """Token sets as (layer, 0 for P or 1 for Q), those together that attend to each other."""
+
+    def key(layer: int, side: int) -> tuple[int, int]:
+        # Rows of one map; the map of a row is the pyramid's (`PyramidEncoder.pyramid`).
+        band = 0 if layer < COARSE_ROWS else 1 if layer < MIDDLE_ROWS else 2
+        return (layer if grouping == "layer" else band, side if grouping == "pq" else 0)
+
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for layer in layers:
+        for side in (0, 1):
+            found.setdefault(key(layer, side), []).append((layer, side))
+    return list(found.values())

@@ -1,0 +1,314 @@
+"""Train RefineStyle's token network in two stages (on a frozen encoder) or in one.
+
+Losses of the family (Style Transformer, HyperStyle, e4e): MSE + 0.8 perceptual + 0.1 identity on
+the refined render, and a penalty on the size of the residual. RefineStyle's own values are not
+public (arXiv 2410.06104); what is chosen here is said in docs/methods.md.
+
+Legend: N batch, L num_ws, D w_dim, H W image.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from models.checkpoints.load import load_generator
+from models.encoders.checkpoint import load_encoder, save_encoder
+from models.encoders.token_network import Grouping, TokenArchitecture, TokenNetwork
+from models.errors import AssetError, ConfigError
+from models.inversion.base import SampleRng
+from models.inversion.e4e import E4e, E4eConfig
+from models.optim import Ranger
+from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.residual import Residual
+from models.stylegan2.tokens import Factorization, kernel_channels, relative_energy
+from tasks.training.blocks import (
+    LOSS_SIZE,
+    card_settings,
+    descend,
+    for_losses,
+    prepared,
+    rounded_scores,
+    settle,
+)
+from tasks.training.encoder import absolute_codes
+from tasks.training.losses import PictureLosses, delta_penalty
+from tasks.training.schedules import annealed
+from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
+
+BETAS = (0.95, 0.99)
+"""Ranger's, published with 0.999: RAdam's rectification then holds the rate below half for the
+first 1,500 updates, which is a whole short run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRefineConfig(TrainingConfig):
+    """Settings of one run of `refinery train refine`. The defaults suit a 64 px generator."""
+
+    generator: str
+    """A bundled name or a checkpoint file; it stays as it is."""
+    stages: Literal["two", "one"] = "two"
+    """"two" learns tokens alone, for the codes of a frozen encoder; "one" learns codes and tokens
+    in one network."""
+    first_stage: str | None = None
+    """Encoder file (e4e, lsap, psp) whose codes the two-stage form refines; without it, the bundled
+    e4e of the generator."""
+    start_from: str | None = None
+    """Encoder file whose trunk and pyramid the run starts from where shapes match; the channels of
+    the first reconstruction start at zero."""
+
+    factorization: Factorization = "shared"
+    """How two token sets become a kernel: "shared", "per_tap" or "conv_lora"."""
+    rank: int = 4
+    """Tokens of each set ("per_tap": for each tap of the kernel)."""
+    layers: tuple[int, ...] = ()
+    """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
+    grouping: Grouping = "resolution"
+    """Which tokens attend to each other: "resolution", "layer" or "pq"."""
+    token_width: int = 128
+    """Width of the tokens inside the blocks."""
+    heads: int = 4
+    """Attention heads."""
+    feed_forward: int = 256
+    """Hidden width of the blocks' feed-forward layers."""
+    depth: int = 1
+    """Blocks of each group."""
+    width: int = 24
+    """Channels of the trunk's first stage, 64 in the published trunk."""
+    units: tuple[int, int, int, int] = (2, 2, 2, 2)
+    """Residual units of the trunk's stages, (3, 4, 14, 3) in the published trunk."""
+    stem_stride: int = 2
+    """1 in the published trunk; 2 saves the convolutions at full size."""
+    head_width: int = 32
+    """Channels inside the style heads of the one-stage form."""
+
+    learning_rate: float = 2e-3
+    """Ranger's."""
+    anneal: float = 0.5
+    """Share of the run, at its end, in which the rate falls to 0 along a cosine."""
+    token_start: float = 0.1
+    """Gain of the tokens at the start of a one-stage run, so that the codes learn first."""
+    token_warm_up: float = 0.1
+    """Share of a one-stage run after which that gain has grown to 1."""
+
+    mse_weight: float = 1.0
+    """Weight of the mean squared error on [-1, 1]."""
+    perceptual_weight: float = 0.8
+    """Weight of the perceptual distance."""
+    perceptual: str = "auto"
+    """Name for `load_perceptual`, or "none"."""
+    identity: str | None = None
+    """File of ArcFace weights for the identity loss."""
+    identity_weight: float = 0.1
+    """Weight of the identity loss."""
+    token_weight: float = 1e-4
+    """Of the residual's mean square relative to the modulated kernel's; keeps edits stable."""
+    delta_weight: float = 2e-4
+    """Of the summed norms of the offsets, in the one-stage form."""
+
+    terms: str = "as the training data's"
+    """For the card: on what terms the weights may be used."""
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        if self.stages not in ("two", "one"):
+            raise ConfigError(f'stages: expected "two" or "one", found {self.stages!r}')
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
+        for name in ("anneal", "token_start", "token_warm_up"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        if self.stages == "one" and self.first_stage is not None:
+            raise ConfigError('first_stage: stages = "one" has none; leave it out or choose "two"')
+
+
+def fit(config: FitRefineConfig) -> Path:
+    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
+
+    Returns:
+        `<out>/refine.safetensors` (half precision, its card `refine.json` beside it), or the
+        checkpoint where the time limit came first.
+
+    Raises:
+        AssetError: no generator, no first stage, no pictures, or a checkpoint of another run.
+    """
+    set_up(config)
+    return train(RefineObjective(config, load_generator(config.generator)), config)
+
+
+class RefineObjective(Objective):
+    """The token network, its optimiser and the frozen first stage."""
+
+    def __init__(self, config: FitRefineConfig, generator: Generator) -> None:
+        self.config, self.dtype = config, PRECISIONS[config.precision]
+        self.generator_hash = weights_hash(generator)
+        self.first: E4e | None = None
+        if config.stages == "two":
+            self.first = E4e(generator, E4eConfig(checkpoint=config.first_stage))
+        self.generator = prepared(generator, config.device, self.dtype)
+        self.resolution = min(generator.resolution, LOSS_SIZE)
+        self.architecture = _architecture(config, generator, self.resolution)
+        network = TokenNetwork(self.architecture)
+        if config.start_from:
+            adopt_trunk(network, config.start_from)
+        self.network = network.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = Ranger(self.network.parameters(), lr=config.learning_rate, betas=BETAS)
+        self.losses = PictureLosses(
+            {
+                "mse": config.mse_weight,
+                "perceptual": config.perceptual_weight,
+                "identity": config.identity_weight,
+            },
+            config.perceptual,
+            config.identity,
+            config.device,
+            self.dtype,
+        )
+        self.parts = {"network": self.network, "optimizer": self.optimizer}
+        self.identity = {
+            "architecture": self.architecture.to_dict(),
+            "generator_hash": self.generator_hash,
+            "first_stage": self.first and self.first.hashes()["e4e"],
+            "batch": config.batch,
+        }
+
+    # ------------------------------------------------------------------ one update
+
+    def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
+        config, share = self.config, shown / self.config.images
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * annealed(share, config.anneal)
+        self.network.token_gain = self._token_gain(share)
+        w_plus, residual, logged = self._invert(pictures)
+        # The stored noise: it is what refined pictures are rendered with.
+        renders = for_losses(self.generator.synthesis(w_plus, "const", None, residual))
+        table = self.losses(renders, pictures)
+        energy = relative_energy(self.generator, w_plus, residual)
+        total = self.losses.total(table) + config.token_weight * energy.mean()
+        if "delta" in logged:
+            total = total + config.delta_weight * logged["delta"].mean()
+        descend(total, list(self.network.parameters()), self.optimizer)
+        return {**{k: v.detach() for k, v in table.items()}, "energy": energy, **logged}
+
+    def _token_gain(self, share: float) -> float:
+        config = self.config
+        if config.stages == "two" or share >= config.token_warm_up:
+            return 1.0
+        return config.token_start + (1 - config.token_start) * share / config.token_warm_up
+
+    def _invert(
+        self, pictures: Float[Tensor, "N 3 H W"]
+    ) -> tuple[Float[Tensor, "N L D"], Residual, dict[str, Tensor]]:
+        """Codes, residual and what else is to be penalised."""
+        first = self._first_stage(pictures)
+        with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype is not None):
+            found = self.network(pictures, first and first[1])
+        if first is not None:
+            return first[0], found.residual, {}
+        w_plus = absolute_codes(found.w, found.deltas, self.generator)
+        return w_plus, found.residual, {"delta": delta_penalty(found.deltas)}
+
+    @torch.no_grad()
+    def _first_stage(
+        self, pictures: Float[Tensor, "N 3 H W"]
+    ) -> tuple[Float[Tensor, "N L D"], Float[Tensor, "N 3 H W"]] | None:
+        """Codes of the frozen encoder and their render, at the pictures' size."""
+        if self.first is None:
+            return None
+        rng = SampleRng([0] * len(pictures))
+        w_plus = self.first.invert(pictures, None, rng).w_plus
+        return w_plus, for_losses(self.generator.synthesis(w_plus)).float()
+
+    # ------------------------------------------------------------------ scores and export
+
+    @torch.no_grad()
+    def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        self.network.eval()
+        gain, self.network.token_gain = self.network.token_gain, 1.0
+        w_plus, residual, _ = self._invert(pictures)
+        renders = for_losses(self.generator.synthesis(w_plus, "const", None, residual))
+        plain = for_losses(self.generator.synthesis(w_plus))
+        self.network.token_gain = gain
+        self.network.train()
+        scores = self.losses(renders, pictures)
+        before = self.losses(plain, pictures)
+        if "perceptual" in scores:
+            scores[self.losses.perceptual_name] = scores.pop("perceptual")
+        scores["first_mse"] = (plain - pictures).square().mean((1, 2, 3))
+        if "perceptual" in before:
+            scores[f"first_{self.losses.perceptual_name}"] = before["perceptual"]
+        scores["energy"] = relative_energy(self.generator, w_plus, residual)
+        return scores, [renders, plain]
+
+    def settle(self) -> None:
+        self.dtype = self.losses.dtype = self.generator.compute_dtype = None
+        self.network.token_gain = 1.0
+        settle(self.network)
+
+    def export(self, scores: Mapping[str, float], shown: int) -> Path:
+        config = self.config
+        card = {
+            "generator_hash": self.generator_hash,
+            "first_stage_sha256": self.identity["first_stage"],
+            "terms": config.terms,
+            "provenance": {
+                "method": "refine (arXiv 2410.06104), tasks.training.refine",
+                "generator": Path(config.generator).stem,
+                "images_shown": shown,
+                "perceptual": self.losses.perceptual_name,
+                "settings": card_settings(
+                    config, ("generator", "identity", "start_from", "first_stage")
+                ),
+            },
+            "scores": rounded_scores(scores),
+        }
+        return save_encoder(self.network, Path(config.out) / "refine.safetensors", card)
+
+
+def _architecture(
+    config: FitRefineConfig, generator: Generator, input_size: int
+) -> TokenArchitecture:
+    names = {f.name for f in dataclasses.fields(TokenArchitecture)}
+    sizes = {k: v for k, v in vars(config).items() if k in names}
+    return TokenArchitecture(
+        num_ws=generator.num_ws,
+        w_dim=generator.w_dim,
+        channels=tuple(kernel_channels(generator)),
+        input_size=input_size,
+        **sizes,
+    )
+
+
+def adopt_trunk(network: TokenNetwork, path: str) -> int:
+    """Start the trunk (and style heads) from an encoder's file where names and shapes match.
+
+    The stem of a six-channel trunk takes the encoder's for the picture and zeros for the
+    reconstruction, so at the start it sees what the encoder saw.
+
+    Returns:
+        How many tensors were taken.
+
+    Raises:
+        AssetError: nothing matches: another width or other units.
+    """
+    arch = network.architecture
+    source = load_encoder(path, arch.num_ws, arch.w_dim).encoder.state_dict()
+    own = network.trunk.state_dict()
+    stem = "input_layer.0.weight"
+    kernel = source[stem]
+    missing = own[stem].shape[1] - kernel.shape[1]
+    if missing > 0 and own[stem].shape[0] == kernel.shape[0]:
+        source[stem] = torch.cat([kernel, kernel.new_zeros(len(kernel), missing, 3, 3)], 1)
+    taken = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape}
+    if not any(k.startswith("body.") and v.ndim == 4 for k, v in taken.items()):
+        raise AssetError(
+            f"start_from {path}: no kernel of its trunk has the shape of this run's; choose the "
+            "same width and units, or leave it out"
+        )
+    network.trunk.load_state_dict(own | taken)
+    return len(taken)

@@ -1,0 +1,155 @@
+"""Training of RefineStyle's token network: what is written, resume, the trunk it starts from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from models.checkpoints.native import save_generator
+from models.encoders.checkpoint import build_encoder, load_network, save_encoder
+from models.encoders.psp import EncoderArchitecture
+from models.encoders.token_network import TokenArchitecture, TokenNetwork
+from models.errors import AssetError, ConfigError
+from models.stylegan2.generator import Generator, weights_hash
+from tasks.training.refine import FitRefineConfig, RefineObjective, adopt_trunk, fit
+
+SMALL: dict[str, Any] = {
+    "rank": 2,
+    "token_width": 16,
+    "heads": 2,
+    "feed_forward": 16,
+    "width": 4,
+    "units": (1, 1, 1, 1),
+    "head_width": 8,
+    "batch": 8,
+    "images": 64,
+    "log_images": 16,
+    "checkpoint_images": 32,
+    "validation_images": 4,
+    "perceptual": "none",
+}
+
+
+def encoder_file(folder: Path, generator: Generator, width: int = 4) -> str:
+    architecture = EncoderArchitecture(
+        num_ws=generator.num_ws,
+        w_dim=generator.w_dim,
+        input_size=generator.resolution,
+        width=width,
+        units=(1, 1, 1, 1),
+        head_width=8,
+        stem_stride=2,
+    )
+    card = {"generator_hash": weights_hash(generator)}
+    path = folder / f"encoder{width}.safetensors"
+    return str(save_encoder(build_encoder(architecture), path, card))
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]) -> FitRefineConfig:
+    torch.manual_seed(0)
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in face_bytes]})
+    pq.write_table(table, tmp_path / "pictures.parquet")
+    data = (str(tmp_path / "pictures.parquet"),)
+    generator = save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"})
+    return FitRefineConfig(
+        generator=str(generator),
+        data=data,
+        validation=data,
+        out=str(tmp_path / "run"),
+        first_stage=encoder_file(tmp_path, tiny_generator),
+        **SMALL,
+    )
+
+
+def rows(config: FitRefineConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_writes_weights_and_card(config: FitRefineConfig) -> None:
+    config = dataclasses.replace(config, images=320, checkpoint_images=10_000, learning_rate=1e-2)
+    path = fit(config)
+    network, _, card = load_network(path, {"refine": (TokenArchitecture, TokenNetwork)})
+    assert network.architecture.channels[0] == (16, 16)
+    assert card["provenance"]["images_shown"] == 320
+    assert len(card["first_stage_sha256"]) == 64
+    assert card["provenance"]["settings"]["first_stage"] == "encoder4.safetensors"
+    assert str(path.parent) not in path.with_suffix(".json").read_text()
+    scores = card["scores"]
+    assert scores["mse"] < 0.8 * scores["first_mse"]
+    assert rows(config)[-1]["validation_mse"] == pytest.approx(scores["mse"], rel=1e-3)
+
+
+def test_one_stage_raises_the_gain_of_its_tokens(config: FitRefineConfig) -> None:
+    config = dataclasses.replace(
+        config, stages="one", first_stage=None, token_warm_up=0.5, token_start=0.2
+    )
+    path = fit(config)
+    logged = [row for row in rows(config) if "mse" in row]
+    assert {"delta", "energy"} <= set(logged[0])
+    network, _, card = load_network(path, {"refine": (TokenArchitecture, TokenNetwork)})
+    assert card["first_stage_sha256"] is None
+    assert len(network.trunk.styles) == 8
+    objective = RefineObjective(config, generator_of(config))
+    gains = [objective._token_gain(share) for share in (0.0, 0.25, 0.5, 1.0)]
+    assert gains == pytest.approx([0.2, 0.6, 1.0, 1.0])
+
+
+def generator_of(config: FitRefineConfig) -> Generator:
+    from models.checkpoints.load import load_generator
+
+    return load_generator(config.generator)
+
+
+def test_resume_is_exact(config: FitRefineConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, images=24)
+    whole = fit(config).read_bytes()
+    halves = dataclasses.replace(config, out=str(tmp_path / "halves"), time_limit_s=0.0)
+    for _ in range(4):
+        path = fit(halves)
+    assert path.name == "refine.safetensors"
+    assert path.read_bytes() == whole
+    other = dataclasses.replace(halves, rank=3)
+    with pytest.raises(AssetError, match="these settings differ: architecture"):
+        fit(other)
+
+
+def test_the_trunk_starts_where_an_encoder_ended(
+    config: FitRefineConfig, tmp_path: Path, tiny_generator: Generator
+) -> None:
+    network = RefineObjective(config, generator_of(config)).network
+    path = str(config.first_stage)
+    assert adopt_trunk(network, path) > 30
+    own = network.trunk.state_dict()
+    from models.encoders.checkpoint import load_encoder
+
+    encoder = load_encoder(path, 8, 16).encoder.eval()
+    assert torch.equal(own["body.3.res_layer.1.weight"], encoder.body[3].res_layer[1].weight)
+    seen = torch.randn(2, 3, 32, 32)
+    anything = torch.randn(2, 3, 32, 32)
+    found = network.trunk.eval().pyramid(torch.cat([seen, anything], 1), 8)
+    for mine, its in zip(found, encoder.pyramid(seen, 8), strict=True):
+        torch.testing.assert_close(mine, its)
+    with pytest.raises(AssetError, match="no kernel of its trunk has the shape"):
+        adopt_trunk(network, encoder_file(tmp_path, tiny_generator, width=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": "three"}, "stages: expected"),
+        ({"learning_rate": 0.0}, "learning_rate must be > 0"),
+        ({"token_warm_up": 1.5}, "token_warm_up must be in"),
+        ({"stages": "one"}, "first_stage: stages"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    config: FitRefineConfig, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **settings)
