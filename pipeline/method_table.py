@@ -31,7 +31,15 @@ def method_table() -> Group:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The strings under the fields of a dataclass, one line each."""
+    """The strings under the fields of a dataclass, one line each; inherited ones count."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if "__dataclass_fields__" in vars(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}

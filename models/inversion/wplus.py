@@ -3,7 +3,7 @@
 Source: StyleGAN2 (arXiv 1912.04958, appendix D) and stylegan2-ada-pytorch's projector: Adam,
 learning-rate ramps, decaying noise on the code, noise maps optimised under an autocorrelation
 penalty. Differences: every loss, penalty, stop and failure is per picture, and the loss may mix MSE
-with the perceptual distance.
+with the perceptual distance and with the codes' distance from the generator's own styles.
 
 Legend: N batch, A active rows of it, K rows of the optimised code (1 in W, L in W+), L num_ws,
 D w_dim, C H W image.
@@ -21,6 +21,7 @@ from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
 from models.inversion.noise_maps import noise_penalty, normalise, starting_maps
 from models.losses.perceptual import load_perceptual
+from models.losses.style_space import StyleSpace
 from models.optim import RowAdam
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
@@ -63,6 +64,9 @@ class WPlusConfig:
     perceptual: str = "auto"
     """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
     "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
+    nscd_weight: float = 0.0
+    """Weight of the codes' distance from the generator's own styles (LSAP's NSCD in its mean form;
+    the method `lsap_o` takes 0.25); 0 leaves it out."""
     optimise_noise: bool = False
     """Optimise the noise maps too, as the projector does. The result is then rendered with them:
     its codes alone give a different picture."""
@@ -81,6 +85,7 @@ class WPlusConfig:
             "code_noise",
             "mse_weight",
             "perceptual_weight",
+            "nscd_weight",
             "noise_weight",
             "stop_loss",
             "patience",
@@ -136,6 +141,9 @@ class WPlus(Method):
         self.perceptual = None
         if config.perceptual_weight and config.perceptual != "none":
             self.perceptual = load_perceptual(config.perceptual)
+        self.style_space = None
+        if config.nscd_weight:
+            self.style_space = StyleSpace(generator, statistics_for(generator).style_anchor)
         if not generator.latent_avg.isfinite().all():
             raise AssetError(
                 "wplus: the generator has no latent_avg to start from; load it through "
@@ -270,13 +278,14 @@ class _Search:
             )
             self._shrink(~(is_lost | is_done))
 
-    def _render(self, tensors: list[Tensor]) -> Float[Tensor, "A 3 H W"]:
+    def _loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
         code = tensors[0].expand(-1, self.generator.num_ws, -1)
         noise = tensors[1:] or self._given(self.start.noise) or "const"
-        return self.generator.synthesis(code, noise, self.features, self.residual)
-
-    def _loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
-        return self.method.image_loss(self._render(tensors), self.targets, self.target_features)
+        images = self.generator.synthesis(code, noise, self.features, self.residual)
+        loss = self.method.image_loss(images, self.targets, self.target_features)
+        if self.method.style_space is not None:
+            loss = loss + self.config.nscd_weight * self.method.style_space.nscd(code)
+        return loss
 
     def _given(self, maps: tuple[Tensor, ...] | None) -> list[Tensor] | None:
         return None if maps is None else [m[self.rows] for m in maps]

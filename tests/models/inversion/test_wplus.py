@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from models.errors import ConfigError
-from models.inversion.base import Inversion, SampleRng
+from models.inversion.base import Inversion, Method, SampleRng
+from models.inversion.lsap_o import LsapOConfig
 from models.inversion.noise_maps import noise_penalty
 from models.inversion.registry import load_method
-from models.inversion.wplus import Schedule, WPlus, WPlusConfig
+from models.inversion.wplus import Schedule, WPlus, WPlusConfig, _Search
+from models.losses.style_space import StyleSpace
+from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank
 
@@ -310,3 +313,45 @@ def test_it_runs_inside_inference_mode(tiny_generator: Generator) -> None:
     with torch.inference_mode():
         again = method(tiny_generator, steps=4).invert(images.clone(), None, SampleRng([1, 2, 3]))
     assert torch.equal(again.w_plus, plain.w_plus)
+
+
+# ---------------------------------------------------------------------- LSAP_O
+
+
+def nscd(generator: Generator, found: Inversion) -> torch.Tensor:
+    return StyleSpace(generator, statistics_for(generator).style_anchor).nscd(found.w_plus)
+
+
+def test_the_alignment_term_is_the_mean_form_of_the_codes(tiny_generator: Generator) -> None:
+    """Nothing else to gain: the start already renders the pictures, so the term alone moves it."""
+    z = torch.randn(3, tiny_generator.z_dim, generator=torch.Generator().manual_seed(5))
+    start = Inversion(w_plus=tiny_generator.mapping(z))
+    images = start.render(tiny_generator)
+    settings = {"steps": 1, "learning_rate": 0.01, "ramp_down": 0.0, "nscd_weight": 2.0}
+    search = _Search(method(tiny_generator, **settings), images, start, False, SampleRng([1, 2, 3]))
+    with torch.no_grad():
+        loss = search._loss(search.adam.tensors)
+    torch.testing.assert_close(loss, 2.0 * nscd(tiny_generator, start), rtol=1e-4, atol=1e-6)
+    found = search.run()
+    assert (nscd(tiny_generator, found) < nscd(tiny_generator, start)).all()
+    without = method(tiny_generator, **{**settings, "nscd_weight": 0.0})
+    still = without.invert(images, start, SampleRng([1, 2, 3]))
+    torch.testing.assert_close(still.w_plus, start.w_plus)
+
+
+def test_lsap_o_is_wplus_with_the_term(tiny_generator: Generator) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def codes(wplus: Method) -> Inversion:
+        return wplus.invert(images, None, SampleRng([1, 2]))
+
+    aligned = codes(load_method("lsap_o", tiny_generator, **PLAIN, steps=30))
+    by_hand = codes(method(tiny_generator, steps=30, nscd_weight=0.25))
+    plain = codes(method(tiny_generator, steps=30))
+    assert torch.equal(aligned.w_plus, by_hand.w_plus)
+    assert (nscd(tiny_generator, aligned) < 0.8 * nscd(tiny_generator, plain)).all()
+
+
+def test_the_weight_must_not_be_negative() -> None:
+    with pytest.raises(ConfigError, match=r"nscd_weight must be >= 0, got -0\.1"):
+        LsapOConfig(nscd_weight=-0.1)
