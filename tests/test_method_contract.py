@@ -19,6 +19,7 @@ import tomlkit
 import torch
 
 from models.encoders.checkpoint import build_encoder, save_encoder
+from models.encoders.clcae import ClcaeArchitecture, ClcaeEncoder
 from models.encoders.psp import EncoderArchitecture
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng
@@ -41,13 +42,14 @@ def settings(tmp_path: Path, tiny_generator: Generator) -> Callable[[type], dict
         if "perceptual" in names:
             found["perceptual"] = "refinery"
         if "checkpoint" in names:
-            found["checkpoint"] = str(tiny_encoder(tmp_path, tiny_generator))
+            make = TINY_NETWORKS.get(config.__name__, tiny_encoder)
+            found["checkpoint"] = str(make(tmp_path, tiny_generator))
         return found
 
     return fill
 
 
-def tiny_encoder(folder: Path, generator: Generator) -> Path:
+def tiny_encoder(folder: Path, generator: Generator, in_channels: int = 3) -> Path:
     """A small random encoder that belongs to the generator."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -58,9 +60,39 @@ def tiny_encoder(folder: Path, generator: Generator) -> Path:
             width=4,
             units=(1, 1, 1, 1),
             head_width=8,
+            in_channels=in_channels,
         )
         card = {"generator_hash": weights_hash(generator)}
         return save_encoder(build_encoder(architecture), folder / "encoder.safetensors", card)
+
+
+def tiny_clcae(folder: Path, generator: Generator) -> Path:
+    """A small random CLCAE encoder that belongs to the generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        architecture = ClcaeArchitecture(
+            num_ws=generator.num_ws,
+            w_dim=generator.w_dim,
+            input_size=generator.resolution,
+            width=4,
+            units=(1, 1, 1, 1),
+            head_width=8,
+            hidden=8,
+            feature_hidden=8,
+            feature_width=8,
+            feature_channels=generator.architecture.widths[16],
+            attention="all",
+            form="residual",
+        )
+        card = {"generator_hash": weights_hash(generator)}
+        return save_encoder(ClcaeEncoder(architecture), folder / "clcae.safetensors", card)
+
+
+TINY_NETWORKS: dict[str, Callable[..., Path]] = {
+    "ClcaeConfig": tiny_clcae,
+    "RestyleConfig": lambda folder, generator: tiny_encoder(folder, generator, in_channels=6),
+}
+"""What makes the file of `checkpoint`, by name of the Config; else `tiny_encoder`."""
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -91,12 +123,7 @@ def invert(method: Method, rows: slice = slice(0, 3)) -> Inversion:
 
 def doors(found: Inversion) -> dict[str, torch.Tensor]:
     """Every tensor of a result, by name."""
-    tensors = {"w_plus": found.w_plus}
-    tensors |= {f"noise.{i}": m for i, m in enumerate(found.noise or ())}
-    tensors |= {f"features.{k}": f for k, f in (found.features or {}).items()}
-    for k, r in (found.residual or {}).items():
-        tensors |= {f"residual.{k}.u": r.u, f"residual.{k}.v": r.v}
-    return tensors
+    return found.tensors()
 
 
 def assert_same(a: Inversion, b: Inversion, tolerance: float) -> None:

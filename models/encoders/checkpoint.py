@@ -1,4 +1,4 @@
-"""Encoder files: our own format, and the official e4e and pSp checkpoints, loaded strictly.
+"""Encoder files: our own format, and official checkpoints, loaded strictly.
 
 Ours is NAME.safetensors beside NAME.json, the card: kind, architecture, generator_hash, sha256,
 provenance, terms, scores. Nothing in a file is executed.
@@ -24,10 +24,16 @@ from torch import Tensor, nn
 from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, PyramidEncoder
+from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError
 
-OFFICIAL_KINDS = {"Encoder4Editing": "e4e", "GradualStyleEncoder": "psp"}
-"""`opts.encoder_type` of the official checkpoints that load here; both have the same key names."""
+OFFICIAL_KINDS = {
+    "Encoder4Editing": "e4e",
+    "GradualStyleEncoder": "psp",
+    "BackboneEncoder": "restyle-psp",
+    "ProgressiveBackboneEncoder": "restyle-e4e",
+}
+"""`opts.encoder_type` of the official e4e, pSp and ReStyle checkpoints that load here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,8 @@ def load_encoder(path: str | Path, num_ws: int, w_dim: int) -> LoadedEncoder:
     """Open an encoder for a generator with `num_ws` rows of `w_dim`.
 
     Args:
-        path: ours (.safetensors with its .json card) or an official e4e / pSp checkpoint (.pt).
+        path: ours (.safetensors with its .json card), or an official e4e, pSp or ReStyle
+            checkpoint (.pt).
 
     Raises:
         AssetError: missing, unreadable, damaged, or another layout; the message names what differs.
@@ -93,6 +100,8 @@ Kinds = Mapping[str, tuple[Callable[..., Any], Callable[[Any], Any]]]
 ENCODERS: Kinds = {
     "e4e": (EncoderArchitecture, Encoder4Editing),
     "psp": (EncoderArchitecture, GradualStyleEncoder),
+    "restyle-e4e": (EncoderArchitecture, ProgressiveBackboneEncoder),
+    "restyle-psp": (EncoderArchitecture, BackboneEncoder),
 }
 
 
@@ -119,7 +128,7 @@ def save_encoder(
         "kind": encoder.architecture.kind,
         **card,
         "architecture": encoder.architecture.to_dict(),
-        "sha256": _sha256(temporary),
+        "sha256": file_sha256(temporary),
     }
     text = json.dumps(card, indent=2, sort_keys=True) + "\n"
     card_temporary = path.with_suffix(".json.tmp")
@@ -140,7 +149,7 @@ def load_latent_discriminator(path: str | Path, w_dim: int = 512) -> LatentDiscr
         raise AssetError(f"latent discriminator {path}: no such file")
     saved = _torch_load(path)
     state = saved.get("discriminator_state_dict", saved)
-    return _filled(LatentDiscriminator, (w_dim,), state, f"{path}: not e4e's latent discriminator")
+    return filled(LatentDiscriminator, (w_dim,), state, f"{path}: not e4e's latent discriminator")
 
 
 def check_layout(
@@ -188,7 +197,7 @@ def load_network(path: str | Path, kinds: Kinds) -> tuple[Any, str, dict[str, An
         raise AssetError(f"network {path}: no such file; set `checkpoint` to a network's file")
     card_path = path.with_suffix(".json")
     card = _read_card(card_path, kinds)
-    sha256 = _sha256(path)
+    sha256 = file_sha256(path)
     if card.get("sha256") != sha256:
         raise AssetError(
             f"encoder {path}: sha256 is {sha256}, its card says {card.get('sha256')}: the file is "
@@ -203,7 +212,7 @@ def load_network(path: str | Path, kinds: Kinds) -> tuple[Any, str, dict[str, An
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise AssetError(f"encoder {path}: cannot read the weights: {error}") from error
-    module = _filled(make, (architecture,), state, f"encoder {path}: not as its card says")
+    module = filled(make, (architecture,), state, f"encoder {path}: not as its card says")
     return module, sha256, card
 
 
@@ -249,24 +258,46 @@ def _read_card(path: Path, kinds: Kinds) -> dict[str, Any]:
 # ---------------------------------------------------------------------- official checkpoints
 
 
-def _load_official(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
+def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor | None]:
+    """A published training checkpoint: its options, the encoder's tensors, and latent_avg.
+
+    Args:
+        path: {state_dict, opts, latent_avg}, of which the latter two may be missing, or a state.
+
+    Raises:
+        AssetError: unreadable, or not a dict.
+    """
     saved = _torch_load(path)
     options = saved.get("opts") or {}
     options = vars(options) if isinstance(options, argparse.Namespace) else dict(options)
+    state = saved.get("state_dict", saved)
+    prefix = "encoder."
+    if any(key.startswith(prefix) for key in state):
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return (
+        options,
+        {k: v for k, v in state.items() if isinstance(v, Tensor)},
+        saved.get("latent_avg"),
+    )
+
+
+def _load_official(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
+    options, state, latent_avg = read_official(path)
     name = options.get("encoder_type", "Encoder4Editing")
     if name not in OFFICIAL_KINDS:
         raise AssetError(
             f"{path}: its encoder is a {name}; expected one of {', '.join(OFFICIAL_KINDS)}"
         )
-    state = saved.get("state_dict", saved)
-    prefix = "encoder."
-    if any(key.startswith(prefix) for key in state):
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    architecture = EncoderArchitecture(num_ws=num_ws, w_dim=w_dim, kind=OFFICIAL_KINDS[name])  # type: ignore[arg-type]
+    kind = OFFICIAL_KINDS[name]
+    channels = int(options.get("input_nc") or (6 if kind.startswith("restyle") else 3))
+    architecture = EncoderArchitecture(
+        num_ws=num_ws,
+        w_dim=w_dim,
+        kind=kind,  # type: ignore[arg-type]
+        in_channels=channels,
+    )
     complaint = f"{path}: not an official {name} for a generator with {num_ws} rows of {w_dim}"
-    encoder = _filled(build_encoder, (architecture,), state, complaint)
-    latent_avg = saved.get("latent_avg")
+    encoder = filled(build_encoder, (architecture,), state, complaint)
     if latent_avg is not None:
         latent_avg = latent_avg.float()
         if tuple(latent_avg.shape) not in ((w_dim,), (1, w_dim), (num_ws, w_dim)):
@@ -278,7 +309,7 @@ def _load_official(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
         latent_avg = torch.zeros(w_dim)  # such a model was trained on absolute codes
     return LoadedEncoder(
         encoder=encoder,
-        sha256=_sha256(path),
+        sha256=file_sha256(path),
         latent_avg=latent_avg,
         card={"source": f"official {name} checkpoint {path.name}"},
     )
@@ -298,10 +329,14 @@ def _torch_load(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _filled(
+def filled(
     make: Any, arguments: tuple[Any, ...], state: Mapping[str, Tensor], complaint: str
 ) -> Any:
-    """Build an empty module, check names and shapes, then adopt the tensors without a copy."""
+    """Build an empty module, check names and shapes, then adopt the tensors without a copy.
+
+    Raises:
+        AssetError: `complaint`, then what differs.
+    """
     # The meta device saves a gigabyte for the published encoders, but its first use imports half of
     # torch: a second of start-up that a small encoder need not pay.
     num_values = sum(v.numel() for v in state.values())
@@ -314,6 +349,6 @@ def _filled(
     return module.eval().requires_grad_(False)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ Legend: N batch, L num_ws, D w_dim, T query tokens, K key tokens, E embedding, C
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,10 +22,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.encoders.checkpoint import Kinds
+from models.encoders.checkpoint import (
+    Kinds,
+    check_size,
+    file_sha256,
+    filled,
+    load_network,
+    read_official,
+)
 from models.encoders.contrastive import centred
 from models.encoders.irse import IR_SE_50
 from models.encoders.psp import PyramidEncoder
+from models.errors import AssetError
 from models.stylegan2.generator import Generator
 
 FEATURE_LAYER = 5
@@ -198,7 +207,7 @@ class FeatureHead(nn.Module):
     def __init__(self, arch: ClcaeArchitecture) -> None:
         super().__init__()
         size = arch.input_size // 4
-        halvings = max(int(math.log2(size // FEATURE_SIZE)), 0) if size >= FEATURE_SIZE else 0
+        halvings = int(math.log2(size / FEATURE_SIZE))
         strides = [2 if index < halvings else 1 for index in range(2)]
         self.convs = nn.Sequential(
             nn.Conv2d(arch.channels, arch.feature_width, 3, strides[0], 1),
@@ -288,3 +297,31 @@ class ClcaeEncoder(PyramidEncoder):
 
 CLCAE: Kinds = {"clcae": (ClcaeArchitecture, ClcaeEncoder)}
 """For `load_network`."""
+
+
+def load_clcae(
+    path: str | Path, num_ws: int, w_dim: int
+) -> tuple[ClcaeEncoder, str, dict[str, Any]]:
+    """Open an encoder for a generator with `num_ws` rows of `w_dim`.
+
+    Args:
+        path: ours (.safetensors with its .json card) or an official checkpoint (.pt).
+
+    Returns:
+        The encoder (eval mode, float32, no gradients, on the CPU), the file's sha256, and the card,
+        empty for an official file.
+
+    Raises:
+        AssetError: missing, unreadable, damaged, or another layout; the message names what differs.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" or not path.is_file():
+        encoder, sha256, card = load_network(path, CLCAE)
+        check_size(path, encoder.architecture, num_ws, w_dim)
+        return encoder, sha256, card
+    _, state, _ = read_official(path)
+    complaint = f"{path}: not an official CLCAE for a generator with {num_ws} rows of {w_dim}"
+    architecture = ClcaeArchitecture(num_ws=num_ws)
+    if w_dim != architecture.w_dim:
+        raise AssetError(f"{complaint}: its codes have {architecture.w_dim} values")
+    return filled(ClcaeEncoder, (architecture,), state, complaint), file_sha256(path), {}

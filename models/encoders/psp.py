@@ -8,7 +8,7 @@ Legend: N batch, L num_ws, D w_dim, C H W image or feature map.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ same split: 3, 4 and 11 rows at 1024 px, 3, 4 and 3 rows at 64 px.
 """
 
 
+KINDS = ("e4e", "psp", "restyle-e4e", "restyle-psp")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderArchitecture:
     """Sizes of a pyramid encoder. The defaults are the official e4e and pSp ones but for `num_ws`.
@@ -33,7 +36,8 @@ class EncoderArchitecture:
     Attributes:
         num_ws: rows of w+, L.
         w_dim: dimension of w, D.
-        kind: "e4e" (a w and offsets to it) or "psp" (every row on its own).
+        kind: "e4e" (a w and offsets to it) or "psp" (every row on its own); with "restyle-" before
+            it, every head reads the trunk's last map, and there is no pyramid.
         input_size: height and width the network sees, px (a power of two, at least 32).
         width: channels of the first stage; the last has 8 times as many, and so has the pyramid.
         units: residual units of the four stages.
@@ -44,7 +48,7 @@ class EncoderArchitecture:
 
     num_ws: int
     w_dim: int = 512
-    kind: Literal["e4e", "psp"] = "e4e"
+    kind: Literal["e4e", "psp", "restyle-e4e", "restyle-psp"] = "e4e"
     input_size: int = 256
     width: int = 64
     units: tuple[int, ...] = IR_SE_50
@@ -54,8 +58,10 @@ class EncoderArchitecture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", tuple(int(count) for count in self.units))
-        if self.kind not in ("e4e", "psp"):
-            raise ValueError(f'encoder kind: expected "e4e" or "psp", found {self.kind!r}')
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"encoder kind: expected one of {', '.join(KINDS)}, found {self.kind!r}"
+            )
         if self.input_size < 32 or self.input_size & (self.input_size - 1):
             raise ValueError(
                 f"encoder input_size: expected a power of two >= 32, found {self.input_size}"
@@ -99,7 +105,13 @@ class GradualStyleBlock(nn.Module):
 
 
 class PyramidEncoder(IrSe):
-    """IR-SE trunk, a top-down feature pyramid and one style head per row of w+."""
+    """IR-SE trunk, a top-down feature pyramid and one style head per row of w+.
+
+    Attributes:
+        is_flat: every head reads the trunk's last map, and there is no pyramid.
+    """
+
+    is_flat: ClassVar[bool] = False
 
     def __init__(self, architecture: EncoderArchitecture) -> None:
         arch = architecture
@@ -108,14 +120,20 @@ class PyramidEncoder(IrSe):
         channels, size = 8 * arch.width, arch.input_size
         self.styles = nn.ModuleList(
             GradualStyleBlock(channels, arch.head_width, spatial, arch.w_dim)
-            for spatial in (_spatial(row, size) for row in range(arch.num_ws))
+            for spatial in (
+                _spatial(0 if self.is_flat else row, size) for row in range(arch.num_ws)
+            )
         )
+        if self.is_flat:
+            return
         self.latlayer1 = nn.Conv2d(4 * arch.width, channels, 1)
         self.latlayer2 = nn.Conv2d(2 * arch.width, channels, 1)
 
     def pyramid(self, image: Float[Tensor, "N I H W"], rows: int) -> list[Float[Tensor, "N C h w"]]:
         """The feature map that each of the first `rows` rows reads."""
         _, c1, c2, c3 = self.stages(self.resized(image))
+        if self.is_flat:
+            return [c3] * rows
         maps = [c3] * min(rows, COARSE_ROWS)
         if rows > COARSE_ROWS:
             p2 = _add_upsampled(c3, self.latlayer1(c2))

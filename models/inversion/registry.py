@@ -10,6 +10,9 @@ from models.stylegan2.generator import Generator
 
 METHODS: dict[str, str] = {
     "e4e": "models.inversion.e4e:E4e",
+    "clcae": "models.inversion.clcae:Clcae",
+    "psp": "models.inversion.psp:Psp",
+    "restyle": "models.inversion.restyle:Restyle",
     "wplus": "models.inversion.wplus:WPlus",
 }
 

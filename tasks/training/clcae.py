@@ -52,15 +52,16 @@ class FitClcaeConfig(TrainingConfig):
     """Channels of the first stage, 64 in the published encoder."""
     units: tuple[int, int, int, int] = (2, 2, 2, 2)
     """Residual units of the stages, (3, 4, 14, 3) in the published encoder."""
-    head_width: int = 48
-    """Channels inside the style heads, 512 in the published encoder."""
+    head_width: int = 64
+    """Channels inside the style heads, 512 in the published encoder. At 64, as in the e4e encoder
+    of our own, its heads can be taken over."""
     stem_stride: int = 2
     """1 in the published encoder; 2 saves the convolutions at full size."""
-    hidden: int = 64
+    hidden: int = 16
     """Width inside the rows' blocks, 1024 in the published encoder."""
-    feature_hidden: int = 128
+    feature_hidden: int = 64
     """The same inside the map's block."""
-    feature_width: int = 128
+    feature_width: int = 80
     """Channels between the convolutions that make f, 512 in the published encoder."""
     attention: Literal["one", "folded", "all"] = "folded"
     """See `ClcaeArchitecture`: "all" is real attention."""
@@ -70,7 +71,8 @@ class FitClcaeConfig(TrainingConfig):
     """Of the activation of f: the generator's, so that f reaches every value which it replaces;
     0.01 as published."""
     is_centred: bool = True
-    """Take the picture of the mean code off the input, as published."""
+    """Take the picture of the mean code off the input, as published. Choose False for a run that
+    starts from an e4e encoder, which saw whole pictures."""
     start_from: str | None = None
     """File of an e4e encoder or of the towers of stage 1: trunk, pyramid and every head whose shape
     agrees are taken from it. Published: the stage 1 tower."""
@@ -352,7 +354,7 @@ def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         group, _, rest = name.partition(".")
         index, _, tail = rest.partition(".")
-        if group == "styles" and int(index):
+        if group == "styles" and index != "0":
             name = f"styles_others.{int(index) - 1}.{tail}"
         renamed[name] = value
     return renamed
