@@ -57,11 +57,11 @@ class FitClcaeConfig(TrainingConfig):
     of our own, its heads can be taken over."""
     stem_stride: int = 2
     """1 in the published encoder; 2 saves the convolutions at full size."""
-    hidden: int = 16
+    hidden: int = 8
     """Width inside the rows' blocks, 1024 in the published encoder."""
-    feature_hidden: int = 64
+    feature_hidden: int = 48
     """The same inside the map's block."""
-    feature_width: int = 80
+    feature_width: int = 64
     """Channels between the convolutions that make f, 512 in the published encoder."""
     attention: Literal["one", "folded", "all"] = "folded"
     """See `ClcaeArchitecture`: "all" is real attention."""
