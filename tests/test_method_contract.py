@@ -21,10 +21,12 @@ import torch
 from models.encoders.checkpoint import build_encoder, save_encoder
 from models.encoders.clcae import ClcaeArchitecture, ClcaeEncoder
 from models.encoders.psp import EncoderArchitecture
+from models.encoders.token_network import TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.registry import METHODS, load_method, method_class
 from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.tokens import kernel_channels
 
 SEEDS = [11, 12, 13]
 Make = Callable[[], Method]
@@ -44,6 +46,8 @@ def settings(tmp_path: Path, tiny_generator: Generator) -> Callable[[type], dict
         if "checkpoint" in names:
             make = TINY_NETWORKS.get(config.__name__, tiny_encoder)
             found["checkpoint"] = str(make(tmp_path, tiny_generator))
+        if "first_stage" in names:
+            found["first_stage"] = str(tiny_encoder(tmp_path, tiny_generator))
         return found
 
     return fill
@@ -88,8 +92,30 @@ def tiny_clcae(folder: Path, generator: Generator) -> Path:
         return save_encoder(ClcaeEncoder(architecture), folder / "clcae.safetensors", card)
 
 
+def tiny_refine(folder: Path, generator: Generator, **sizes: Any) -> Path:
+    """A small random token network that belongs to the generator and changes pictures."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        architecture = TokenArchitecture(
+            num_ws=generator.num_ws,
+            w_dim=generator.w_dim,
+            channels=tuple(kernel_channels(generator)),
+            **{"rank": 2, "token_width": 16, "heads": 2, "feed_forward": 16, **sizes},
+            input_size=generator.resolution,
+            width=4,
+            units=(1, 1, 1, 1),
+            head_width=8,
+        )
+        network = TokenNetwork(architecture)
+        for head in network.heads_q:
+            torch.nn.init.normal_(head.weight, std=0.1)  # type: ignore[union-attr]
+        card = {"generator_hash": weights_hash(generator)}
+        return save_encoder(network, folder / "refine.safetensors", card)
+
+
 TINY_NETWORKS: dict[str, Callable[..., Path]] = {
     "ClcaeConfig": tiny_clcae,
+    "RefineConfig": tiny_refine,
     "RestyleConfig": lambda folder, generator: tiny_encoder(folder, generator, in_channels=6),
 }
 """What makes the file of `checkpoint`, by name of the Config; else `tiny_encoder`."""

@@ -134,6 +134,16 @@ class Refinement:
     w: Float[Tensor, "N D"] | None = None
     deltas: Float[Tensor, "N S D"] | None = None
 
+    def offsets(self) -> Float[Tensor, "N L D"]:
+        """Codes of the one-stage form relative to `latent_avg`: w, and on further rows w + delta.
+
+        Raises:
+            ValueError: it was written by a two-stage network.
+        """
+        if self.w is None or self.deltas is None:
+            raise ValueError("a refinement of the two-stage form has no codes of its own")
+        return self.w[:, None] + F.pad(self.deltas, (0, 0, 1, 0))
+
 
 class TokenNetwork(nn.Module):
     """Picture (and first reconstruction) to token sets (and codes).

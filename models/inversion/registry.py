@@ -9,9 +9,16 @@ from models.inversion.base import Method
 from models.stylegan2.generator import Generator
 
 METHODS: dict[str, str] = {
+    "cycle": "models.inversion.cycle:Cycle",
+    "cycle_refine": "models.inversion.cycle_refine:CycleRefine",
     "e4e": "models.inversion.e4e:E4e",
+    "lsap": "models.inversion.lsap:Lsap",
+    "lsap_o": "models.inversion.lsap_o:LsapO",
+    "pti": "models.inversion.pti:Pti",
     "clcae": "models.inversion.clcae:Clcae",
     "psp": "models.inversion.psp:Psp",
+    "refine": "models.inversion.refine:Refine",
+    "refine_opt": "models.inversion.refine_opt:RefineOpt",
     "restyle": "models.inversion.restyle:Restyle",
     "wplus": "models.inversion.wplus:WPlus",
 }

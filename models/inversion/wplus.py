@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
 from models.inversion.noise_maps import noise_penalty, normalise, starting_maps
-from models.losses.perceptual import load_perceptual
+from models.inversion.row_search import PictureLoss, RowSearch, check_loss_weights
 from models.losses.style_space import StyleSpace
-from models.optim import RowAdam
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
-from models.stylegan2.residual import LowRank
 
 PROJECTOR_RATE, REFINING_RATE = 0.1, 0.08
 """Adam's rate from `latent_avg` (the projector's) and from another method's codes."""
@@ -99,10 +97,7 @@ class WPlusConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be in 0..1, got {value}")
-        if not self.mse_weight and (not self.perceptual_weight or self.perceptual == "none"):
-            raise ConfigError(
-                "mse_weight and perceptual_weight must not both be 0: nothing to minimise"
-            )
+        check_loss_weights(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +133,9 @@ class WPlus(Method):
 
     def __init__(self, generator: Generator, config: WPlusConfig) -> None:
         super().__init__(generator, config)
-        self.perceptual = None
-        if config.perceptual_weight and config.perceptual != "none":
-            self.perceptual = load_perceptual(config.perceptual)
+        self.picture_loss = PictureLoss(
+            config.mse_weight, config.perceptual_weight, config.perceptual
+        )
         self.style_space = None
         if config.nscd_weight:
             self.style_space = StyleSpace(generator, statistics_for(generator).style_anchor)
@@ -151,7 +146,7 @@ class WPlus(Method):
             )
 
     def hashes(self) -> dict[str, str]:
-        return {} if self.perceptual is None else {self.perceptual.name: self.perceptual.hash}
+        return self.picture_loss.hashes()
 
     def invert(
         self, images: Float[Tensor, "N 3 H W"], init: Inversion | None, rng: SampleRng
@@ -162,8 +157,7 @@ class WPlus(Method):
         gradient is not finite is a failure with the step; its neighbours do not notice.
         """
         self.check_inputs(images, init, rng)
-        if self.perceptual is not None:
-            self.perceptual.to(images.device)
+        self.picture_loss.to(images.device)
         # The caller may run in inference mode, whose tensors autograd refuses: work on copies.
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.generator):
             start = Inversion(w_plus=self._average(images)) if init is None else init.detached()
@@ -186,41 +180,19 @@ class WPlus(Method):
             code_noise_end=c.code_noise_end,
         )
 
-    def image_loss(
-        self,
-        images: Float[Tensor, "A 3 H W"],
-        targets: Float[Tensor, "A 3 H W"],
-        features: list[Tensor],
-    ) -> Float[Tensor, " A"]:
-        """The loss of renders against targets, whose perceptual features are given."""
-        loss = self.config.mse_weight * (images - targets).square().flatten(1).mean(1)
-        if self.perceptual is not None:
-            distance = self.perceptual.compare(self.perceptual.features(images), features)
-            loss = loss + self.config.perceptual_weight * distance
-        return loss
-
-    def target_features(self, targets: Float[Tensor, "N 3 H W"]) -> list[Tensor]:
-        """What `image_loss` compares with; empty without a perceptual distance."""
-        if self.perceptual is None:
-            return []
-        with torch.no_grad():
-            return self.perceptual.features(targets)
-
     def _average(self, images: Tensor) -> Float[Tensor, "N L D"]:
         average = self.generator.latent_avg.detach().to(images.device).float()
         return average.expand(len(images), self.generator.num_ws, -1).clone()
 
 
-class _Search:
-    """The state of one batch: what is active, what is optimised, what was best."""
+class _Search(RowSearch):
+    """The codes of one batch, and where they are optimised its noise maps."""
 
     def __init__(
         self, method: WPlus, images: Tensor, start: Inversion, is_from_average: bool, rng: SampleRng
     ) -> None:
         self.method, self.config, self.generator = method, method.config, method.generator
-        self.schedule = method.schedule(is_from_average)
-        self.start, self.rng, self.images = start, rng, images
-        self.targets, self.target_features = images, method.target_features(images)
+        self.schedule, self.rng = method.schedule(is_from_average), rng
         code = start.w_plus
         if self.config.space == "w":
             code = code.mean(1, keepdim=True)  # the nearest point of W
@@ -228,103 +200,11 @@ class _Search:
         if self.schedule.code_noise:
             self.noise_scale = statistics_for(self.generator).w_std
         maps = starting_maps(self.generator, start, is_from_average, rng, images.device)
-        self.maps = maps if self.config.optimise_noise else []
-        self.adam = RowAdam([code.clone(), *(m.clone() for m in self.maps)])
-        self.best = [t.clone() for t in self.adam.tensors]
-        self.best_loss = torch.full((len(images),), math.inf, device=images.device)
-        self.best_step = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        self.failures = dict(start.failures)
-        self.rows = torch.arange(len(images), device=images.device)
-        self._shrink(torch.tensor([i not in self.failures for i in range(len(images))]))
+        tensors = [code, *(maps if self.config.optimise_noise else [])]
+        super().__init__("wplus", self.config, method.picture_loss, images, start, tensors)
 
     def run(self) -> Inversion:
-        for step in range(self.config.steps):
-            if not len(self.rows):
-                break
-            self._step(step)
-        if len(self.rows):
-            with torch.no_grad():
-                loss = self._loss(self.adam.tensors)
-            self._keep_best(loss, self.adam.tensors, self.config.steps)
-            self._fail(~loss.isfinite(), f"loss is not finite after {self.config.steps} steps")
-        return self._result()
-
-    def _step(self, step: int) -> None:
-        tensors = [t.detach().requires_grad_() for t in self.adam.tensors]
-        rendered = list(tensors)
-        noise = self.schedule.noise(step) * self.noise_scale
-        if self.schedule.code_noise:
-            # All rows draw at every step, so that no stream depends on which others are active.
-            draw = self.rng.randn(*tensors[0].shape[1:], device=self.images.device)
-            rendered[0] = tensors[0] + noise * draw[self.rows]
-        loss = self._loss(rendered)
-        total = loss + self.config.noise_weight * noise_penalty(rendered[1:], len(loss))
-        gradients = torch.autograd.grad(total.sum(), tensors)
-        loss = loss.detach()
-        self._keep_best(loss, [t.detach() for t in rendered], step)
-        is_finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients]).all(0)
-        is_bad_loss = ~total.detach().isfinite()
-        self.adam.step(gradients, self.schedule.rate(step))
-        for noise_map in self.adam.tensors[1:]:
-            normalise(noise_map)
-        is_lost = is_bad_loss | ~is_finite
-        is_done = self._is_done(loss, step)
-        if bool((is_lost | is_done).any()):
-            self._fail(is_bad_loss, f"loss is not finite at step {step}", should_shrink=False)
-            self._fail(
-                ~is_finite & ~is_bad_loss,
-                f"gradient is not finite at step {step}",
-                should_shrink=False,
-            )
-            self._shrink(~(is_lost | is_done))
-
-    def _loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
-        code = tensors[0].expand(-1, self.generator.num_ws, -1)
-        noise = tensors[1:] or self._given(self.start.noise) or "const"
-        images = self.generator.synthesis(code, noise, self.features, self.residual)
-        loss = self.method.image_loss(images, self.targets, self.target_features)
-        if self.method.style_space is not None:
-            loss = loss + self.config.nscd_weight * self.method.style_space.nscd(code)
-        return loss
-
-    def _given(self, maps: tuple[Tensor, ...] | None) -> list[Tensor] | None:
-        return None if maps is None else [m[self.rows] for m in maps]
-
-    def _is_done(self, loss: Tensor, step: int) -> Bool[Tensor, " A"]:
-        is_done = loss <= self.config.stop_loss if self.config.stop_loss else loss < -math.inf
-        if self.config.patience:
-            is_done = is_done | (step - self.best_step[self.rows] >= self.config.patience)
-        return is_done
-
-    def _keep_best(self, loss: Tensor, tensors: list[Tensor], step: int) -> None:
-        is_better = loss < self.best_loss[self.rows]  # False for a loss that is not a number
-        rows = self.rows[is_better]
-        self.best_loss[rows] = loss[is_better]
-        self.best_step[rows] = step
-        for best, tensor in zip(self.best, tensors, strict=True):
-            best[rows] = tensor[is_better]
-
-    def _fail(self, is_failed: Bool[Tensor, " A"], reason: str, should_shrink: bool = True) -> None:
-        for row in self.rows[is_failed].tolist():
-            self.failures[row] = f"wplus: {reason}"
-        if should_shrink:
-            self._shrink(~is_failed)
-
-    def _shrink(self, keep: Bool[Tensor, " A"]) -> None:
-        """Go on with some of the active rows: the others cost nothing any more."""
-        keep = keep.to(self.rows.device)
-        if not bool(keep.all()):
-            self.adam.keep(keep)
-        self.rows: Int[Tensor, " A"] = self.rows[keep]
-        self.targets = self.images[self.rows]
-        self.target_features = [f[keep] for f in self.target_features]
-        start = self.start
-        self.features = start.features and {k: f[self.rows] for k, f in start.features.items()}
-        self.residual = start.residual and {
-            k: LowRank(u=r.u[self.rows], v=r.v[self.rows]) for k, r in start.residual.items()
-        }
-
-    def _result(self) -> Inversion:
+        self.descend()
         code, *maps = self.best
         # A failed row keeps what it had when it last rendered a finite loss, else its start.
         average = self.generator.latent_avg.to(code.device, code.dtype)
@@ -336,3 +216,30 @@ class _Search:
             residual=self.start.residual,
             failures=self.failures,
         )
+
+    def rate(self, step: int) -> float:
+        return self.schedule.rate(step)
+
+    def loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
+        code = tensors[0].expand(-1, self.generator.num_ws, -1)
+        noise = tensors[1:] or self.given(self.start.noise) or "const"
+        images = self.generator.synthesis(code, noise, self.features, self.residual)
+        loss = self.picture_loss(images, self.targets, self.target_features)
+        if self.method.style_space is not None:
+            loss = loss + self.config.nscd_weight * self.method.style_space.nscd(code)
+        return loss
+
+    def perturbed(self, tensors: list[Tensor], step: int) -> list[Tensor]:
+        if not self.schedule.code_noise:
+            return tensors
+        # All rows draw at every step, so that no stream depends on which others are active.
+        draw = self.rng.randn(*tensors[0].shape[1:], device=self.images.device)
+        noise = self.schedule.noise(step) * self.noise_scale
+        return [tensors[0] + noise * draw[self.rows], *tensors[1:]]
+
+    def penalty(self, tensors: list[Tensor]) -> Float[Tensor, " A"] | float:
+        return self.config.noise_weight * noise_penalty(tensors[1:], len(tensors[0]))
+
+    def tidy(self) -> None:
+        for noise_map in self.adam.tensors[1:]:
+            normalise(noise_map)

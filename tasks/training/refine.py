@@ -36,7 +36,6 @@ from tasks.training.blocks import (
     rounded_scores,
     settle,
 )
-from tasks.training.encoder import absolute_codes
 from tasks.training.losses import PictureLosses, delta_penalty
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
@@ -210,7 +209,7 @@ class RefineObjective(Objective):
             found = self.network(pictures, first and first[1])
         if first is not None:
             return first[0], found.residual, {}
-        w_plus = absolute_codes(found.w, found.deltas, self.generator)
+        w_plus = self.generator.latent_avg + found.offsets()
         return w_plus, found.residual, {"delta": delta_penalty(found.deltas)}
 
     @torch.no_grad()
