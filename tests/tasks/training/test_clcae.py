@@ -1,0 +1,289 @@
+"""CLCAE's two trainings: what they write, exact resume, where they start, the memory."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from models.checkpoints.load import load_generator
+from models.checkpoints.native import save_generator
+from models.encoders.checkpoint import build_encoder, load_network, save_encoder
+from models.encoders.clcae import CLCAE, ClcaeEncoder, load_clcae
+from models.encoders.contrastive import TOWERS
+from models.encoders.psp import EncoderArchitecture
+from models.errors import AssetError, ConfigError
+from models.inversion.base import SampleRng
+from models.inversion.registry import load_method
+from models.stylegan2.generator import Generator, weights_hash
+from tasks.training.clcae import ClcaeObjective, FitClcaeConfig, PairMemory, fit
+from tasks.training.clcae_align import AlignObjective, FitClcaeAlignConfig
+from tasks.training.clcae_align import fit as fit_align
+
+SIZES: dict[str, Any] = {"width": 4, "units": (1, 1, 1, 1), "head_width": 8, "log_images": 16}
+
+
+@pytest.fixture
+def generator_file(tmp_path: Path, tiny_generator: Generator) -> str:
+    return str(save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"}))
+
+
+def align_config(folder: Path, generator_file: str, **settings: Any) -> FitClcaeAlignConfig:
+    values = {"images": 64, "batch": 16, "hidden": 16, "held_out": 16, "checkpoint_images": 32}
+    values |= {"generator": generator_file, "out": str(folder / "align")}
+    return FitClcaeAlignConfig(**{**SIZES, **values, **settings})
+
+
+@pytest.fixture
+def config(tmp_path: Path, generator_file: str, face_bytes: list[bytes]) -> FitClcaeConfig:
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in face_bytes]})
+    pq.write_table(table, tmp_path / "pictures.parquet")
+    data = (str(tmp_path / "pictures.parquet"),)
+    return FitClcaeConfig(
+        generator=generator_file,
+        data=data,
+        validation=data,
+        out=str(tmp_path / "run"),
+        images=32,
+        batch=8,
+        checkpoint_images=16,
+        hidden=8,
+        feature_hidden=8,
+        feature_width=8,
+        perceptual="none",
+        **SIZES,
+    )
+
+
+def rows(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- stage 1
+
+
+def test_alignment_needs_no_pictures_and_learns(
+    tmp_path: Path, generator_file: str, tiny_generator: Generator
+) -> None:
+    """Retrieval among held-out pairs is at least three times as good as chance (1 in 16)."""
+    config = align_config(tmp_path, generator_file, images=960, checkpoint_images=10_000)
+    path = fit_align(config)
+    towers, _, card = load_network(path, TOWERS)
+    assert path.name == "clcae-align.safetensors"
+    assert card["generator_hash"] == weights_hash(tiny_generator)
+    assert card["provenance"]["pairs_shown"] == 960
+    assert card["scores"]["top1_code_of_picture"] >= 3 / 16
+    assert card["scores"]["top1_picture_of_code"] >= 3 / 16
+    assert not list((tmp_path / "align").glob("*.png"))
+    objective = AlignObjective(config, tiny_generator)
+    objective.towers.load_state_dict(towers.state_dict())
+    scores, _ = objective.score(torch.empty(0, 3, 32, 32))
+    assert float(scores["align"].mean()) == pytest.approx(card["scores"]["align"], abs=1e-4)
+
+
+def test_alignment_starts_from_an_encoder(tmp_path: Path, generator_file: str) -> None:
+    torch.manual_seed(0)
+    architecture = EncoderArchitecture(
+        num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8, stem_stride=2
+    )
+    encoder = build_encoder(architecture)
+    path = str(save_encoder(encoder, tmp_path / "e4e.safetensors", {}))
+    generator = load_generator(generator_file)
+    config = align_config(tmp_path, generator_file, start_from=path)
+    tower = AlignObjective(config, generator).towers.image
+    for name, value in tower.state_dict().items():
+        want = encoder.state_dict()[name]
+        assert torch.equal(value, want.half().float() if want.ndim > 1 else want), name
+    wide = align_config(tmp_path, generator_file, start_from=path, width=6)
+    with pytest.raises(AssetError, match="no kernel of its trunk fits"):
+        AlignObjective(wide, generator)
+
+
+# ---------------------------------------------------------------------- stage 2
+
+
+def test_a_run_writes_weights_that_the_method_takes(
+    config: FitClcaeConfig, tmp_path: Path, generator_file: str, tiny_generator: Generator
+) -> None:
+    towers = fit_align(align_config(tmp_path, generator_file))
+    config = dataclasses.replace(config, align=str(towers), start_from=str(towers))
+    path = fit(config)
+    encoder, _, card = load_clcae(path, 8, 16)
+    assert card["kind"] == "clcae"
+    assert card["generator_hash"] == weights_hash(tiny_generator)
+    assert card["provenance"]["settings"]["align"] == "clcae-align.safetensors"
+    assert encoder.architecture.feature_channels == 8
+    logged = rows(config.out)
+    for name in ("mse", "mse_w", "mse_w_plus", "feature", "align"):
+        assert name in logged[0], name
+    assert len(list(Path(config.out).glob("validation-*.png"))) == 2
+    method = load_method("clcae", tiny_generator, checkpoint=str(path))
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    found = method.invert(pictures, None, SampleRng([0, 1]))
+    scores, _ = _settled(config, tiny_generator, encoder).score(pictures)
+    mse = (found.render(tiny_generator) - pictures).square().mean((1, 2, 3))
+    torch.testing.assert_close(mse, scores["mse"], atol=1e-4, rtol=1e-4)
+
+
+def _settled(config: FitClcaeConfig, generator: Generator, encoder: ClcaeEncoder) -> ClcaeObjective:
+    objective = ClcaeObjective(dataclasses.replace(config, align=None), generator)
+    objective.encoder.load_state_dict(encoder.state_dict())
+    return objective
+
+
+def test_a_resumed_run_is_the_same_run(
+    config: FitClcaeConfig, tmp_path: Path, generator_file: str
+) -> None:
+    towers = str(fit_align(align_config(tmp_path, generator_file, images=32)))
+    config = dataclasses.replace(config, align=towers, log_images=8, align_memory=12)
+    whole, _, _ = load_network(fit(config), CLCAE)
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"), time_limit_s=0.0)
+    for _ in range(2):
+        assert fit(stopped).name == "checkpoint.pt"
+    again, _, _ = load_network(fit(dataclasses.replace(stopped, time_limit_s=1e9)), CLCAE)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_the_map_takes_the_activations_place_along_the_ramp(
+    config: FitClcaeConfig, tiny_generator: Generator
+) -> None:
+    """Before the ramp G(w+, f) is G(w+), behind it f alone stands there."""
+    tiny_generator.noises.noise_0.zero_()
+    for index in range(tiny_generator.num_convs):
+        tiny_generator.conv(index).noise.weight.data.zero_()
+    objective = ClcaeObjective(config, tiny_generator)
+    w_plus = tiny_generator.mapping(torch.randn(2, 16))
+    features = torch.randn(2, 8, 16, 16)
+    for share, scale in ((0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (1.0, 1.0)):
+        renders, activation = objective._renders(w_plus[:, 0], w_plus, features, share)
+        blended = activation.lerp(features, scale)
+        want = tiny_generator.synthesis(w_plus, features={5: blended})
+        torch.testing.assert_close(renders["full"], want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(renders["w"], tiny_generator.synthesis(w_plus))
+
+
+def test_one_update_reaches_every_part(config: FitClcaeConfig, tiny_generator: Generator) -> None:
+    objective = ClcaeObjective(config, tiny_generator)
+    before = {k: v.clone() for k, v in objective.encoder.state_dict().items()}
+    pictures = torch.rand(8, 3, 32, 32) * 2 - 1
+    objective.step(pictures, 8)
+    after = objective.encoder.state_dict()
+    for name in (
+        "styles.0.linear.weight",
+        "styles_others.0.linear.weight",
+        "cross_attention.3.multihead_attn.out_proj.weight",
+        "content_layer.convs.0.weight",
+        "content_layer.convs.2.weight",
+    ):
+        assert not torch.equal(after[name], before[name]), name
+
+
+def test_w_can_be_rendered_for_a_share_of_the_batch(
+    config: FitClcaeConfig, tiny_generator: Generator
+) -> None:
+    objective = ClcaeObjective(dataclasses.replace(config, w_share=0.25), tiny_generator)
+    w_plus = tiny_generator.mapping(torch.randn(8, 16))
+    renders, _ = objective._renders(w_plus[:, 0], w_plus, torch.zeros(8, 8, 16, 16), 1.0)
+    assert {k: len(v) for k, v in renders.items()} == {"full": 8, "w_plus": 8, "w": 2}
+
+
+def test_an_e4e_encoder_gives_its_heads(
+    config: FitClcaeConfig, tmp_path: Path, tiny_generator: Generator
+) -> None:
+    """And then the codes are e4e's from the first step on."""
+    torch.manual_seed(0)
+    architecture = EncoderArchitecture(
+        num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8, stem_stride=2
+    )
+    path = save_encoder(build_encoder(architecture), tmp_path / "e4e.safetensors", {})
+    config = dataclasses.replace(config, start_from=str(path), is_centred=False)
+    objective = ClcaeObjective(config, tiny_generator)
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    e4e, _, _ = load_network(path, {"e4e": (EncoderArchitecture, build_encoder)})
+    objective.encoder.eval()
+    _, w_plus, _ = objective._encode(pictures)
+    torch.testing.assert_close(w_plus, tiny_generator.latent_avg + e4e(pictures))
+
+
+def test_alignment_takes_negatives_from_the_memory(
+    config: FitClcaeConfig, tmp_path: Path, generator_file: str, tiny_generator: Generator
+) -> None:
+    towers = str(fit_align(align_config(tmp_path, generator_file, images=16)))
+    config = dataclasses.replace(config, align=towers)
+    objective = ClcaeObjective(config, tiny_generator)
+    pictures = torch.rand(4, 3, 32, 32) * 2 - 1
+    w = tiny_generator.mapping(torch.randn(4, 16))[:, 0].requires_grad_()
+    alone = objective._align(pictures, w, pictures)
+    assert objective.memory.codes is not None
+    assert len(objective.memory.codes) == 4
+    among = objective._align(pictures.flip(0), w, pictures)
+    among.sum().backward()
+    assert w.grad is not None
+    assert float(w.grad.abs().sum()) > 0
+    assert float((among - alone.flip(0)).detach().abs().max()) > 1e-4
+    render = dataclasses.replace(config, align_target="render")
+    objective = ClcaeObjective(render, tiny_generator)
+    assert len(objective._align(pictures, w, pictures[:2])) == 2
+    assert objective.memory.codes is None
+    tiny_generator.conv1.conv.weight.data.add_(1)
+    with pytest.raises(AssetError, match="its towers belong to generator"):
+        ClcaeObjective(config, tiny_generator)
+
+
+def test_the_memory_forgets_the_oldest_pairs() -> None:
+    memory = PairMemory(5)
+    for start in range(0, 9, 3):
+        values = torch.arange(start, start + 3.0)[:, None]
+        memory.add(values, -values)
+    assert memory.pictures is not None
+    assert memory.codes is not None
+    assert memory.pictures[:, 0].tolist() == [4, 5, 6, 7, 8]
+    assert memory.codes[:, 0].tolist() == [-4, -5, -6, -7, -8]
+    empty = PairMemory(0)
+    empty.add(torch.ones(2, 1), torch.ones(2, 1))
+    assert empty.pictures is not None
+    assert len(empty.pictures) == 0
+
+
+def test_the_default_file_is_small_enough_to_ship() -> None:
+    """Half precision, faces64's sizes: below 8 MB."""
+    config = FitClcaeConfig(generator="faces64", data=(), out="x", perceptual="none")
+    objective = ClcaeObjective(config, load_generator("faces64"))
+    state = objective.encoder.state_dict().values()
+    size = sum(t.numel() * (2 if t.ndim > 1 and t.is_floating_point() else 4) for t in state)
+    assert 7e6 < size < 7.95e6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be > 0"),
+        ({"feature_ramp": 1.5}, "feature_ramp must be in 0..1"),
+        ({"align_target": "both"}, 'expected "input" or "render"'),
+        ({"batch": 1}, "batch must be >= 2"),
+        ({"align_memory": -1}, "align_memory must be >= 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FitClcaeConfig(generator="g", data=("d",), out="o", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimiser": "sgd"}, 'expected "adam" or "ranger"'),
+        ({"batch": 1}, "one pair has no negatives"),
+        ({"balance": 2.0}, "balance must be in 0..1"),
+    ],
+)
+def test_alignment_settings_out_of_range_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FitClcaeAlignConfig(generator="g", out="o", **settings)
