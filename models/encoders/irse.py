@@ -39,9 +39,9 @@ class StridedProjection(nn.Conv2d):
     with torch 2.13 on AVX2 as wrong gradients, hangs and crashes).
     """
 
-    def forward(self, x: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
+    def forward(self, input: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
         rows, columns = self.stride
-        return F.conv2d(x[:, :, ::rows, ::columns], self.weight)
+        return F.conv2d(input[:, :, ::rows, ::columns], self.weight)
 
 
 class Unit(nn.Module):
