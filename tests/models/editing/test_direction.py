@@ -1,0 +1,110 @@
+"""Directions: what applying, projecting and storing them does to the numbers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoints.load import load_generator
+from models.editing.direction import (
+    Direction,
+    bundled_directions,
+    load_direction,
+    save_direction,
+)
+from models.errors import AssetError
+from models.stylegan2.generator import Generator
+
+
+def unit(*values: float) -> torch.Tensor:
+    return torch.tensor(values) / torch.tensor(values).norm()
+
+
+def direction(vector: torch.Tensor, **changes: object) -> Direction:
+    return Direction(
+        name="age", vector=vector, generator_hash="ab" * 32, **{"unit": 2.0, **changes}
+    )
+
+
+def test_strength_is_in_units_along_the_vector() -> None:
+    w_plus = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    moved = direction(unit(3.0, 4.0)).apply(w_plus, 1.5) - w_plus
+    torch.testing.assert_close(moved, torch.tensor([1.8, 2.4]).expand(3, 4, 2))
+    there = direction(unit(3.0, 4.0)).apply(w_plus, 3.0)
+    torch.testing.assert_close(direction(unit(3.0, 4.0)).apply(there, -3.0), w_plus)
+
+
+def test_only_its_layers_move() -> None:
+    moved = direction(unit(1.0, 0.0), layers=(1, 3)).apply(torch.zeros(1, 4, 2), 1.0)
+    assert moved[0].tolist() == [[0, 0], [2, 0], [0, 0], [2, 0]]
+
+
+def test_a_vector_for_each_row() -> None:
+    rows = torch.eye(4)[:, :2]
+    found = direction(rows)
+    assert (found.space, direction(rows[0]).space) == ("w_plus", "w")
+    torch.testing.assert_close(found.apply(torch.zeros(1, 4, 2), 0.5)[0], rows)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"its vector is \[2\], the codes are \[1, 4, 3\]"):
+        direction(unit(1.0, 0.0)).apply(torch.zeros(1, 4, 3), 1.0)
+    with pytest.raises(ValueError, match=r"expected layers in 0..3, found \[4\]"):
+        direction(unit(1.0, 0.0), layers=(4,)).apply(torch.zeros(1, 4, 2), 1.0)
+
+
+def test_without_is_the_orthogonal_projection() -> None:
+    first, second = direction(unit(1.0, 1.0, 0.0)), direction(unit(0.0, 1.0, 1.0))
+    rest = direction(unit(1.0, 2.0, 3.0)).without(first, second)
+    # What is orthogonal to (1 1 0) and (0 1 1) is (1 -1 1); of (1 2 3) it keeps 2 / sqrt 3.
+    torch.testing.assert_close(rest.vector, unit(1.0, -1.0, 1.0))
+    assert rest.unit == pytest.approx(2.0 * (2 / 3**0.5) / 14**0.5)
+    with pytest.raises(ValueError, match="nothing of it is left"):
+        first.without(second, first)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    vector = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    stored = direction(vector, layers=(0, 2), accuracy=0.75, card={"terms": "test"})
+    path = save_direction(stored, tmp_path / "new" / "age.json")
+    back = load_direction(path)
+    assert torch.equal(back.vector, stored.vector)
+    assert replace(back, vector=vector) == replace(stored, vector=vector)
+    assert [p.name for p in path.parent.iterdir()] == ["age.json"]
+
+
+@pytest.mark.parametrize("fault", ["missing", "not JSON", "format", "not finite", "unknown field"])
+def test_a_wrong_file_is_an_asset_error(fault: str, tmp_path: Path) -> None:
+    path = save_direction(direction(unit(1.0, 2.0)), tmp_path / "age.json")
+    record = json.loads(path.read_text())
+    if fault == "missing":
+        path.unlink()
+    elif fault == "not JSON":
+        path.write_text("{")
+    else:
+        wrong = {"format": {"format": "x"}, "not finite": {"vector": [1.0, float("nan")]}}
+        path.write_text(json.dumps({**record, **wrong.get(fault, {"colour": 1})}))
+    with pytest.raises(AssetError, match=r"age.json: cannot read"):
+        load_direction(path)
+
+
+def test_another_generator_is_refused(tiny_generator: Generator) -> None:
+    with pytest.raises(AssetError, match=r"fitted for generator abababababab\.\.\., this one is"):
+        direction(unit(1.0, 0.0)).check_generator(tiny_generator)
+
+
+def test_faces64_ships_age_and_smile(tiny_generator: Generator) -> None:
+    generator = load_generator("faces64")
+    found = bundled_directions(generator)
+    assert set(found) >= {"age", "smile"}
+    for name in ("age", "smile"):
+        found[name].check_generator(generator)
+        assert found[name].vector.shape == (generator.w_dim,)
+        assert float(found[name].vector.norm()) == pytest.approx(1.0, abs=1e-5)
+        assert found[name].accuracy is not None
+        assert found[name].accuracy > 0.75
+        assert "non-commercial" in found[name].card["terms"]
+    assert abs(float(found["age"].vector @ found["smile"].vector)) < 0.2
+    assert bundled_directions(tiny_generator) == {}
