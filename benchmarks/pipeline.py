@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe_machine
 from models.errors import SampleError
 from pipeline.config import RunConfig, load_config
 from pipeline.run import plan, run
 from tasks.decode import decode
 from tasks.inverter import Inverter
 from tasks.ledger import read_markers
+from tasks.machine import describe_machine
 from tasks.manifest import plan_shards
 from tasks.marker import STAGES
 from tasks.read import RawSample, read_shard

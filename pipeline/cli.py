@@ -300,6 +300,48 @@ def train(
     return OK
 
 
+@app.command(group=MODELS)
+def benchmark(
+    what: Literal["inversion"],
+    out: str = "runs/benchmark",
+    /,
+    *,
+    data: str,
+    limit: int | None = None,
+    methods: str | None = None,
+    weights: str | None = None,
+    generator: str = "faces64",
+    engine: Literal["ray", "inline"] = "ray",
+) -> int:
+    """Compare all inversion methods on the same pictures: a table, a plot, a grid. Run the same
+    command again to resume; finished runs are not computed again.
+
+    Args:
+        what: inversion.
+        out: folder for the table and one run for each chain.
+        data: pictures at the generator's size, e.g. a Parquet file.
+        limit: only the first pictures.
+        methods: rows of the table, separated by commas; all without it.
+        weights: folder of trained networks, <method>.safetensors; the bundled ones without it.
+        generator: a bundled name or a checkpoint.
+        engine: where the runs are computed; inline is a loop in this process.
+    """
+    from pipeline.benchmark import benchmark_inversion
+
+    page = benchmark_inversion(
+        out,
+        data=data,
+        limit=limit,
+        methods=methods.split(",") if methods else None,
+        weights=weights,
+        generator_name=generator,
+        engine=engine,
+        console=error_console,
+    )
+    console.print(str(page), highlight=False, soft_wrap=True)
+    return OK
+
+
 def main() -> None:
     """The console script."""
     # A preempted machine sends SIGTERM: leave as with Ctrl-C.
