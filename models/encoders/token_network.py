@@ -29,6 +29,12 @@ from models.stylegan2.tokens import Factorization, token_layouts
 Stages = Literal["two", "one"]
 Grouping = Literal["resolution", "layer", "pq"]
 
+PIXEL_GAIN = 4.0
+"""Pixels, whose spread is a fraction of 1, enter beside features of unit variance."""
+
+GLANCE = 4
+"""Height and width of the thumbnail that every token starts from, px."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenArchitecture:
@@ -38,8 +44,8 @@ class TokenArchitecture:
         num_ws, w_dim: of the generator, L and D.
         channels: (O, I) of the generator's 3x3 layers, all of them (`kernel_channels`).
         kind: always "refine".
-        stages: "two" sees a picture and its first reconstruction (6 channels) and writes tokens
-            alone; "one" sees the picture and writes codes as e4e does, and tokens.
+        stages: "two" sees a picture and what its first reconstruction lacks (6 channels) and writes
+            tokens alone; "one" sees the picture and writes codes as e4e does, and tokens.
         factorization, rank, layers: see `models.stylegan2.tokens`; no layers stand for all.
         grouping: which token sets attend to each other: "resolution" (those of layers that read
             one map), "layer" (P and Q of one layer), "pq" (as resolution, P and Q apart).
@@ -205,21 +211,25 @@ class TokenNetwork(nn.Module):
                 f"token network of {self.architecture.stages} stage(s): expected "
                 f"{'pictures and their reconstructions' if is_two else 'pictures alone'}"
             )
-        seen = pictures if reconstructions is None else torch.cat([pictures, reconstructions], 1)
+        seen = pictures
+        if reconstructions is not None:
+            seen = torch.cat([pictures, pictures - reconstructions], 1)
         maps = self.trunk.pyramid(
             seen.contiguous(memory_format=torch.channels_last), self.architecture.num_ws
         )
         codes = (None, None) if is_two else self.trunk.split_maps(maps)
         with torch.autocast(pictures.device.type, enabled=False):  # residuals stay float32
-            residual = self.tokens([m.float() for m in maps])
+            residual = self.tokens([m.float() for m in maps], self.trunk.resized(seen).float())
         return Refinement(residual=residual, w=codes[0], deltas=codes[1])
 
-    def tokens(self, maps: list[Float[Tensor, "N C h w"]]) -> dict[int, LowRank]:
-        """Residuals from the map that each row reads."""
+    def tokens(
+        self, maps: list[Float[Tensor, "N C h w"]], seen: Float[Tensor, "N I H W"]
+    ) -> dict[int, LowRank]:
+        """Residuals from the map that each row reads, and from what the trunk saw."""
         sets: list[dict[int, Tensor]] = [{}, {}]
         for members, group, (at, sides) in zip(self.plan, self.groups, self._at, strict=True):
             embedding = self.layer_embedding[at] + self.type_embedding[sides]
-            found = group(maps[members[0][0]], embedding)
+            found = group(maps[members[0][0]], seen, embedding)
             for column, (layer, side) in enumerate(members):
                 sets[side][layer] = found[:, column]
         scale = self.token_gain / math.sqrt(self.architecture.rank)
@@ -236,6 +246,10 @@ class TokenNetwork(nn.Module):
 class TokenGroup(nn.Module):
     """Token sets that attend to one map and to each other.
 
+    Two short ways lead around the trunk, whose features know what an encoder needs and little of
+    what it missed: pixels stand beside the map's features, and every token starts from a thumbnail
+    of the error (of the picture, in the one-stage form).
+
     Args:
         num_sets: G.
         count: T.
@@ -248,20 +262,29 @@ class TokenGroup(nn.Module):
         super().__init__()
         arch = architecture
         self.queries = nn.Parameter(torch.randn(num_sets, count, arch.token_width) * 0.5)
-        self.memory = nn.Linear(in_channels, arch.token_width)
-        self.memory_norm = nn.LayerNorm(arch.token_width)
+        self.memory_norm = nn.LayerNorm(in_channels)
+        pixels = arch.trunk().in_channels
+        self.memory = nn.Linear(in_channels + pixels, arch.token_width)
+        self.glance = nn.Linear(3 * GLANCE**2, num_sets * count * arch.token_width)
         self.blocks = nn.ModuleList(
             TokenBlock(arch.token_width, arch.heads, arch.feed_forward) for _ in range(arch.depth)
         )
         self.norm = nn.LayerNorm(arch.token_width)
 
     def forward(
-        self, feature_map: Float[Tensor, "N C h w"], embedding: Float[Tensor, "G d"]
+        self,
+        feature_map: Float[Tensor, "N C h w"],
+        seen: Float[Tensor, "N I H W"],
+        embedding: Float[Tensor, "G d"],
     ) -> Float[Tensor, "N G T d"]:
-        n, _, h, w = feature_map.shape
-        memory = self.memory_norm(self.memory(feature_map.flatten(2).transpose(1, 2)))
+        h, w = feature_map.shape[2:]
+        features = self.memory_norm(feature_map.flatten(2).transpose(1, 2))
+        pixels = PIXEL_GAIN * F.adaptive_avg_pool2d(seen, (h, w)).flatten(2).transpose(1, 2)
+        memory = self.memory(torch.cat([features, pixels], 2))
         memory = memory + sinusoids(h, w, memory.shape[2], memory)
-        x = (self.queries + embedding[:, None]).flatten(0, 1).expand(n, -1, -1)
+        last = PIXEL_GAIN * F.adaptive_avg_pool2d(seen[:, -3:], GLANCE).flatten(1)
+        x = self.queries + embedding[:, None] + self.glance(last).unflatten(1, self.queries.shape)
+        x = x.flatten(1, 2)
         for block in self.blocks:
             x = block(x, memory)
         return self.norm(x).unflatten(1, self.queries.shape[:2])

@@ -35,9 +35,9 @@ class RefineOptConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    steps: int = 40
+    steps: int = 28
     """Updates for each picture; 0 keeps the start."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     """Peak rate of Adam on the tokens."""
     ramp_down: float = 0.5
     """Share of the steps, at the end, in which the rate falls to 0 along a cosine."""

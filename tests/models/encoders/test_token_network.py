@@ -68,7 +68,8 @@ def test_a_fresh_network_changes_nothing_and_learns_both_sets(
     loss().backward()
     assert all(head.weight.grad.any() for head in net.heads_p)  # type: ignore[union-attr]
     assert all(group.queries.grad.any() for group in net.groups)  # type: ignore[union-attr]
-    stem = net.trunk.input_layer[0].weight.grad
+    stem = net.trunk.get_parameter("input_layer.0.weight").grad
+    assert stem is not None
     assert stem[:, :3].any()  # the picture
     assert stem[:, 3:].any()  # and its reconstruction
 
@@ -82,6 +83,29 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_generator: Generator) -> N
     for layer, low_rank in alone.items():
         torch.testing.assert_close(low_rank.kernel(), whole[layer][1:2].kernel())
         assert low_rank.kernel().any()
+
+
+def test_the_error_reaches_the_tokens_around_the_trunk(tiny_generator: Generator) -> None:
+    """Same features, another error: by the thumbnail alone, and by the pixels beside the map."""
+    net = network(tiny_generator).eval()
+    maps = [torch.ones(1, 32, 2, 2)] * 3 + [torch.ones(1, 32, 4, 4)] * 5
+    seen = torch.zeros(1, 6, 32, 32)
+    group = net.groups[1]
+    embedding = torch.zeros(8, 16)
+
+    def change(error: torch.Tensor, picture: torch.Tensor) -> float:
+        with torch.no_grad():
+            plain = group(maps[4], seen, embedding)
+            other = group(maps[4], torch.cat([picture, error], 1), embedding)
+        return float((other - plain).abs().max())
+
+    error, nothing = pictures(1) - pictures(1).mean(), torch.zeros(1, 3, 32, 32)
+    assert change(nothing, nothing) == 0
+    assert change(nothing, error) > 1e-3  # the picture's pixels, in the memory
+    with torch.no_grad():
+        group.memory.weight[:, -6:] = 0  # type: ignore[union-attr, index]
+    assert change(nothing, error) == 0
+    assert change(error, nothing) > 1e-3  # the error's thumbnail, in the queries
 
 
 def test_groups_hold_every_set_once(tiny_generator: Generator) -> None:
