@@ -188,15 +188,22 @@ def costs(run_uri: str, inverter: Inverter, inputs: Float[Tensor, "N 3 H W"]) ->
         inverter.invert(pictures[index : index + 1], [f"timing-{index}"])
         seconds.append(time.perf_counter() - started)
     return {
-        "parameters": sum(network_parameters(method) for method in inverter.methods),
+        "parameters": sum(
+            network_parameters(method, is_first=index == 0)
+            for index, method in enumerate(inverter.methods)
+        ),
         "images_per_s": rows / busy if busy else None,
         "seconds_per_image": statistics.median(seconds[1:] or seconds),
         "bytes_per_picture": kept / rows if rows else None,
     }
 
 
-def network_parameters(method: Method) -> int:
-    """Numbers in the networks that a method runs, the generator and the losses left out."""
+def network_parameters(method: Method, *, is_first: bool = True) -> int:
+    """Numbers in the networks that a method runs, the generator and the losses left out.
+
+    Args:
+        is_first: it has no method before it: an inner method that would stand in for one counts.
+    """
     own = [
         value
         for value in vars(method).values()
@@ -204,7 +211,7 @@ def network_parameters(method: Method) -> int:
         and value is not method.generator
         and not isinstance(value, Perceptual)
     ]
-    inner = [v for v in vars(method).values() if isinstance(v, Method)]
+    inner = [v for v in vars(method).values() if isinstance(v, Method) and is_first]
     count = sum(p.numel() for module in own for p in module.parameters())
     return count + sum(network_parameters(m) for m in inner)
 

@@ -109,6 +109,7 @@ def test_parameters_are_the_networks_own(tiny_generator: Generator) -> None:
     assert network_parameters(method) == 3 * 4 + 4
     method.first = Remembers(tiny_generator, torch.zeros(1), 0.0)
     assert network_parameters(method) == 2 * (3 * 4 + 4)
+    assert network_parameters(method, is_first=False) == 3 * 4 + 4
 
 
 def test_a_run_is_scored_from_what_it_stored(
