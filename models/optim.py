@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+SETTLED = 10_000
+"""Periods of Lookahead after which Ranger's moments have no trace of their start."""
+
 
 class Ranger(torch.optim.Optimizer):
     """RAdam with gradient centralisation and Lookahead, as pSp and e4e train with.
@@ -63,6 +66,27 @@ class Ranger(torch.optim.Optimizer):
             if params:
                 self._update(group, params)
         return loss
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Moments as after a long training, from the gradients at hand, for parameters without any.
+
+        A short refinement of a trained network cannot spend its updates on RAdam's warm-up: the
+        first moment becomes the gradient, the second its square plus the mean square of its tensor,
+        and the count is past all rectification (and a multiple of Lookahead's period).
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or self.state[p]:
+                    continue
+                gradient = _centralised(p.grad)
+                square = gradient.square()
+                self.state[p] = {
+                    "step": SETTLED * group["k"],
+                    "exp_avg": gradient.clone(),
+                    "exp_avg_sq": square + square.mean(),
+                    "slow": p.detach().clone(),
+                }
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:

@@ -105,3 +105,23 @@ def test_row_adam_row_with_nan_leaves_its_neighbour_alone() -> None:
         optimizer.step([torch.ones(1, 3)], 0.1)
     assert torch.equal(dirty.tensors[0], clean.tensors[0])
     assert float(clean.tensors[0][0, 0]) == pytest.approx(0.8, abs=1e-5)
+
+
+def test_a_settled_ranger_takes_full_steps_at_once() -> None:
+    """By hand: m = g, v = g^2 + mean g^2, no warm-up; the second update follows from both."""
+    start, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.3, -0.4, 0.0])
+    p = torch.nn.Parameter(start.clone())
+    ranger = Ranger([p], lr=0.1, eps=0.0)
+    first, square = gradient, gradient.square() + gradient.square().mean()
+    want = start.clone()
+    for _ in range(2):
+        p.grad = gradient.clone()
+        ranger.settle()  # the second call finds moments and leaves them
+        ranger.step()
+        square = 0.999 * square + 0.001 * gradient.square()
+        want = want - 0.1 * first / square.sqrt()
+    torch.testing.assert_close(p.detach(), want, rtol=1e-4, atol=1e-5)
+    other = torch.nn.Parameter(torch.zeros(2))
+    idle = Ranger([other])
+    idle.settle()
+    assert not idle.state[other]
