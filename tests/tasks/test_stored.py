@@ -89,6 +89,11 @@ def test_tuned_weights_take_a_byte_each(
         assert str(step.type.value_type) == "halffloat"
         assert step.type.list_size <= max(own[name].shape)
     assert not any("style." in field.name for field in codes)
+    group = pq.ParquetFile(f"{run.uri}/{marker.parts['residuals'].path}").metadata.row_group(0)
+    for chunk in (group.column(i) for i in range(group.num_columns)):
+        # Parquet has no 8-bit integers: a dictionary keeps codes at a byte or less.
+        has_dictionary = "RLE_DICTIONARY" in chunk.encodings
+        assert has_dictionary == ("_codes." in chunk.path_in_schema), chunk.path_in_schema
     assert len(codes) == sum(not name.startswith("style.") for name in own)
 
 
