@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
 from tasks.training.distributed import average_gradients
 from tasks.training.trainer import TrainingConfig
@@ -69,6 +70,13 @@ def card_settings(config: TrainingConfig, files: Sequence[str]) -> dict[str, Any
     for name in files:
         settings[name] = settings[name] and Path(settings[name]).name
     return settings
+
+
+def example_edit(generator: Generator) -> Float[Tensor, " D"]:
+    """What the grids' edited column adds to every row: 2 standard deviations along the first
+    principal direction of W, which needs no labels."""
+    found = statistics_for(generator)
+    return 2 * found.w_component_std[0] * found.w_component[0]
 
 
 def rounded_scores(scores: Mapping[str, float]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from tasks.training.blocks import (
     LOSS_SIZE,
     card_settings,
     descend,
+    example_edit,
     for_losses,
     prepared,
     rounded_scores,
@@ -178,7 +179,7 @@ class ClcaeObjective(Objective):
         self.config, self.dtype = config, PRECISIONS[config.precision]
         self.generator_hash = weights_hash(generator)
         statistics = statistics_for(generator)
-        self.direction = statistics.w_component[0] * statistics.w_component_std[0]
+        self.edit = example_edit(generator)
         self.generator = prepared(generator, config.device, self.dtype)
         self.resolution = min(generator.resolution, LOSS_SIZE)
         self.average = for_losses(statistics.average_image[None])[0].to(config.device)
@@ -310,12 +311,12 @@ class ClcaeObjective(Objective):
 
     @torch.no_grad()
     def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The columns are G(w+, f), G(w+) and an edit along the first direction of W."""
+        """The columns are G(w+, f), G(w+) and an edit."""
         self.encoder.eval()
         w, w_plus, features = self._encode(pictures)
         self.encoder.train()
         found = Inversion(w_plus=w_plus, features={FEATURE_LAYER: features})
-        edited = found.edited(self.generator, w_plus + 2 * self.direction.to(w_plus))
+        edited = found.edited(self.generator, w_plus + self.edit.to(w_plus))
         render, plain, moved = (
             for_losses(x.render(self.generator)) for x in (found, Inversion(w_plus=w_plus), edited)
         )

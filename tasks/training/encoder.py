@@ -35,6 +35,7 @@ from tasks.training.blocks import (
     LOSS_SIZE,
     card_settings,
     descend,
+    example_edit,
     for_losses,
     prepared,
     rounded_scores,
@@ -71,7 +72,7 @@ class EncoderObjective(Objective):
     def __init__(self, config: FitEncoderConfig, generator: Generator) -> None:
         self.config, self.dtype = config, PRECISIONS[config.precision]
         self.generator_hash = weights_hash(generator)
-        self.spread = statistics_for(generator).w_std
+        self.spread, self.edit = statistics_for(generator).w_std, example_edit(generator)
         self.generator = prepared(generator, config.device, self.dtype)
         self.resolution = min(generator.resolution, LOSS_SIZE)
         self.architecture = EncoderArchitecture(
@@ -249,6 +250,7 @@ class EncoderObjective(Objective):
             w_plus = absolute_codes(*self._encode(pictures, w_plus), self.generator, w_plus)
         assert w_plus is not None
         renders = self._render(w_plus, "const")
+        edited = self._render(w_plus + self.edit.to(w_plus), "const")
         self.encoder.train()
         scores = self.losses(renders, pictures)
         if "perceptual" in scores:
@@ -256,7 +258,7 @@ class EncoderObjective(Objective):
         offsets = (w_plus - w_plus[:, :1]).square().sum(2).sqrt().mean(1)
         scores["offset_norm"] = offsets / self.spread
         scores["nscd"] = self.style_space.nscd(w_plus)
-        return scores, [renders]
+        return scores, [renders, edited]
 
     def settle(self) -> None:
         self._set_stage(1.0)

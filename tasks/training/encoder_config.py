@@ -138,6 +138,8 @@ class FitEncoderConfig(TrainingConfig):
 
     def open_offsets(self, share: float, num_ws: int) -> int:
         """How many offsets are open after a share of the run."""
+        if self.open_start == 1.0:
+            return 0  # also at the very end
         opened = open_offsets(share, num_ws, self.open_start, self.open_end)
         if self.close_start == 1.0:
             return opened
@@ -191,7 +193,12 @@ class FitLsapConfig(FitEncoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FitCycleConfig(FitEncoderConfig):
-    """Cycle Encoding: W, W+ and back to W, the published 750,000 steps as shares of the run."""
+    """Cycle Encoding: W, W+ and back to W, the published 750,000 steps as shares of the run.
+
+    A run that starts from a finished e4e encoder has the first 500,000 of them behind it; the rest
+    alone is open_start 0, open_end 0, shrink 0 to 0.6, close 0.584 to 0.856. The learning rate must
+    not have fallen before the rows close: `anneal` is at most 1 - close_end.
+    """
 
     method: ClassVar[str] = "cycle"
 
@@ -203,3 +210,4 @@ class FitCycleConfig(FitEncoderConfig):
     adversarial_decay: float = 0.5**15
     close_start: float = 646 / 750
     close_end: float = 714 / 750
+    anneal: float = 1 - 714 / 750

@@ -31,6 +31,7 @@ from tasks.training.blocks import (
     LOSS_SIZE,
     card_settings,
     descend,
+    example_edit,
     for_losses,
     prepared,
     rounded_scores,
@@ -146,6 +147,7 @@ class RefineObjective(Objective):
     def __init__(self, config: FitRefineConfig, generator: Generator) -> None:
         self.config, self.dtype = config, PRECISIONS[config.precision]
         self.generator_hash = weights_hash(generator)
+        self.edit = example_edit(generator)
         self.first: E4e | None = None
         if config.stages == "two":
             self.first = E4e(generator, E4eConfig(checkpoint=config.first_stage))
@@ -232,6 +234,8 @@ class RefineObjective(Objective):
         w_plus, residual, _ = self._invert(pictures)
         renders = for_losses(self.generator.synthesis(w_plus, "const", None, residual))
         plain = for_losses(self.generator.synthesis(w_plus))
+        moved = w_plus + self.edit.to(w_plus)
+        edited = for_losses(self.generator.synthesis(moved, "const", None, residual))
         self.network.token_gain = gain
         self.network.train()
         scores = self.losses(renders, pictures)
@@ -242,7 +246,7 @@ class RefineObjective(Objective):
         if "perceptual" in before:
             scores[f"first_{self.losses.perceptual_name}"] = before["perceptual"]
         scores["energy"] = relative_energy(self.generator, w_plus, residual)
-        return scores, [renders, plain]
+        return scores, [renders, plain, edited]
 
     def settle(self) -> None:
         self.dtype = self.losses.dtype = self.generator.compute_dtype = None

@@ -166,7 +166,7 @@ def test_a_run_writes_weights_card_log_and_grids(
     )
     assert steps[0]["rows"] < steps[-1]["rows"] == 8
     with Image.open(path.parent / "validation-00000064.png") as grid:
-        assert grid.size == (4 * 2 * 32, 2 * 32)  # eight pairs, four to a row
+        assert grid.size == (4 * 3 * 32, 2 * 32)  # eight: input, result, edit; four to a row
     # The scores in the card are those of the file, as any user would measure them.
     method = load_method("e4e", load(config), checkpoint=str(path))
     pictures = held_out(config)
@@ -323,7 +323,9 @@ def test_cycle_opens_closes_and_ends_in_w(config: FitEncoderConfig) -> None:
 def test_a_w_encoder_never_opens_a_row(config: FitEncoderConfig) -> None:
     path = fit(preset(FitWEncoderConfig, config))
     assert {row["rows"] for row in rows(config) if "rows" in row} == {1.0}
-    assert load_encoder(path, 8, 16).card["space"] == "w"
+    card = load_encoder(path, 8, 16).card
+    assert card["space"] == "w"
+    assert card["scores"]["offset_norm"] == 0.0
 
 
 def test_lsap_aligns_all_layers_from_the_first_step(config: FitEncoderConfig) -> None:
