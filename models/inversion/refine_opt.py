@@ -35,7 +35,7 @@ class RefineOptConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    steps: int = 28
+    steps: int = 44
     """Updates for each picture; 0 keeps the start."""
     learning_rate: float = 0.05
     """Peak rate of Adam on the tokens."""
