@@ -209,7 +209,7 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
         row_group_size=_row_group_rows(table, kind),
         compression="none" if kind == "images" else "zstd",
         compression_level=None if kind == "images" else 3,
-        use_dictionary=codes or False,
+        use_dictionary=codes or False,  # type: ignore[arg-type]  # columns are allowed here too
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split} or None,
         write_statistics=with_statistics,  # type: ignore[arg-type]  # columns are allowed too
         write_page_index=True,

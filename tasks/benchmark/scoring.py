@@ -96,7 +96,7 @@ def editing_consistency(
     found: Inversion,
     edit: Edit,
     generator: Generator,
-    reencode: Method,
+    encoder: Method,
     w_std: float,
 ) -> Float[Tensor, " N"]:
     """LEC: edit, render, encode the edited picture, undo the edit: how far from the first code.
@@ -105,7 +105,7 @@ def editing_consistency(
     W. 0 for an encoder that finds exactly the code that a picture was rendered from.
     """
     edited = found.edited(generator, edit(found.w_plus)).render(generator).clamp(-1, 1)
-    again = reencode.invert(edited, None, SampleRng(range(len(edited)))).w_plus
+    again = encoder.invert(edited, None, SampleRng(range(len(edited)))).w_plus
     moved = (edit(again, -1.0) - found.w_plus).flatten(1).norm(dim=1)
     return moved / (found.w_plus.shape[1] ** 0.5 * w_std)
 
