@@ -207,17 +207,7 @@ class ClcaeObjective(Objective):
         self.optimizer = Ranger(self.encoder.parameters(), lr=config.learning_rate)
         self.towers = _load_towers(config, self.generator_hash)
         self.memory = PairMemory(config.align_memory)
-        self.losses = PictureLosses(
-            {
-                "mse": config.mse_weight,
-                "perceptual": config.perceptual_weight,
-                "identity": config.identity_weight,
-            },
-            config.perceptual,
-            config.identity,
-            config.device,
-            self.dtype,
-        )
+        self.losses = PictureLosses.of(config, self.dtype)
         self.parts = {
             "encoder": self.encoder,
             "optimizer": self.optimizer,
@@ -320,9 +310,7 @@ class ClcaeObjective(Objective):
         render, plain, moved = (
             for_losses(x.render(self.generator)) for x in (found, Inversion(w_plus=w_plus), edited)
         )
-        scores = self.losses(render, pictures)
-        if "perceptual" in scores:
-            scores[self.losses.perceptual_name] = scores.pop("perceptual")
+        scores = self.losses.scores(render, pictures)
         pivot = self._render(w[:, None].expand_as(w_plus), "const")
         for name, images in (("mse_w", pivot), ("mse_w_plus", plain)):
             scores[name] = (images - pictures).square().mean((1, 2, 3))

@@ -97,17 +97,7 @@ class EncoderObjective(Objective):
             self.discriminator.parameters(), lr=config.discriminator_learning_rate
         )
         self.pool_real, self.pool_fake = CodePool(config.pool), CodePool(config.pool)
-        self.losses = PictureLosses(
-            {
-                "mse": config.mse_weight,
-                "perceptual": config.perceptual_weight,
-                "identity": config.identity_weight,
-            },
-            config.perceptual,
-            config.identity,
-            config.device,
-            self.dtype,
-        )
+        self.losses = PictureLosses.of(config, self.dtype)
         self.parts = {
             "encoder": self.encoder,
             "optimizer": self.optimizer,
@@ -252,9 +242,7 @@ class EncoderObjective(Objective):
         renders = self._render(w_plus, "const")
         edited = self._render(w_plus + self.edit.to(w_plus), "const")
         self.encoder.train()
-        scores = self.losses(renders, pictures)
-        if "perceptual" in scores:
-            scores[self.losses.perceptual_name] = scores.pop("perceptual")
+        scores = self.losses.scores(renders, pictures)
         offsets = (w_plus - w_plus[:, :1]).square().sum(2).sqrt().mean(1)
         scores["offset_norm"] = offsets / self.spread
         scores["nscd"] = self.style_space.nscd(w_plus)

@@ -4,7 +4,7 @@ Legend: N batch, H W image, L num_ws, D w_dim, S open offsets.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,23 @@ from torch import Tensor
 
 from models.losses.identity import load_identity
 from models.losses.perceptual import load_perceptual
+
+
+class PictureLossSettings(Protocol):
+    """The fields of a training's config that decide its picture losses."""
+
+    @property
+    def mse_weight(self) -> float: ...
+    @property
+    def perceptual_weight(self) -> float: ...
+    @property
+    def perceptual(self) -> str: ...
+    @property
+    def identity(self) -> str | None: ...
+    @property
+    def identity_weight(self) -> float: ...
+    @property
+    def device(self) -> str: ...
 
 
 class PictureLosses:
@@ -47,6 +64,16 @@ class PictureLosses:
         for network in self.networks.values():
             network.to(device, memory_format=torch.channels_last)
 
+    @staticmethod
+    def of(config: "PictureLossSettings", dtype: torch.dtype | None) -> "PictureLosses":
+        """The table that a training's settings ask for."""
+        weights = {
+            "mse": config.mse_weight,
+            "perceptual": config.perceptual_weight,
+            "identity": config.identity_weight,
+        }
+        return PictureLosses(weights, config.perceptual, config.identity, config.device, dtype)
+
     @property
     def perceptual_name(self) -> str:
         """The honest name of the perceptual row; "none" without one."""
@@ -68,6 +95,13 @@ class PictureLosses:
             value = network.compare(_float32(found), _float32(wanted))
             table[name] = 1 - value if name == "identity" else value
         return table
+
+    def scores(
+        self, renders: Float[Tensor, "N 3 H W"], pictures: Float[Tensor, "N 3 H W"]
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """The table as metrics: the perceptual row under the name of its distance."""
+        table = self(renders, pictures)
+        return {self.perceptual_name if k == "perceptual" else k: v for k, v in table.items()}
 
     def total(self, table: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the means of a table."""

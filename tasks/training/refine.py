@@ -159,17 +159,7 @@ class RefineObjective(Objective):
             adopt_trunk(network, config.start_from)
         self.network = network.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = Ranger(self.network.parameters(), lr=config.learning_rate, betas=BETAS)
-        self.losses = PictureLosses(
-            {
-                "mse": config.mse_weight,
-                "perceptual": config.perceptual_weight,
-                "identity": config.identity_weight,
-            },
-            config.perceptual,
-            config.identity,
-            config.device,
-            self.dtype,
-        )
+        self.losses = PictureLosses.of(config, self.dtype)
         self.parts = {"network": self.network, "optimizer": self.optimizer}
         self.identity = {
             "architecture": self.architecture.to_dict(),
@@ -238,10 +228,8 @@ class RefineObjective(Objective):
         edited = for_losses(self.generator.synthesis(moved, "const", None, residual))
         self.network.token_gain = gain
         self.network.train()
-        scores = self.losses(renders, pictures)
+        scores = self.losses.scores(renders, pictures)
         before = self.losses(plain, pictures)
-        if "perceptual" in scores:
-            scores[self.losses.perceptual_name] = scores.pop("perceptual")
         scores["first_mse"] = (plain - pictures).square().mean((1, 2, 3))
         if "perceptual" in before:
             scores[f"first_{self.losses.perceptual_name}"] = before["perceptual"]
