@@ -21,6 +21,9 @@ RADII = (5.0, 22.0)
 """Of the circles of the fastest and the slowest method, px."""
 LABEL_PX = 110
 
+LABEL_WIDTH, LABEL_HEIGHT = 7, 13
+"""Room of one letter and of one line, px."""
+
 
 def scatter(result: Mapping[str, Any]) -> str:
     """SVG: distortion to the right, quality under edit upwards (both: lower is better), a circle's
@@ -67,6 +70,7 @@ def _axes_and_points(
     )
     times = [math.log10(max(p[3], 1e-4)) for p in points]
     low, span = min(times), max(max(times) - min(times), 1e-9)
+    labels: list[tuple[float, float, str]] = []
     for (name, distortion, quality, _), at in zip(points, times, strict=True):
         radius = RADII[0] + (RADII[1] - RADII[0]) * (at - low) / span
         x, y = x_of(distortion), y_of(quality)
@@ -74,8 +78,23 @@ def _axes_and_points(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="#3b6ea8" '
             'fill-opacity=".35" stroke="#1d3f66"/>'
         )
-        shapes.append(_text(x + radius + 3, y + 4, name, "start"))
-    return shapes
+        labels.append((x + radius + 3, y + 4, name))
+    return shapes + [_text(x, y, name, "start") for x, y, name in _apart(labels)]
+
+
+def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Labels (x, y, text) from the top down, each moved below those that it would cover."""
+    placed: list[tuple[float, float, str]] = []
+    for x, y, text in sorted(labels, key=lambda label: label[1]):
+        # From the top down, so that moving below one label can meet only labels further down.
+        for other_x, other_y, other in placed:
+            is_beside = x < other_x + LABEL_WIDTH * len(other) and other_x < x + LABEL_WIDTH * len(
+                text
+            )
+            if is_beside and y < other_y + LABEL_HEIGHT:
+                y = other_y + LABEL_HEIGHT
+        placed.append((x, y, text))
+    return placed
 
 
 class _scale:
