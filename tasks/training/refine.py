@@ -131,8 +131,8 @@ def fit(config: FitRefineConfig) -> Path:
     """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
 
     Returns:
-        `<out>/refine.safetensors` (half precision, its card `refine.json` beside it), or the
-        checkpoint where the time limit came first.
+        `<out>/refine.safetensors`, one-stage `<out>/refine_one_stage.safetensors` (half precision,
+        the card beside it), or the checkpoint where the time limit came first.
 
     Raises:
         AssetError: no generator, no first stage, no pictures, or a checkpoint of another run.
@@ -258,7 +258,8 @@ class RefineObjective(Objective):
             },
             "scores": rounded_scores(scores),
         }
-        return save_encoder(self.network, Path(config.out) / "refine.safetensors", card)
+        name = "refine" if config.stages == "two" else "refine_one_stage"
+        return save_encoder(self.network, Path(config.out) / f"{name}.safetensors", card)
 
 
 def _architecture(

@@ -91,6 +91,7 @@ def test_one_stage_raises_the_gain_of_its_tokens(config: FitRefineConfig) -> Non
         config, stages="one", first_stage=None, token_warm_up=0.5, token_start=0.2
     )
     path = fit(config)
+    assert path.name == "refine_one_stage.safetensors"
     logged = [row for row in rows(config) if "mse" in row]
     assert {"delta", "energy"} <= set(logged[0])
     network, _, card = load_network(path, {"refine": (TokenArchitecture, TokenNetwork)})
