@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.errors import ConfigError
-from models.stylegan2.generator import Generator
+from models.stylegan2.generator import Generator, StyleShift
 from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.weight_delta import TunedWeights, WeightDelta
 
@@ -121,15 +121,30 @@ class Inversion:
             residual=residual,
         )
 
-    def render(self, generator: Generator) -> Float[Tensor, "N 3 H W"]:
-        """The reconstruction: every door as it was found, the stored noise where none was."""
+    def render(
+        self, generator: Generator, style_shift: StyleShift | None = None
+    ) -> Float[Tensor, "N 3 H W"]:
+        """The reconstruction: every door as it was found, the stored noise where none was.
+
+        Args:
+            style_shift: an edit in style space (`Generator.synthesis`), [N I] or [1 I] by layer.
+                Where there are features, pass it to `edited` before.
+        """
         if self.weights is not None:
-            rows = [self[row : row + 1] for row in range(len(self))]
-            return torch.cat([row._render_tuned(generator) for row in rows])
-        return generator.synthesis(*self._doors())
+            images = []
+            for row in range(len(self)):
+                one = slice(row, row + 1)
+                shift = {k: s if len(s) == 1 else s[one] for k, s in (style_shift or {}).items()}
+                images.append(self[one]._render_tuned(generator, shift))
+            return torch.cat(images)
+        return generator.synthesis(*self._doors(), style_shift=style_shift)
 
     def edited(
-        self, generator: Generator, w_plus: Float[Tensor, "N L D"], strength: float = 1.0
+        self,
+        generator: Generator,
+        w_plus: Float[Tensor, "N L D"],
+        strength: float = 1.0,
+        style_shift: StyleShift | None = None,
     ) -> "Inversion":
         """The same pictures at other codes: noise, residual and tuned weights stay attached.
 
@@ -139,12 +154,13 @@ class Inversion:
         Args:
             w_plus: the edited codes.
             strength: factor of the kernel residual; below 1 it lets go of the picture's details.
+            style_shift: what `render` will be given too; only the features depend on it.
         """
         features, residual = self.features, self.residual
         if features is not None:
             features = {
                 layer: f
-                + generator.activations(w_plus, layer, self.noise or "const")
+                + generator.activations(w_plus, layer, self.noise or "const", style_shift)
                 - generator.activations(self.w_plus, layer, self.noise or "const")
                 for layer, f in features.items()
             }
@@ -184,10 +200,14 @@ class Inversion:
         noise = "const" if self.noise is None else list(self.noise)
         return self.w_plus, noise, self.features, self.residual
 
-    def _render_tuned(self, generator: Generator) -> Float[Tensor, "1 3 H W"]:
+    def _render_tuned(
+        self, generator: Generator, style_shift: StyleShift
+    ) -> Float[Tensor, "1 3 H W"]:
         own = dict(generator.named_parameters())
         tuned = {k: own[k] + d.value()[0].to(own[k]) for k, d in (self.weights or {}).items()}
-        return torch.func.functional_call(generator, tuned, self._doors())
+        return torch.func.functional_call(
+            generator, tuned, self._doors(), {"style_shift": style_shift}
+        )
 
 
 class SampleRng:

@@ -1,4 +1,4 @@
-"""The StyleGAN2 generator: one forward pass with four doors.
+"""The StyleGAN2 generator: one forward pass with four doors, and one for edits in style space.
 
 Legend: N batch, L num_ws (rows of w+), D w_dim, I/O in/out channels, C H W image.
 Parameter names and shapes are rosinality's, so the field's checkpoints load after a prefix strip.
@@ -26,6 +26,8 @@ LARGE_BATCH = 8
 """Layers of which fewer samples than this fit in CHUNK_BYTES count as large."""
 
 Noise = Literal["const", "none", "random"] | Sequence[Tensor]
+StyleShift = Mapping[int, Float[Tensor, "_ _"]]
+"""What is added to the affines' outputs: [N I] or [1 I] by index in `Generator.layers()`."""
 
 
 @dataclass(kw_only=True)
@@ -177,6 +179,7 @@ class Generator(nn.Module):
         noise: Noise = "const",
         features: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
         residual: Residual | None = None,
+        style_shift: StyleShift | None = None,
     ) -> Float[Tensor, "N 3 H W"]:
         """Render codes. The result is in about [-1, 1] for a trained generator.
 
@@ -188,10 +191,14 @@ class Generator(nn.Module):
                 order (5 is CLCAE's F: the second convolution at 16x16). The ToRGB of that
                 resolution still reads the activation that was replaced, as CLCAE does.
             residual: low-rank kernel additions by index of the 3x3 layer (0 is `conv1`).
+            style_shift: added to the styles of some layers: an edit in style space.
         """
         self._check_inputs(w_plus, features, residual)
+        self._check_shift(w_plus, style_shift or {})
         maps = self._noise_maps(noise, w_plus)
         styles = self.styles(w_plus)
+        for index, shift in (style_shift or {}).items():
+            styles[index] = styles[index] + shift.to(styles[index])
         dtype = self.compute_dtype or w_plus.dtype
         x = self.input.input.to(dtype).expand(w_plus.shape[0], -1, -1, -1)
         x = x.contiguous(memory_format=self._memory_format(styles, maps, features, residual))
@@ -220,7 +227,11 @@ class Generator(nn.Module):
     forward = synthesis
 
     def activations(
-        self, w_plus: Float[Tensor, "N L D"], layer: int, noise: Noise = "const"
+        self,
+        w_plus: Float[Tensor, "N L D"],
+        layer: int,
+        noise: Noise = "const",
+        style_shift: StyleShift | None = None,
     ) -> Float[Tensor, "N C H W"]:
         """The output of the 3x3 layer `layer` (1..L-1, as in `features`)."""
         if not 1 <= layer <= self.num_convs:
@@ -230,7 +241,7 @@ class Generator(nn.Module):
             lambda _m, _i, out: captured.append(out)  # pyright: ignore
         )
         try:
-            self.synthesis(w_plus, noise)
+            self.synthesis(w_plus, noise, style_shift=style_shift)
         finally:
             hook.remove()
         return torch.cat(captured)  # large layers run a few samples at a time
@@ -341,6 +352,21 @@ class Generator(nn.Module):
                 raise ValueError(
                     f"residual of layer {index}: expected u [N O r] and v [N r I k k] with [N O], "
                     f"[N I k k] = {want}, found {have}: was it made for another generator?"
+                )
+
+    def _check_shift(self, w_plus: Tensor, style_shift: StyleShift) -> None:
+        layers = self.layers()
+        for index, shift in style_shift.items():
+            if not 0 <= index < len(layers):
+                raise ValueError(
+                    f"style_shift: expected layers in 0..{len(layers) - 1}, found {index}"
+                )
+            name, layer, _ = layers[index]
+            n, i = w_plus.shape[0], layer.weight.shape[2]
+            if shift.ndim != 2 or shift.shape[0] not in (1, n) or shift.shape[1] != i:
+                raise ValueError(
+                    f"style_shift of layer {index} ({name}): expected [{n} {i}] or [1 {i}], found "
+                    f"{list(shift.shape)}: was it made for another generator?"
                 )
 
 

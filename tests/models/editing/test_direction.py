@@ -10,6 +10,7 @@ import torch
 from models.checkpoints.load import load_generator
 from models.editing.direction import (
     Direction,
+    apply_edits,
     bundled_directions,
     load_direction,
     save_direction,
@@ -55,6 +56,67 @@ def test_what_does_not_fit_is_refused() -> None:
         direction(unit(1.0, 0.0), layers=(4,)).apply(torch.zeros(1, 4, 2), 1.0)
 
 
+def test_each_picture_its_own_strength() -> None:
+    w_plus = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    some = direction(unit(3.0, 4.0), layers=(0, 2))
+    steps = torch.tensor([1.0, -2.0, 0.0])
+    rows = [some.apply(w_plus[n : n + 1], float(steps[n])) for n in range(3)]
+    assert torch.equal(some.apply(w_plus, steps), torch.cat(rows))
+
+
+def test_a_set_strength_is_the_coordinate_of_row_0() -> None:
+    """delta = (strength - coordinate) sigma v, and applied again it changes nothing."""
+    w_plus = torch.randn(5, 4, 2, generator=torch.Generator().manual_seed(0))
+    vector = unit(3.0, 4.0)
+    some = direction(vector, layers=(0, 3), origin=0.7)
+    moved = some.apply(w_plus, 1.5)
+    coordinate = (w_plus[:, 0] @ vector - 0.7) / 2.0
+    delta = (1.5 - coordinate)[:, None] * 2.0 * vector
+    torch.testing.assert_close(moved[:, 0], w_plus[:, 0] + delta)
+    torch.testing.assert_close(moved[:, 3], w_plus[:, 3] + delta)
+    assert torch.equal(moved[:, 1:3], w_plus[:, 1:3])
+    torch.testing.assert_close(some.apply(moved, 1.5), moved)
+    torch.testing.assert_close(some.apply(some.apply(w_plus, -9.0), 1.5)[:, 0], moved[:, 0])
+    assert torch.equal(some.apply(w_plus[2:3], 1.5), moved[2:3])
+    for other in ({"channels": (1, 1)}, {"vector": torch.eye(4)[:, :2]}):
+        with pytest.raises(ValueError, match="a strength can be set in space w only"):
+            direction(**{"vector": vector, "origin": 0.0, **other})
+
+
+def test_style_space() -> None:
+    """Codes stay, channels move: those of the layers that are named and are not zero."""
+    some = direction(torch.tensor([0.6, 0.0, 0.0, 0.0, 0.0, 0.8]), channels=(2, 3, 1))
+    assert some.space == "s"
+    w_plus = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    assert some.apply(w_plus, 3.0) is w_plus
+    shift = some.style_shift(-1.5) or {}
+    assert list(shift) == [0, 2]
+    torch.testing.assert_close(shift[0], torch.tensor([-1.8, 0.0]))
+    torch.testing.assert_close(shift[2], torch.tensor([-2.4]))
+    each = some.style_shift(torch.tensor([1.0, 2.0])) or {}
+    torch.testing.assert_close(each[0], torch.tensor([[1.2, 0.0], [2.4, 0.0]]))
+    assert list(replace(some, layers=(1, 2)).style_shift(1.0) or {}) == [2]
+    assert direction(unit(1.0, 0.0)).style_shift(1.0) is None
+    with pytest.raises(ValueError, match=r"expected layers in 0..2, found \[3\]"):
+        replace(some, layers=(3,)).style_shift(1.0)
+    with pytest.raises(ValueError, match="its layers have 4 style channels"):
+        direction(torch.zeros(6), channels=(2, 2))
+
+
+def test_edits_add_up() -> None:
+    w_plus = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    one, two = direction(unit(1.0, 0.0)), direction(unit(0.0, 1.0), layers=(1,))
+    style = direction(torch.tensor([1.0, 0.0, 0.0]), channels=(2, 1))
+    other = direction(torch.tensor([0.0, 0.6, 0.8]), channels=(2, 1))
+    steps = torch.tensor([1.0, 2.0])
+    moved, shift = apply_edits(w_plus, [(one, 1.0), (style, 2.0), (two, steps), (other, steps)])
+    torch.testing.assert_close(moved, two.apply(one.apply(w_plus, 1.0), steps))
+    assert shift is not None
+    torch.testing.assert_close(shift[0], torch.tensor([[4.0, 1.2], [4.0, 2.4]]))
+    torch.testing.assert_close(shift[1], torch.tensor([[1.6], [3.2]]))
+    assert apply_edits(w_plus, [(one, 0.0)])[1] is None
+
+
 def test_without_is_the_orthogonal_projection() -> None:
     first, second = direction(unit(1.0, 1.0, 0.0)), direction(unit(0.0, 1.0, 1.0))
     rest = direction(unit(1.0, 2.0, 3.0)).without(first, second)
@@ -65,9 +127,13 @@ def test_without_is_the_orthogonal_projection() -> None:
         first.without(second, first)
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    vector = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    stored = direction(vector, layers=(0, 2), accuracy=0.75, card={"terms": "test"})
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [((8, 16), {}), ((16,), {"origin": -0.25}), ((16,), {"channels": (10, 6)})],
+)
+def test_round_trip(tmp_path: Path, shape: tuple[int, ...], more: dict[str, object]) -> None:
+    vector = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    stored = direction(vector, layers=(0, 1), accuracy=0.75, card={"terms": "test"}, **more)
     path = save_direction(stored, tmp_path / "new" / "age.json")
     back = load_direction(path)
     assert torch.equal(back.vector, stored.vector)

@@ -130,3 +130,41 @@ def test_edits_keep_the_tuned_weights(tiny_generator: Generator) -> None:
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+def shift_of(generator: Generator, n: int) -> dict[int, Tensor]:
+    rng = torch.Generator().manual_seed(9)
+    sizes = [layer.weight.shape[2] for _, layer, _ in generator.layers()]
+    return {i: 0.5 * torch.randn(n, sizes[i], generator=rng) for i in (1, 3, 8)}
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_style_shift_reaches_every_kind_of_render(tiny_generator: Generator, every: bool) -> None:
+    """Row by row the same, with tuned weights and without, for one shift and for one each."""
+    found = replace(inversion(tiny_generator, every=every), failures={})
+    for inverted in (found, replace(found, weights=None)):
+        for n in (1, 2):
+            shift = shift_of(tiny_generator, n)
+            whole = inverted.render(tiny_generator, shift)
+            rows = [
+                inverted[r : r + 1].render(
+                    tiny_generator, {k: s[r % n][None] for k, s in shift.items()}
+                )
+                for r in range(2)
+            ]
+            torch.testing.assert_close(whole, torch.cat(rows), atol=1e-5, rtol=1e-5)
+            assert (whole - inverted.render(tiny_generator)).abs().mean() > 0.01
+        zero = {k: torch.zeros_like(s) for k, s in shift.items()}
+        assert torch.equal(inverted.render(tiny_generator, zero), inverted.render(tiny_generator))
+
+
+def test_features_move_by_what_a_style_shift_does_to_activations(tiny_generator: Generator) -> None:
+    """CLCAE's formula with a shift at unchanged codes."""
+    found = replace(inversion(tiny_generator), weights=None, noise=None)
+    shift = shift_of(tiny_generator, 2)
+    edited = found.edited(tiny_generator, found.w_plus, style_shift=shift)
+    moved = tiny_generator.activations(found.w_plus, 3, "const", shift)
+    change = moved - tiny_generator.activations(found.w_plus, 3)
+    assert change.abs().mean() > 0.01
+    torch.testing.assert_close((edited.features or {})[3], (found.features or {})[3] + change)
+    assert torch.equal(edited.w_plus, found.w_plus)

@@ -1,4 +1,4 @@
-"""The generator against a slow twin from the equations, its four doors, and what it refuses."""
+"""The generator against a slow twin from the equations, its doors, and what it refuses."""
 
 import copy
 import math
@@ -115,6 +115,69 @@ def test_residual_door(exact, w_plus, form):
     some = {4: residual[4]}
     expected = slow_synthesis(exact, w_plus, [None] * 7, residual=some)
     _close(exact.synthesis(w_plus, "none", residual=some), expected)
+
+
+def _draw_shift(g, n, layers, seed=7):
+    stream = torch.Generator().manual_seed(seed)
+    sizes = [layer.weight.shape[2] for _, layer, _ in g.layers()]
+    return {i: torch.randn(n, sizes[i], generator=stream).double() for i in layers}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_style_shift_is_a_change_of_the_affines_bias(exact, w_plus, form):
+    """Every layer's shift equals that of a generator whose affine has another bias."""
+    exact.form = form
+    shift = _draw_shift(exact, 1, range(11))
+    other = copy.deepcopy(exact)
+    for index, (_, layer, _) in enumerate(other.layers()):
+        layer.modulation.bias += shift[index][0]
+    want = slow_synthesis(other, w_plus, [None] * 7)
+    _close(exact.synthesis(w_plus, "none", style_shift=shift), want)
+    assert float((want - exact.synthesis(w_plus, "none")).abs().max()) > 0.1
+    _close(exact.activations(w_plus, 5, "none", shift), other.activations(w_plus, 5, "none"))
+
+
+def test_each_row_has_its_own_style_shift(exact, w_plus):
+    shift = _draw_shift(exact, 3, [0, 4, 10])
+    whole = exact.synthesis(w_plus, style_shift=shift)
+    for n in range(3):
+        own = {i: s[n : n + 1] for i, s in shift.items()}
+        _close(exact.synthesis(w_plus[n : n + 1], style_shift=own), whole[n : n + 1], 1e-12)
+    same = {i: s[:1].expand(3, -1) for i, s in shift.items()}
+    one = {i: s[:1] for i, s in shift.items()}
+    assert torch.equal(
+        exact.synthesis(w_plus, style_shift=same), exact.synthesis(w_plus, style_shift=one)
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_style_shift_is_the_unshifted_picture(tiny_generator, w_plus, form):
+    tiny_generator.form = form
+    zero = {i: 0.0 * s.float() for i, s in _draw_shift(tiny_generator, 3, range(11)).items()}
+    found = tiny_generator.synthesis(w_plus.float(), style_shift=zero)
+    assert torch.equal(found, tiny_generator.synthesis(w_plus.float()))
+
+
+def test_a_chunked_batch_takes_its_rows_of_the_style_shift(
+    tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w_plus = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(8))
+    shift = {i: s.float() for i, s in _draw_shift(tiny_generator, 5, [2, 9, 10]).items()}
+    whole = tiny_generator.synthesis(w_plus, style_shift=shift)
+    monkeypatch.setattr("models.stylegan2.generator.CHUNK_BYTES", 2 * 32 * 32 * 8 * 4)
+    torch.testing.assert_close(tiny_generator.synthesis(w_plus, style_shift=shift), whole)
+
+
+def test_gradients_of_a_style_shift(exact, w_plus):
+    shift = {i: s.requires_grad_() for i, s in _draw_shift(exact, 3, [0, 10]).items()}
+    image = exact.synthesis(w_plus, style_shift=shift)
+    step = 1e-6
+    for index, values in shift.items():
+        (slope,) = torch.autograd.grad(image.square().sum(), values, retain_graph=True)
+        moved = {**shift, index: values.detach() + step * (torch.arange(values.shape[1]) == 3)}
+        there = exact.synthesis(w_plus, style_shift=moved)
+        change = (there.square().sum() - image.square().sum()).detach()
+        assert float(change / step) == pytest.approx(float(slope[:, 3].sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -285,6 +348,13 @@ def test_what_synthesis_refuses(exact, w_plus):
         exact.synthesis(w_plus, residual={6: residual[0]})
     with pytest.raises(ValueError, match=r"residual of layer 0"):
         exact.synthesis(w_plus[:2], residual={0: residual[0]})
+    with pytest.raises(ValueError, match=r"style_shift: expected layers in 0..10, found 11"):
+        exact.synthesis(w_plus, style_shift={11: torch.zeros(1, 8)})
+    for wrong in (torch.zeros(2, 8), torch.zeros(3, 16)):
+        with pytest.raises(
+            ValueError, match=r"layer 10 \(to_rgbs.2\): expected \[3 8\] or \[1 8\]"
+        ):
+            exact.synthesis(w_plus, style_shift={10: wrong})
 
 
 def test_architecture():
