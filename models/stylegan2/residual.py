@@ -35,12 +35,24 @@ class LowRank:
         n, r, i, k, _ = self.v.shape
         return (self.u @ self.v.reshape(n, r, -1)).reshape(n, self.u.shape[1], i, k, k)
 
+    @property
+    def is_shared(self) -> bool:
+        """True where every sample has the very same factors: one sample, or `expand`'s view."""
+        return self.u.stride(0) == 0 == self.v.stride(0) or len(self.u) == 1
+
+    def expand(self, n: int) -> "LowRank":
+        """The factors of one sample for n of them, as a view: what all samples share is then
+        computed once. Slices keep that; joining with other factors does not."""
+        return LowRank(u=self.u.expand(n, *self.u.shape[1:]), v=self.v.expand(n, *self.v.shape[1:]))
+
     def __getitem__(self, rows: slice) -> "LowRank":
         return LowRank(u=self.u[rows], v=self.v[rows])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "LowRank":
+        if self.is_shared and len(self.u) > 1:  # `Tensor.to` would write out the view
+            return self[0:1].to(device, dtype).expand(len(self.u))
         return LowRank(
             u=self.u.to(device=device, dtype=dtype), v=self.v.to(device=device, dtype=dtype)
         )
