@@ -22,7 +22,6 @@ from models.stylegan2.generator import weights_hash
 from pipeline.config import EngineConfig, RunConfig, validate
 from pipeline.progress import progress_line
 from pipeline.run import plan, run, seal
-from pipeline.worker import load_inverter
 from tasks.benchmark.chains import Chain, chosen_chains
 from tasks.benchmark.figures import grid, scatter
 from tasks.benchmark.scoring import (
@@ -34,7 +33,8 @@ from tasks.benchmark.scoring import (
     score_run,
 )
 from tasks.benchmark.table import markdown
-from tasks.inverter import fixed_threads
+from tasks.device import fixed_threads
+from tasks.inverter import Inverter
 from tasks.machine import describe_machine
 
 BATCH, ACTORS, SHOWN = 16, 2, 6
@@ -94,7 +94,7 @@ def benchmark_inversion(
                 plan(data, place, config, limit=limit)
                 run(place, config.engine, on_progress)
                 seal(place)
-                inverter = load_inverter(config.job(), "cpu")
+                inverter = Inverter(config.job(), "cpu")
             except AssetError as error:
                 missing[chain.name] = str(error).replace("|", "/")
                 continue

@@ -7,6 +7,7 @@ same ones; each stage starts from what the one before it left in storage, so eac
 import gc
 import importlib.metadata
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
-from pipeline.worker import WorkOrder, load_inverter
+from pipeline.worker import WorkOrder
 from tasks import ledger, manifest
-from tasks.job import JobConfig
+from tasks.job import ShardSpec
+from tasks.work import load_machine
 
 if TYPE_CHECKING:
     from tasks.verify import VerifyReport
@@ -86,7 +88,7 @@ def code_version() -> str:
     return importlib.metadata.version("style-refinery")
 
 
-def resolve_weights(job: JobConfig) -> dict[str, str]:
+def resolve_weights(job: ledger.Job) -> dict[str, str]:
     """Load the job's models once on the CPU: a wrong checkpoint fails here, before any other work.
 
     Returns:
@@ -95,7 +97,7 @@ def resolve_weights(job: JobConfig) -> dict[str, str]:
     Raises:
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
     """
-    hashes = dict(load_inverter(job, "cpu").hashes)
+    hashes = dict(load_machine(job, "cpu").hashes)
     gc.collect()
     return hashes
 
@@ -114,6 +116,17 @@ def plan(input_uri: str, run_uri: str, config: RunConfig, *, limit: int | None =
     job = config.job()
     hashes = resolve_weights(job)
     shards = manifest.plan_shards(input_uri, config.engine.shard_size, limit, job.input)
+    return write_plan(run_uri, job, hashes, shards)
+
+
+def write_plan(
+    run_uri: str, job: ledger.Job, hashes: dict[str, str], shards: Iterable[ShardSpec]
+) -> Plan:
+    """Write manifest and run.json, or recognise the run that is already there.
+
+    Raises:
+        LedgerError: the directory holds another run, or cannot be written.
+    """
     info = manifest.write_manifest(run_uri, shards)
     run = ledger.create_run(run_uri, job, info, hashes, code_version())
     return Plan(
@@ -172,7 +185,7 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
 
 def _work(
     handle: ledger.RunHandle,
-    job: JobConfig,
+    job: ledger.Job,
     hashes: dict[str, str],
     engine: EngineConfig,
     tally: Tally,

@@ -22,6 +22,8 @@ FITS = {
     "clcae-align": ("tasks.training.clcae_align", "FitClcaeAlignConfig"),
     "clcae": ("tasks.training.clcae", "FitClcaeConfig"),
     "refine": ("tasks.training.refine", "FitRefineConfig"),
+    "clip": ("tasks.training.clip", "FitClipConfig"),
+    "attributes": ("tasks.training.attributes", "FitAttributesConfig"),
     "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
     "release": ("tasks.training.release", "ReleaseConfig"),
 }

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from models.errors import AssetError, ConfigError, LedgerError, RefineryError
 from pipeline.faults import is_cuda_error, is_passing, is_refused
 from pipeline.schedule import Failure
-from tasks.job import JobConfig
 from tasks.sources.sample import CorruptFileError
+from tasks.work import do_shard, load_machine
 
 if TYPE_CHECKING:
-    from tasks.inverter import Inverter
-    from tasks.ledger import RunHandle
+    from tasks.ledger import Job, RunHandle
+    from tasks.work import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class WorkOrder:
         threads: CPU threads of PyTorch.
     """
 
-    job: JobConfig
+    job: "Job"
     run: "RunHandle"
     hashes: dict[str, str]
     device: str
@@ -69,7 +69,7 @@ class ShardWorker:
 
     def __init__(self, order: WorkOrder) -> None:
         self.order = order
-        self._inverter: Inverter | None = None
+        self._machine: Machine | None = None
         self._building = threading.Lock()
         self._device_lock = threading.Lock()
 
@@ -91,15 +91,12 @@ class ShardWorker:
         A CUDA error ends the process: its context is unusable from then on.
         """
         from tasks.manifest import read_shard_spec
-        from tasks.run_shard import run_shard
 
         started = time.monotonic()
         try:
-            inverter = self._loaded()
+            machine = self._loaded()
             spec = read_shard_spec(self.order.run.uri, shard)
-            marker = run_shard(
-                spec, self.order.job, self.order.run, inverter, lock=self._device_lock
-            )
+            marker = do_shard(spec, self.order.job, self.order.run, machine, self._device_lock)
         except Exception as error:
             if is_cuda_error(error):
                 self._leave(shard, error)
@@ -117,30 +114,23 @@ class ShardWorker:
             shard=shard, rows=marker.rows, failed=marker.failed, seconds=dict(marker.seconds)
         )
 
-    def _loaded(self) -> "Inverter":
+    def _loaded(self) -> "Machine":
         import torch
 
         # Per thread: OpenMP keeps the count of the thread that set it.
         torch.set_num_threads(self.order.threads)
         with self._building:
-            if self._inverter is None:
-                inverter = load_inverter(self.order.job, self.order.device, self.order.threads)
-                if inverter.hashes != self.order.hashes:
-                    raise AssetError(changed_weights(self.order.hashes, inverter.hashes))
-                self._inverter = inverter
-            return self._inverter
+            if self._machine is None:
+                machine = load_machine(self.order.job, self.order.device, self.order.threads)
+                if machine.hashes != self.order.hashes:
+                    raise AssetError(changed_weights(self.order.hashes, machine.hashes))
+                self._machine = machine
+            return self._machine
 
     def _leave(self, shard: int, error: Exception) -> None:
         logger.critical("shard=%05d the CUDA context is broken, leaving: %s", shard, error)
         logging.shutdown()
         os._exit(CUDA_EXIT_CODE)
-
-
-def load_inverter(job: JobConfig, device: str, threads: int = 1) -> "Inverter":
-    """Build the job's generator and methods on a device."""
-    from tasks.inverter import Inverter
-
-    return Inverter(job, device, threads=threads)
 
 
 def _unforeseen(error: BaseException) -> str:

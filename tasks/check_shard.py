@@ -15,6 +15,7 @@ from typing import IO, cast
 import numpy as np
 
 from models.errors import LedgerError, RefineryError
+from tasks.edit.plan import source_marker
 from tasks.job import InputConfig, ShardSpec
 from tasks.ledger import PART_KINDS, read_marker, shard_name
 from tasks.marker import Marker, Part
@@ -22,6 +23,7 @@ from tasks.read import read_shard
 from tasks.sources.parquet import open_parquet, parquet_errors
 from tasks.storage import file_info, is_local, join, local_path, open_filesystem
 from tasks.storage_errors import storage_errors
+from tasks.stored import read_rows
 
 _SHOWN = 3  # examples in a message
 
@@ -159,6 +161,9 @@ def expected_keys(spec: ShardSpec, config: InputConfig) -> list[str]:
     """
     if spec.kind == "files":
         return list(spec.members)
+    if spec.kind == "run":
+        keys = [row.sample_key for row in read_rows(spec.uri, source_marker(spec))]
+        return keys[: spec.row_stop or None]
     if spec.kind == "tar":
         return [sample.key for sample in read_shard(spec, config)]
     name = spec.members[0] if spec.members else spec.uri.rsplit("/", 1)[-1]

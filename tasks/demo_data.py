@@ -17,7 +17,7 @@ from models.checkpoints.load import load_generator
 from models.inversion.base import SampleRng, sample_seed
 from models.stylegan2.generator import Generator
 from tasks.align import align
-from tasks.inverter import fixed_threads
+from tasks.device import fixed_threads
 from tasks.job import InputConfig
 from tasks.training.grids import to_bytes
 

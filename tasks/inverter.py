@@ -6,19 +6,17 @@ Legend: N batch, H W picture.
 """
 
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.checkpoints.load import load_generator
-from models.errors import AssetError, ConfigError, ShardError
+from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, sample_seed
 from models.inversion.registry import load_method
 from models.losses.identity import load_identity
@@ -28,8 +26,17 @@ from models.losses.structure import ssim
 from models.losses.style_space import StyleSpace
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.device import (
+    BatchLimit,
+    device_name,
+    fixed_threads,
+    local_copy,
+    prepare_device,
+    rows_not_finite,
+    to_images,
+)
 from tasks.job import JobConfig
-from tasks.storage import exists, is_local, join, localise, read_bytes, write_bytes
+from tasks.storage import read_bytes
 from tasks.training.grids import to_bytes
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -104,10 +111,9 @@ class Inverter:
     def __init__(self, job: JobConfig, device: str, *, threads: int = 1) -> None:
         if not job.methods:
             raise ConfigError("the job has no method: add a [[method]] table, or pass --method e4e")
-        self.job, self.device, self.threads = job, _prepare_device(device), threads
-        self._batch_limit: int | None = None
+        self.job, self.device, self.threads = job, prepare_device(device), threads
         with fixed_threads(threads):
-            self.generator: Generator = load_generator(_local(job.generator))
+            self.generator: Generator = load_generator(local_copy(job.generator))
             self.hashes: dict[str, str] = {"generator": weights_hash(self.generator)}
             self._hash_template()
             self.generator.to(self.device)
@@ -115,15 +121,14 @@ class Inverter:
             self._scores = self._load_scores()
         if job.precision != "float32":
             self.generator.compute_dtype = getattr(torch, job.precision)
+        self._batches = BatchLimit(self.device, self.generator.resolution, job.batch)
         self._style_space = StyleSpace(self.generator, statistics_for(self.generator).style_anchor)
         self.metric_names: tuple[str, ...] = (*self._scores, "nscd")
 
     @property
     def device_name(self) -> str:
         """For the marker: "cpu" or "cuda NVIDIA H200"."""
-        if self.device.type != "cuda":
-            return self.device.type
-        return f"cuda {torch.cuda.get_device_name(self.device)}"
+        return device_name(self.device)
 
     def invert(self, pictures: np.ndarray, keys: Sequence[str]) -> Inverted:
         """Invert and score one batch.
@@ -138,28 +143,17 @@ class Inverter:
         Raises:
             ShardError: not even one picture fits into memory.
         """
-        limit = self._batch_limit or len(keys)
-        if len(keys) <= limit:
-            try:
-                with fixed_threads(self.threads):
-                    return self._invert(pictures, keys)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-            # Outside the handler, whose traceback keeps the batch's tensors alive.
-            limit = self._halve(len(keys), reason)
-        done = self.invert(pictures[:limit], keys[:limit])
-        rest = self.invert(pictures[limit:], keys[limit:])
-        note = f"out of memory: batch lowered from {self.job.batch} to {self._batch_limit}"
-        joined = Inverted.cat(done, rest)
-        return Inverted(**{**joined.__dict__, "notes": (note,)})
+        with fixed_threads(self.threads):
+            parts, notes = self._batches.run(
+                len(keys), lambda rows: self._invert(pictures[rows], keys[rows])
+            )
+        return replace(reduce(Inverted.cat, parts), notes=notes)
 
     # ------------------------------------------------------------------ building
 
     def _load_method(self, index: int) -> Method:
         wanted = self.job.methods[index]
-        settings = {key: _local(value) for key, value in wanted.settings.items()}
+        settings = {key: local_copy(value) for key, value in wanted.settings.items()}
         method = load_method(wanted.name, self.generator, **settings)
         for name, digest in method.hashes().items():
             self.hashes[f"methods.{index}.{wanted.name}.{name}"] = digest
@@ -179,7 +173,7 @@ class Inverter:
             scores[perceptual.name] = perceptual
             self.hashes[f"perceptual.{perceptual.name}"] = perceptual.hash
         if self.job.identity is not None:
-            identity = load_identity(_local(self.job.identity)).to(self.device)
+            identity = load_identity(local_copy(self.job.identity)).to(self.device)
             scores["identity"] = identity
             self.hashes["identity"] = identity.hash
         return scores
@@ -188,7 +182,7 @@ class Inverter:
 
     def _invert(self, pictures: np.ndarray, keys: Sequence[str]) -> Inverted:
         started = time.perf_counter()
-        target = self._to_images(pictures)
+        target = to_images(pictures, self.device)
         seeds = [sample_seed(self.job.seed, key) for key in keys]
         failures: dict[int, tuple[str, str]] = {}
         inversion: Inversion | None = None
@@ -203,11 +197,11 @@ class Inverter:
         inversion = inversion.stored()
         with torch.inference_mode():
             image = inversion.render(self.generator).float()
-            for row in _rows_not_finite([image]):
+            for row in rows_not_finite([image]):
                 failures.setdefault(row, ("not_finite", "the rendered picture is not finite"))
             stored = to_bytes(image.nan_to_num(0.0)).cpu().numpy()
             inverted_s = time.perf_counter() - started
-            metrics = self._score(target, self._to_images(stored), inversion.w_plus)
+            metrics = self._score(target, to_images(stored, self.device), inversion.w_plus)
         return Inverted(
             inversion=inversion.to("cpu"),
             pictures=stored,
@@ -224,16 +218,11 @@ class Inverter:
         values["nscd"] = self._style_space.nscd(w_plus)
         return {name: value.float().cpu().numpy() for name, value in values.items()}
 
-    def _to_images(self, pictures: np.ndarray) -> Tensor:
-        """uint8 [N H W 3] -> [N 3 H W] in [-1, 1] on the device."""
-        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device)
-        return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
     def _replace_broken_rows(
         self, inversion: Inversion, failures: dict[int, tuple[str, str]]
     ) -> Inversion:
         """Codes of rows that are not finite become the average: the next method gets numbers."""
-        broken = _rows_not_finite(list(inversion.tensors().values()))
+        broken = rows_not_finite(list(inversion.tensors().values()))
         if not broken:
             return inversion
         for row in broken:
@@ -242,74 +231,3 @@ class Inverter:
         for name, value in tensors.items():
             value[broken] = self.generator.latent_avg.nan_to_num(0.0) if name == "w_plus" else 0
         return replace(Inversion.from_tensors(tensors), failures=inversion.failures)
-
-    def _halve(self, batch: int, reason: str) -> int:
-        if batch == 1:
-            raise ShardError(
-                f"out of memory on {self.device_name} with a single {self.generator.resolution} px "
-                f"picture ({reason}); use a device with more memory, precision = bfloat16, or "
-                "fewer actors on this device"
-            )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._batch_limit = batch // 2
-        return self._batch_limit
-
-
-@contextmanager
-def fixed_threads(count: int) -> Iterator[None]:
-    """Compute on the CPU with exactly `count` threads, then put the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _prepare_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"device {name!r}: expected cpu, cuda or cuda:<number> ({error})"
-        ) from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"device {name!r}: this PyTorch sees no CUDA device; use the device cpu, or "
-                "install the GPU build and check the driver with nvidia-smi"
-            )
-        # The same bytes on every run on one GPU model, and float32 that is float32.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        # An operation without a deterministic form (some backward passes of resampling) warns.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return device
-
-
-def _rows_not_finite(values: Sequence[Tensor]) -> list[int]:
-    """Rows in which any of the [N ...] tensors is not finite."""
-    finite = torch.stack([value.isfinite().flatten(1).all(1) for value in values]).all(0)
-    return [row for row, is_finite in enumerate(finite.tolist()) if not is_finite]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _local(value: Any) -> Any:
-    """URLs of weight files become local copies, ours with their card; other values pass."""
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    path = localise(value)
-    if path.suffix == ".safetensors" and not is_local(value):
-        card = localise(value.removesuffix(".safetensors") + ".json")
-        beside = join(str(path.parent), card.name)
-        if not exists(beside) or read_bytes(beside) != card.read_bytes():
-            write_bytes(beside, card.read_bytes(), AssetError)
-    return str(path)

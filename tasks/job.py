@@ -83,20 +83,22 @@ class ShardSpec:
 
     Attributes:
         id: 0-based, dense; also the name of the commit marker (`commits/00042.json`).
-        kind: "files" (members of a prefix), "tar" (a WebDataset tar), "parquet" (a range of rows).
-        uri: the prefix, the tar or the Parquet file.
+        kind: "files" (members of a prefix), "tar" (a WebDataset tar), "parquet" (a range of rows),
+            "run" (a committed shard of a run, to be edited).
+        uri: the prefix, the tar, the Parquet file or the run.
         members: files: keys relative to `uri`, sorted. tar, parquet: one name, the file's below
             the run's input, with which its sample keys begin; empty means the last part of `uri`.
-        row_start, row_stop: parquet: half-open range of rows. tar: 0 and the number of samples to
-            take. A stop of 0 means to the end.
+            run: one number, the shard's.
+        row_start, row_stop: parquet: half-open range of rows. tar, run: 0 and the number of samples
+            to take. A stop of 0 means to the end.
         num_samples: samples inside, or -1 where only reading tells (a tar).
         num_bytes: encoded size, for planning.
         etag: identity of the input's content as far as a listing tells it (sha256 over names, sizes
-            and ETags or modification times).
+            and ETags or modification times; of a run's shard over its parts' sha256).
     """
 
     id: int
-    kind: Literal["files", "tar", "parquet"]
+    kind: Literal["files", "tar", "parquet", "run"]
     uri: str
     members: tuple[str, ...] = ()
     row_start: int = 0

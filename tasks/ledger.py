@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from models.errors import LedgerError
+from tasks.edit.job import EditJobConfig
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
 from tasks.manifest import ManifestInfo
 from tasks.marker import Marker
@@ -25,6 +26,7 @@ from tasks.storage import exists, join, list_files, read_bytes, remove, write_by
 
 logger = logging.getLogger(__name__)
 
+Job = JobConfig | EditJobConfig
 PART_KINDS = ("latents", "images", "residuals")
 _READERS = 16  # markers are fetched by so many threads: a GET is mostly waiting
 
@@ -69,7 +71,7 @@ def shard_name(shard: int) -> str:
 
 def create_run(
     run_uri: str,
-    job: JobConfig,
+    job: Job,
     manifest_info: ManifestInfo,
     hashes: Mapping[str, str],
     code_version: str,
@@ -145,9 +147,11 @@ def read_run(run_uri: str) -> dict[str, Any]:
     return record
 
 
-def load_job(run_uri: str) -> JobConfig:
-    """The job that a run was started with."""
+def load_job(run_uri: str) -> Job:
+    """The job that a run was started with: an inversion, or edits of one."""
     config = dict(read_run(run_uri)["config"])
+    if config.get("kind") == "edit":
+        return EditJobConfig.from_dict(config)
     config["methods"] = tuple(MethodConfig(**method) for method in config["methods"])
     config["input"] = InputConfig(**config["input"])
     output = dict(config["output"])
@@ -155,9 +159,7 @@ def load_job(run_uri: str) -> JobConfig:
     return JobConfig(**{**config, "output": OutputConfig(**output)})
 
 
-def _identity(
-    job: JobConfig, manifest_info: ManifestInfo, hashes: Mapping[str, str]
-) -> dict[str, Any]:
+def _identity(job: Job, manifest_info: ManifestInfo, hashes: Mapping[str, str]) -> dict[str, Any]:
     identity = {
         "config": job.to_dict(),
         "manifest": manifest_info.sha256,

@@ -12,6 +12,8 @@ from models.errors import LedgerError
 
 STAGES = ("read", "decode", "invert", "score", "write")
 """Stages of a shard in order: the keys of `Marker.seconds`."""
+EDIT_STAGES = ("read", "edit", "score", "write")
+"""Those of a shard of edits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class Marker:
         rows: samples in the shard, failed ones included.
         failed: samples with `status = "failed"`.
         parts: by kind, "latents", "images", "residuals"; a kind without rows has no part.
-        seconds: busy time by stage (`STAGES`); waiting for the accelerator is in none of them.
+        seconds: busy time by stage (`STAGES` or `EDIT_STAGES`); waiting for the accelerator is in
+            none of them.
         wall_s: from the start of the attempt to its commit.
         failures: number of failed samples by `error_kind`.
         device: what computed it, e.g. "cpu" or "cuda NVIDIA H200".

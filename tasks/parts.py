@@ -49,12 +49,19 @@ class Layout:
         method: the chain, e.g. "e4e+wplus".
         metrics: names of the metric columns, in order.
         shape: (L, D) of w_plus.
+        variants: names of the edited pictures, stored beside those of `output`.
     """
 
     method: str
     metrics: tuple[str, ...]
     shape: tuple[int, int]
     output: OutputConfig
+    variants: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The columns of images/."""
+        return (*self.output.pictures, *self.variants)
 
     @staticmethod
     def of(job: JobConfig, inverter: Inverter) -> "Layout":
@@ -99,7 +106,7 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
 def images_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
     """sample_key and one {bytes, path} struct per picture, with the Hugging Face feature metadata
     that makes `datasets` show pictures."""
-    names = layout.output.pictures
+    names = layout.pictures
     suffix = SUFFIX[layout.output.picture_format]
     columns: list[tuple[pa.Field, Any]] = [
         (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows])
@@ -170,7 +177,7 @@ def write_parts(
     tables: dict[str, Callable[[], pa.Table]] = {}
     if rows:
         tables["latents"] = lambda: latents_table(rows, layout, run.run_id)
-    if inverted and layout.output.pictures:
+    if inverted and layout.pictures:
         tables["images"] = lambda: images_table(inverted, layout)
     if inverted and inverted[0].doors:
         tables["residuals"] = lambda: residuals_table(inverted)

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
 from tasks.ledger import PART_KINDS, read_markers, read_run
-from tasks.marker import STAGES, Marker
+from tasks.marker import EDIT_STAGES, STAGES, Marker
 from tasks.part_files import PROTOCOL, PartFile, PartFiles
 from tasks.storage import file_info, is_local, join, local_path, write_bytes
 from tasks.storage_errors import storage_errors
@@ -135,6 +135,8 @@ def _unreadable(run_uri: str, error: duckdb.Error) -> LedgerError:
 
 def commits_table(markers: dict[int, Marker]) -> pa.Table:
     """One row per commit: the marker's fields, its seconds by stage, the bytes of its parts."""
+    is_edit = any("edit" in marker.seconds for marker in markers.values())
+    stages = EDIT_STAGES if is_edit else STAGES
     rows = [
         {
             "shard": marker.shard,
@@ -142,7 +144,7 @@ def commits_table(markers: dict[int, Marker]) -> pa.Table:
             "rows": marker.rows,
             "failed": marker.failed,
             "bytes": sum(part.bytes for part in marker.parts.values()),
-            **{f"{stage}_s": float(marker.seconds.get(stage, 0.0)) for stage in STAGES},
+            **{f"{stage}_s": float(marker.seconds.get(stage, 0.0)) for stage in stages},
             "wall_s": float(marker.wall_s),
             "device": marker.device,
             "code_version": marker.code_version,

@@ -9,7 +9,7 @@ give the stored pictures again.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,16 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from models.errors import AssetError, LedgerError
+from models.errors import AssetError, ConfigError, LedgerError
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.ledger import read_markers, read_run, shard_name
 from tasks.marker import Marker, Part
 from tasks.part_files import PartFile
+from tasks.rows import Row
 from tasks.storage import join
 from tasks.storage_errors import storage_errors
+
+_CODES = ["sample_key", "status", "w_plus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,14 @@ class StoredBatch:
     sample_keys: tuple[str, ...]
     inversion: Inversion
     inputs: tuple[bytes, ...] | None = None
+
+    def __getitem__(self, rows: slice) -> "StoredBatch":
+        """The same for a range of rows (step 1)."""
+        return StoredBatch(
+            sample_keys=self.sample_keys[rows],
+            inversion=self.inversion[rows],
+            inputs=None if self.inputs is None else self.inputs[rows],
+        )
 
 
 def read_inversions(
@@ -61,15 +73,8 @@ def read_inversions(
         LedgerError: there is no run, inputs are asked for that it has not stored, or (while
             reading) a committed part is missing or damaged.
     """
-    record = read_run(run_uri)
-    made_with, given = record["weights"].get("generator"), weights_hash(generator)
-    if made_with != given:
-        raise AssetError(
-            f"{run_uri} was made with generator {made_with}, the one given is {given}: residuals "
-            "and codes of one generator mean nothing to another; load the generator that "
-            f"run.json names ({record['config'].get('generator')})"
-        )
-    stored = record["config"]["output"]["pictures"]
+    check_run_generator(run_uri, generator)
+    stored = read_run(run_uri)["config"]["output"]["pictures"]
     if with_inputs and "input" not in stored:
         raise LedgerError(
             f"{run_uri} has no input pictures, only {stored or 'codes'}: read it without them, or "
@@ -80,21 +85,77 @@ def read_inversions(
         found
         for marker in markers.values()
         if "latents" in marker.parts
-        for found in _read_shard(run_uri, marker, batch, with_inputs)
+        for found in read_shard_inversions(run_uri, marker, batch, with_inputs)
     )
 
 
-def _read_shard(
+def check_run_generator(run_uri: str, generator: Generator) -> None:
+    """Refuse a generator that a run was not made with.
+
+    Raises:
+        AssetError: the hashes differ.
+        LedgerError: there is no run.
+    """
+    record = read_run(run_uri)
+    made_with, given = record["weights"].get("generator"), weights_hash(generator)
+    if made_with != given:
+        raise AssetError(
+            f"{run_uri} was made with generator {made_with}, the one given is {given}: residuals "
+            "and codes of one generator mean nothing to another; load the generator that "
+            f"run.json names ({record['config'].get('generator')})"
+        )
+
+
+def read_rows(run_uri: str, marker: Marker) -> list[Row]:
+    """What one shard knows of its samples besides codes and pictures, failed ones included, in
+    order of their keys.
+
+    Raises:
+        LedgerError: the part is missing or damaged.
+    """
+    names = ["sample_key", "image_uri", "image_sha256", "seed", "error_kind", "error"]
+    part = marker.parts["latents"]
+    uri = join(run_uri, part.path)
+    with _read_errors(uri):
+        table = pq.ParquetFile(PartFile(uri, part.bytes)).read(columns=names)
+    return [Row(**values) for values in table.to_pylist()]
+
+
+def read_codes(run_uri: str, sample_keys: Collection[str]) -> dict[str, Float[Tensor, "L D"]]:
+    """The codes of a few samples by key.
+
+    Raises:
+        LedgerError: there is no run, or a part is damaged.
+        ConfigError: a sample is not in the run, or was not inverted.
+    """
+    found: dict[str, Tensor] = {}
+    for marker in read_markers(run_uri).values() if sample_keys else ():
+        for table in _slices(run_uri, marker.parts["latents"], _CODES, 1024):
+            codes = _tensors(table)["w_plus"]
+            keys = table["sample_key"].to_pylist()
+            found |= {key: codes[at] for at, key in enumerate(keys) if key in sample_keys}
+        if len(found) == len(sample_keys):
+            break
+    missing = sorted(set(sample_keys) - found.keys())
+    if missing:
+        raise ConfigError(
+            f'{run_uri} has no inverted sample {missing[0]!r}; `refinery query {run_uri} "SELECT '
+            "sample_key FROM latents WHERE status = 'ok'\"` lists them"
+        )
+    return found
+
+
+def read_shard_inversions(
     run_uri: str, marker: Marker, batch: int, with_inputs: bool
 ) -> Iterator[StoredBatch]:
+    """The inverted samples of one committed shard; see `read_inversions`."""
     parts = marker.parts
     others: list[Iterator[pa.Table]] = []
     if "residuals" in parts:
         others.append(_slices(run_uri, parts["residuals"], None, batch))
     if with_inputs and "images" in parts:
         others.append(_slices(run_uri, parts["images"], ["sample_key", "input"], batch))
-    columns = ["sample_key", "status", "w_plus"]
-    for codes in _slices(run_uri, parts["latents"], columns, batch):
+    for codes in _slices(run_uri, parts["latents"], _CODES, batch):
         keys = codes["sample_key"].to_pylist()
         tables = [next(other, None) for other in others]
         if any(table is None or table["sample_key"].to_pylist() != keys for table in tables):

@@ -14,7 +14,7 @@ import numpy as np
 
 from models.errors import LedgerError
 from tasks.check_shard import ShardCheck, check_shard, examples
-from tasks.job import ShardSpec
+from tasks.job import InputConfig, JobConfig, ShardSpec
 from tasks.ledger import (
     PART_KINDS,
     committed,
@@ -214,11 +214,13 @@ def _in_windows(
 ) -> Iterator[ShardCheck]:
     """Checks in shard order, a few at a time: a large manifest is never held at once."""
     job = load_job(run_uri)
+    # The shards of an edit run are read from a run, which needs no such settings.
+    settings = job.input if isinstance(job, JobConfig) else InputConfig()
     window: list[ShardSpec | int] = []
 
     def flush() -> Iterator[ShardCheck]:
         yield from pool.map(
-            lambda entry: check_shard(run_uri, record["run_id"], entry, job.input, deep), window
+            lambda entry: check_shard(run_uri, record["run_id"], entry, settings, deep), window
         )
         window.clear()
 

@@ -12,7 +12,8 @@ from models.inversion import registry
 from models.inversion.base import Inversion, Method, SampleRng
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
-from tasks.inverter import Inverter, fixed_threads
+from tasks.device import fixed_threads
+from tasks.inverter import Inverter
 from tasks.job import InputConfig, JobConfig, MethodConfig
 from tests.tasks.small_run import make_job
 

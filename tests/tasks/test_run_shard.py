@@ -16,6 +16,7 @@ from PIL import Image
 from models.errors import ShardError
 from models.inversion.base import sample_seed
 from models.stylegan2.generator import Generator
+from tasks import attempt
 from tasks import run_shard as heart
 from tasks.crash import EXIT_CODE, POINTS, VARIABLE
 from tasks.inverter import Inverted, Inverter
@@ -205,8 +206,10 @@ def test_lock_is_held_for_the_device_only(small: SmallRun, monkeypatch: pytest.M
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("decode_row", "fill_row", "write_parts", "read_shard", "write_marker"):
+    for name in ("decode_row", "fill_row", "read_shard"):
         spy(heart, name)
+    for name in ("write_parts", "write_marker"):
+        spy(attempt, name)
     spy(small.inverter, "invert")
     small.run(0, lock=lock)
     assert lock.taken == 2  # five pictures, batches of three
