@@ -37,8 +37,8 @@ class LowRank:
 
     @property
     def is_shared(self) -> bool:
-        """True where every sample has the very same factors: one sample, or `expand`'s view."""
-        return self.u.stride(0) == 0 == self.v.stride(0) or len(self.u) == 1
+        """True for `expand`'s view: every sample has the very same factors."""
+        return self.u.stride(0) == 0 == self.v.stride(0)
 
     def expand(self, n: int) -> "LowRank":
         """The factors of one sample for n of them, as a view: what all samples share is then
@@ -51,7 +51,7 @@ class LowRank:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "LowRank":
-        if self.is_shared and len(self.u) > 1:  # `Tensor.to` would write out the view
+        if self.is_shared and len(self.u) > 1:  # `Tensor.to` may write out the view
             return self[0:1].to(device, dtype).expand(len(self.u))
         return LowRank(
             u=self.u.to(device=device, dtype=dtype), v=self.v.to(device=device, dtype=dtype)

@@ -210,3 +210,61 @@ def test_activations_in_bfloat16_master_weights_in_float32(form):
     y = run(inputs, form, False, True)
     assert y.dtype == torch.bfloat16
     assert float((y.float() - expected).norm() / expected.norm()) < 2e-2
+
+
+def shared_run(inputs, form, up, should_demodulate=True):
+    """One pair of factors for all samples, by the view."""
+    shared = LowRank(u=inputs["u"][:1], v=inputs["v"][:1]).expand(N)
+    assert shared.is_shared
+    x, weight, styles = inputs["x"], inputs["weight"], inputs["styles"]
+    return modulated_conv2d(
+        x,
+        weight,
+        styles,
+        gain=1.3,
+        scale=0.7,
+        should_demodulate=should_demodulate,
+        up=up,
+        residual=shared,
+        form=form,
+    )
+
+
+@pytest.mark.parametrize(("up", "k"), [(False, 1), (False, 3), (True, 3)])
+@pytest.mark.parametrize("should_demodulate", [False, True])
+@pytest.mark.parametrize("form", ["implicit", "folded", "auto"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shared_residual_agrees_with_the_grouped_twin(form, up, k, should_demodulate, layout):
+    inputs = make_inputs(3, k)
+    inputs["x"] = inputs["x"].contiguous(memory_format=layout)
+    y = shared_run(inputs, form, up, should_demodulate)
+    twin = shared_run(inputs, "grouped", up, should_demodulate)
+    assert float(twin.abs().mean()) > 0.1
+    assert float((y - twin).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("form", ["implicit", "folded", "auto"])
+def test_gradients_of_a_shared_residual(form, up):
+    inputs = {name: t.requires_grad_() for name, t in make_inputs(3, 3).items()}
+    y = shared_run(inputs, form, up)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
+    found = torch.autograd.grad(y, list(inputs.values()), cotangent)
+    expected = torch.autograd.grad(
+        shared_run(inputs, "grouped", up), list(inputs.values()), cotangent
+    )
+    for name, a, b in zip(inputs, found, expected, strict=True):
+        assert float(b.abs().max()) > 1e-3, name
+        assert float((a - b).abs().max()) < 1e-9, name
+
+
+def test_a_shared_residual_folds_earlier():
+    x, styles = torch.zeros(2, 16, 8, 8), torch.zeros(2, 16)
+    weight = torch.zeros(16, 16, 3, 3)
+    one = LowRank(u=torch.zeros(1, 16, 2), v=torch.zeros(1, 2, 16, 3, 3))
+    # 2 O I k^2 = 4608 against H W (I + O) = 32 H W: equal at 12x12.
+    for size, form in ((12, "implicit"), (13, "folded")):
+        x = torch.zeros(2, 16, size, size)
+        assert choose_form(x, weight, styles, one.expand(2)) == form
+        assert choose_form(x, weight, styles, LowRank.cat([one, one])) == "implicit"
+    assert choose_form(x, weight.requires_grad_(), styles, one.expand(2)) == "implicit"

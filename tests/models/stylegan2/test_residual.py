@@ -45,3 +45,16 @@ def test_to():
 def test_wrong_shapes(u, v):
     with pytest.raises(ValueError, match=r"low-rank residual: expected u \[N O r\].*found"):
         LowRank(u=torch.zeros(u), v=torch.zeros(v))
+
+
+def test_expand_shares_one_pair_of_factors():
+    one = make(n=1)
+    shared = one.expand(4)
+    assert (one.is_shared, make(n=4).is_shared, shared.is_shared) == (False, False, True)
+    assert torch.equal(shared.kernel(), one.kernel().expand(4, -1, -1, -1, -1))
+    assert shared[1:3].is_shared
+    assert len(shared[1:3].u) == 2
+    double = shared.to(dtype=torch.float64)
+    assert double.is_shared
+    assert torch.equal(double.v, one.v.double().expand(4, -1, -1, -1, -1))
+    assert not LowRank.cat([shared, one]).is_shared
