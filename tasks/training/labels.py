@@ -1,0 +1,100 @@
+"""Pictures with what is known of them: medium, age, gender, smile.
+
+Legend: M pictures, H W image.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from models.errors import AssetError
+from tasks.training.data import load_pictures
+
+MEDIA = ("photo", "impasto", "fantasy", "illustration")
+"""What a picture is made as; the `style` column names it, files without one hold photographs."""
+LABELS = {"age": "age", "gender": "gender", "smile": "smile_prob"}
+"""Name of a label -> column of the file."""
+HELD_OUT_SHARE = 5
+"""One portrait in so many is never trained on."""
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a portrait belongs to the fifth that only scores: decided by its id alone, so that
+    every training and every benchmark leaves out the same ones."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledPictures:
+    """Pictures in memory, with labels; NaN where a file does not say.
+
+    Attributes:
+        pictures: 0..255.
+        medium: index in `MEDIA`.
+        labels: "age" in years, "gender" 0 male 1 female, "smile" as a probability.
+        is_held_out: by `is_held_out` of the id; False where there is no id.
+    """
+
+    pictures: UInt8[Tensor, "M 3 H W"]
+    medium: Int[Tensor, " M"]
+    labels: dict[str, Float[Tensor, " M"]]
+    is_held_out: Bool[Tensor, " M"]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def at(self, rows: Tensor) -> "LabelledPictures":
+        """Some of them: rows by index or by mask."""
+        return LabelledPictures(
+            pictures=self.pictures[rows],
+            medium=self.medium[rows],
+            labels={name: values[rows] for name, values in self.labels.items()},
+            is_held_out=self.is_held_out[rows],
+        )
+
+
+def load_labelled(paths: Sequence[str], resolution: int) -> LabelledPictures:
+    """Read Parquet files with an `image` column and, where they have them, `id`, `style`, `age`,
+    `gender` and `smile_prob`.
+
+    Raises:
+        AssetError: a file cannot be read, or a style is not one of `MEDIA`.
+    """
+    pictures = load_pictures(paths, resolution)
+    media: list[int] = []
+    held_out: list[bool] = []
+    labels: dict[str, list[float]] = {name: [] for name in LABELS}
+    for path in paths:
+        table = pq.read_table(path, columns=_columns(path))
+        for style in _column(table, "style", "photo"):
+            if style not in MEDIA:
+                raise AssetError(
+                    f"training data {path}: style {style!r} is unknown; known: {', '.join(MEDIA)}"
+                )
+            media.append(MEDIA.index(style))
+        held_out += [name is not None and is_held_out(name) for name in _column(table, "id", None)]
+        for name, column in LABELS.items():
+            found = _column(table, column, None)
+            labels[name] += [float("nan") if value is None else float(value) for value in found]
+    return LabelledPictures(
+        pictures=pictures,
+        medium=torch.tensor(media),
+        labels={name: torch.tensor(values) for name, values in labels.items()},
+        is_held_out=torch.tensor(held_out),
+    )
+
+
+def _columns(path: str) -> list[str]:
+    wanted = ("id", "style", *LABELS.values())
+    return [name for name in pq.read_schema(path).names if name in wanted]
+
+
+def _column(table: pa.Table, name: str, default: object) -> list:
+    """A column's values, or the default for every row of a file without it."""
+    return table[name].to_pylist() if name in table.schema.names else [default] * table.num_rows
