@@ -146,10 +146,11 @@ class Direction:
         span = torch.stack([other.vector.flatten().double() for other in others], 1)
         base, _ = torch.linalg.qr(span)
         rest = flat - base @ (base.T @ flat)
-        length = float(rest.norm())
+        # Of a vector for each row, the longest row has norm 1.
+        length = float(rest.reshape(self.vector.shape).norm(dim=-1).max())
         if length < 1e-6:
             raise ValueError(f"direction {self.name}: nothing of it is left beside its conditions")
-        vector = (rest / length).to(self.vector).reshape(self.vector.shape)
+        vector = rest.reshape(self.vector.shape).div(length).to(self.vector)
         return replace(self, vector=vector, unit=self.unit * length)
 
     def check_generator(self, generator: Generator) -> None:

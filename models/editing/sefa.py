@@ -53,7 +53,11 @@ def sefa_factors(
 
 
 def sefa_directions(
-    generator: Generator, statistics: Statistics, layers: Sequence[int], count: int = 5
+    generator: Generator,
+    statistics: Statistics,
+    layers: Sequence[int],
+    count: int = 5,
+    prefix: str = "sefa",
 ) -> list[Direction]:
     """The `count` directions that the layers amplify most; they move these layers' rows.
 
@@ -69,7 +73,7 @@ def sefa_directions(
     digest = weights_hash(generator)
     return [
         Direction(
-            name=f"sefa-{index}",
+            name=f"{prefix}-{index}",
             vector=vectors[index].float(),
             unit=spread_along(statistics, vectors[index].float()),
             generator_hash=digest,

@@ -1,0 +1,269 @@
+"""StyleCLIP's global directions: a pair of texts as a direction of style space (arXiv 2103.17249,
+section 6).
+
+Each style channel of the 3x3 layers is moved up and down on some codes; the mean direction in which
+CLIP's embedding of the picture then moves is the channel's relevance vector. Its product with the
+direction between two texts says how much of the channel the text asks for; what is below a
+threshold is left out. The relevance depends on the generator and on CLIP alone and is kept.
+
+Legend: N codes, L num_ws, D w_dim, E embedding, S style channels of all layers, I of one layer,
+C channels of the 3x3 layers.
+"""
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.cache import cache_folder
+from models.editing.direction import Direction
+from models.errors import ConfigError
+from models.statistics import Statistics
+from models.stylegan2.generator import Generator, weights_hash
+
+TEMPLATES = (
+    "a photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a close-up photo of {}",
+    "a good photo of {}",
+    "a cropped photo of {}",
+    "a bright photo of {}",
+    "a dark photo of {}",
+)
+"""Sentences whose embeddings are averaged; a small part of CLIP's own for ImageNet."""
+
+logger = logging.getLogger(__name__)
+
+
+class TextAndImages(Protocol):
+    """What is needed of `models.losses.clip.Clip`."""
+
+    name: str
+    hash: str
+
+    def images(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N E"]: ...
+
+    def texts(self, texts: Sequence[str]) -> Float[Tensor, "M E"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relevance:
+    """How CLIP's embedding of a picture moves with each style channel.
+
+    Attributes:
+        vectors: unit rows, in layer order; zero for the ToRGBs' channels, which are not moved, and
+            for channels that change nothing.
+        channels: style channels of each layer of `Generator.layers()`.
+    """
+
+    vectors: Float[Tensor, "S E"]
+    channels: tuple[int, ...]
+
+
+def style_channels(generator: Generator) -> tuple[int, ...]:
+    """Style channels of each layer of `Generator.layers()`."""
+    return tuple(layer.weight.shape[2] for _, layer, _ in generator.layers())
+
+
+@torch.no_grad()
+def channel_relevance(
+    generator: Generator,
+    clip: TextAndImages,
+    statistics: Statistics,
+    *,
+    samples: int = 32,
+    strength: float = 5.0,
+    seed: int = 0,
+    batch: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Relevance:
+    """Move every channel of the 3x3 layers by +-`strength` standard deviations.
+
+    Per code, the unit difference of the two unit embeddings; their mean over the codes, of norm 1.
+    Codes are drawn without truncation, rendered with the stored noise.
+
+    Args:
+        samples: codes; the published 100.
+        batch: pictures at a time; it changes no result beyond rounding.
+        on_progress: called with (channels done, all).
+    """
+    draws = torch.Generator().manual_seed(seed)
+    z = torch.randn(samples, generator.z_dim, generator=draws).to(generator.latent_avg)
+    c = None
+    if generator.c_dim:
+        labels = torch.randint(generator.c_dim, (samples,), generator=draws)
+        c = F.one_hot(labels, generator.c_dim).to(z)
+    w_plus = generator.mapping(z, c)
+    channels = style_channels(generator)
+    is_moved = [not name.startswith("to_rgb") for name, _, _ in generator.layers()]
+    total = sum(count for count, moves in zip(channels, is_moved, strict=True) if moves)
+    rows: list[Tensor] = []
+    done = 0
+    for index, count in enumerate(channels):
+        if not is_moved[index]:
+            rows.append(torch.zeros(count, rows[0].shape[1]))
+            continue
+        for channel in range(count):
+            step = strength * float(statistics.style_std[index][channel])
+            rows.append(_moves(generator, clip, w_plus, (index, channel, step), batch))
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+    return Relevance(vectors=torch.cat(rows), channels=channels)
+
+
+def _moves(
+    generator: Generator,
+    clip: TextAndImages,
+    w_plus: Float[Tensor, "N L D"],
+    move: tuple[int, int, float],
+    batch: int,
+) -> Float[Tensor, "1 E"]:
+    """The mean direction of the embedding when one channel moves."""
+    index, channel, step = move
+    count = style_channels(generator)[index]
+    units = []
+    for codes in w_plus.split(max(1, batch // 2)):
+        shift = torch.zeros(2 * len(codes), count).to(codes)
+        shift[: len(codes), channel], shift[len(codes) :, channel] = step, -step
+        images = generator.synthesis(torch.cat([codes, codes]), style_shift={index: shift})
+        up, down = clip.images(images.clamp(-1, 1)).float().cpu().chunk(2)
+        units.append(F.normalize(up - down, dim=1))
+    return F.normalize(torch.cat(units).mean(0, keepdim=True), dim=1)
+
+
+def cached_relevance(
+    generator: Generator,
+    clip: TextAndImages,
+    statistics: Statistics,
+    *,
+    samples: int = 32,
+    strength: float = 5.0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Relevance:
+    """`channel_relevance`, from `<cache>/relevance` where it was computed before.
+
+    The file's name holds the hashes of generator and CLIP and the settings. A cache that cannot be
+    used is no error.
+    """
+    name = f"{weights_hash(generator)[:24]}-{clip.hash[:24]}-{samples}-{strength:g}.safetensors"
+    path = cache_folder() / "relevance" / name
+    channels = style_channels(generator)
+    if path.is_file():
+        try:
+            vectors = load_file(path)["vectors"]
+            if len(vectors) == sum(channels) and vectors.isfinite().all():
+                return Relevance(vectors=vectors, channels=channels)
+            logger.warning("%s does not fit the generator; it is computed again", path)
+        except (OSError, SafetensorError, KeyError) as error:
+            logger.warning("%s cannot be read (%s); it is computed again", path, error)
+    found = channel_relevance(
+        generator, clip, statistics, samples=samples, strength=strength, on_progress=on_progress
+    )
+    try:
+        _save(found.vectors, path)
+    except OSError as error:
+        logger.warning("the channels' relevance cannot be kept for the next time: %s", error)
+    return found
+
+
+def _save(vectors: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        save_file({"vectors": vectors.contiguous()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def text_direction(
+    clip: TextAndImages, source: str, target: str, templates: Sequence[str] = TEMPLATES
+) -> Float[Tensor, " E"]:
+    """The unit direction from one text to another: the difference of their unit mean embeddings
+    over the templates.
+
+    Raises:
+        ConfigError: a template has no place for the text, or both texts have the same embedding.
+    """
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise ConfigError(f"text direction: expected templates with {{}}, got {wrong or 'none'}")
+    means = []
+    for text in (source, target):
+        rows = clip.texts([template.format(text) for template in templates]).float().cpu()
+        means.append(F.normalize(rows.mean(0), dim=0))
+    change = means[1] - means[0]
+    if float(change.norm()) < 1e-5:
+        raise ConfigError(
+            f"text direction: {source!r} and {target!r} have the same embedding in CLIP "
+            f"{clip.name!r}: choose texts that differ in words that it knows"
+        )
+    return change / change.norm()
+
+
+def style_text_direction(
+    name: str,
+    relevance: Relevance,
+    change: Float[Tensor, " E"],
+    statistics: Statistics,
+    *,
+    count: int = 40,
+    beta: float | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Direction:
+    """The style channels whose relevance goes along with a text, each by its own deviation.
+
+    A strength of 1 moves the most relevant channel by one standard deviation, the others by less in
+    the proportion of their relevance: StyleCLIP's alpha.
+
+    Args:
+        change: between two texts (`text_direction`).
+        count: channels that move, the most relevant ones, where no threshold is given.
+        beta: instead, channels whose relevance is at least this much (StyleCLIP's threshold; 0.1 to
+            0.2 for OpenAI's ViT-B/32).
+        card: more for the direction's card.
+
+    Raises:
+        ConfigError: a count below 1, or no channel reaches the threshold.
+    """
+    along = relevance.vectors.double() @ change.double()  # [S]
+    size = along.abs()
+    if beta is None and not 1 <= count <= int((size > 0).sum()):
+        raise ConfigError(f"{name}: expected a count in 1..{int((size > 0).sum())}, got {count}")
+    limit = float(size.topk(count).values[-1]) if beta is None else beta
+    is_kept = (size >= limit) & (size > 0)
+    if not is_kept.any():
+        raise ConfigError(
+            f"{name}: no style channel has a relevance of {beta} for the texts, the largest is "
+            f"{float(size.max()):.3f}; lower beta"
+        )
+    relative = torch.where(is_kept, along, torch.zeros_like(along)) / size.max()
+    moves = relative * torch.cat(statistics.style_std).double()
+    unit = float(moves.norm())
+    return Direction(
+        name=name,
+        vector=(moves / unit).float(),
+        unit=unit,
+        generator_hash=statistics.generator_hash,
+        channels=relevance.channels,
+        card={
+            "what": "style channels whose change goes along with a text (StyleCLIP's global "
+            "direction, arXiv 2103.17249)",
+            "channels": int(is_kept.sum()),
+            "beta": round(limit, 4),
+            "largest_relevance": round(float(size.max()), 4),
+            **(card or {}),
+        },
+    )
