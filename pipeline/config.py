@@ -141,7 +141,7 @@ def validate(tables: Tables) -> RunConfig:
             f"method.0: {methods[0].name} refines the result of an earlier method and cannot be "
             "the first of the chain; put one such as e4e before it"
         )
-    return _validated(RunConfig, {**tables, "method": methods}, "")
+    return validated(RunConfig, {**tables, "method": methods})
 
 
 def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
@@ -153,7 +153,7 @@ def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
     tables = read_toml(path) if path else {}
     for item in sets:
         apply_set(tables, item)
-    return _validated(cls, tables, "")
+    return validated(cls, tables)
 
 
 def read_toml(path: str) -> Tables:
@@ -246,13 +246,22 @@ def _method(table: Any, where: str) -> MethodConfig:
             "(`refinery methods` lists them)"
         )
     settings = {key: value for key, value in table.items() if key != "name"}
-    config = _validated(method_class(name).Config, settings, where, extra_names=("name",))
+    config = validated(method_class(name).Config, settings, where, extra_names=("name",))
     return MethodConfig(name=name, settings=dataclasses.asdict(config))
 
 
-def _validated(
-    cls: type[T], tables: Mapping[str, Any], where: str, extra_names: Sequence[str] = ()
+def validated(
+    cls: type[T], tables: Mapping[str, Any], where: str = "", extra_names: Sequence[str] = ()
 ) -> T:
+    """Plain tables as a config class.
+
+    Args:
+        where: path of the tables in the file, for messages.
+        extra_names: keys that are known beside those of the class, for the nearest name.
+
+    Raises:
+        ConfigError: a key or value is wrong; names the key and, for an unknown one, the nearest.
+    """
     known = _names(cls)
     for key in tables:
         if key not in known:

@@ -109,7 +109,7 @@ def invert_dataset(
         RefineryError: as the stages of `pipeline.run`.
     """
     settings = load_config(config, overrides or [], methods or [])
-    run_uri = output_uri.replace("{date}", _scheduled_day())
+    run_uri = output_uri.replace("{date}", scheduled_day())
     stages.check_places(input_uri, run_uri)
     planned = plan_run(input_uri, run_uri, settings, limit)
     outcome = run_shards(planned, settings.engine)
@@ -206,6 +206,7 @@ def gpus_wanted(engine: EngineConfig) -> int:
     return max(math.ceil(per_actor * actors), 1)
 
 
-def _scheduled_day() -> str:
+def scheduled_day() -> str:
+    """The day a flow run was scheduled for, or else today; UTC, 2026-01-31."""
     when = flow_run.scheduled_start_time or datetime.now(UTC)
     return when.strftime("%Y-%m-%d")

@@ -268,7 +268,18 @@ def invert(
         RefineryError: as the stages.
     """
     plan(input_uri, run_uri, config, limit=limit)
-    outcome = run(run_uri, config.engine, on_progress)
+    return finish(run_uri, config.engine, on_progress)
+
+
+def finish(
+    run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_progress
+) -> Summary:
+    """All stages after the plan.
+
+    Raises:
+        RefineryError: as the stages.
+    """
+    outcome = run(run_uri, engine, on_progress)
     seal(run_uri)
     found = verify(run_uri)
     return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
@@ -295,10 +306,12 @@ __all__ = [
     "Snapshot",
     "Summary",
     "check_places",
+    "finish",
     "invert",
     "plan",
     "report",
     "run",
     "seal",
     "verify",
+    "write_plan",
 ]

@@ -3,6 +3,7 @@
     query("runs/faces", "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10")
 
 Views: `latents`, `images`, `residuals` (those that the run has) and `commits`, one row per shard.
+A run of edits also has `edits`: one row for each edited picture, with its metrics.
 Only parts that a commit marker names are in them, while a run is at work and after a crash alike.
 
 Codes: `latents.w_plus` is FLOAT[L*D], row by row of w+, so DuckDB's array functions work on it:
@@ -23,7 +24,7 @@ import glob
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -48,6 +49,7 @@ SELECT l.sample_key, array_cosine_similarity(l.w_plus, q.w_plus) AS cosine,
 FROM latents l, (SELECT w_plus FROM latents WHERE sample_key = key) q
 WHERE l.status = 'ok' ORDER BY cosine DESC, l.sample_key LIMIT count
 """
+_HAS_EDITS = "SELECT 1 FROM duckdb_views() WHERE view_name = 'edits'"
 
 
 def query(run_uri: str, sql: str) -> pa.Table:
@@ -124,6 +126,8 @@ def _open(run_uri: str) -> Iterator[_Views]:
                 except duckdb.Error as error:
                     raise _unreadable(run_uri, error) from error
                 views.names.append(kind)
+        if connection.execute(_HAS_EDITS).fetchall():
+            views.names.append("edits")
         yield views
 
 
@@ -184,6 +188,33 @@ def _create_view(
         "FROM latent_files"
     )
     connection.execute(_NEAREST)
+    names = connection.sql("SELECT * FROM latents LIMIT 0").columns
+    if edits := _edits_view(names):
+        connection.execute(edits)
+
+
+def _edits_view(columns: Sequence[str]) -> str:
+    """A row for each edited picture, out of the columns <metric>@<variant>; "" without any."""
+    metrics: dict[str, list[str]] = {}
+    for name in columns:
+        metric, at, variant = name.rpartition("@")
+        if at:
+            metrics.setdefault(variant, []).append(metric)
+    selects = [
+        f"SELECT sample_key, {_text(variant)} AS variant, "
+        + ", ".join(f"{_name(f'{metric}@{variant}')} AS {_name(metric)}" for metric in found)
+        + " FROM latents WHERE status = 'ok'"
+        for variant, found in metrics.items()
+    ]
+    return "CREATE VIEW edits AS " + " UNION ALL ".join(selects) if selects else ""
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _name(value: str) -> str:
+    return '"' + value.replace('"', '""') + '"'
 
 
 # ---------------------------------------------------------------------------- export

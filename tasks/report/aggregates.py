@@ -63,8 +63,9 @@ class PairGroup:
 
 
 def metrics(ask: Ask, latents: pa.Schema, rows: int) -> tuple[Metric, ...]:
-    """Every float column, in the order of the file. Columns without a finite value are left out."""
-    names = [field.name for field in latents if pa.types.is_floating(field.type)]
+    """Every float column, in the order of the file. Columns without a finite value are left out,
+    and those of single edits ("drift@older"), which have a table of their own."""
+    names = [f.name for f in latents if pa.types.is_floating(f.type) and "@" not in f.name]
     if not names:
         return ()
     quantile = "quantile_cont" if rows <= EXACT_ROWS else "approx_quantile"

@@ -1,7 +1,7 @@
 """Everything a report says of a run, in plain values; a million rows cost the same as a hundred."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from models.errors import LedgerError
 from tasks import ledger
-from tasks.marker import STAGES, Marker
+from tasks.marker import EDIT_STAGES, STAGES, Marker
 from tasks.query import open_views
 from tasks.report.aggregates import (
     Metric,
@@ -20,6 +20,7 @@ from tasks.report.aggregates import (
     pair_groups,
     ranking_metric,
 )
+from tasks.report.edits import EditData, gather_edits
 from tasks.report.timeline import Timeline, timeline
 
 NOTES_SHOWN = 20
@@ -39,6 +40,7 @@ class ReportData:
         quarantined: (shard, attempts, reason).
         stages: (name, busy seconds summed over all shards).
         columns: by view, what `refinery query` can ask for.
+        edits: of a run of edits; None for inversions.
     """
 
     run_uri: str
@@ -63,6 +65,7 @@ class ReportData:
     timeline: Timeline
     stages: tuple[tuple[str, float], ...]
     columns: dict[str, tuple[str, ...]]
+    edits: EditData | None
 
 
 def gather(run_uri: str) -> ReportData:
@@ -72,6 +75,7 @@ def gather(run_uri: str) -> ReportData:
         LedgerError: no run at this place, or a damaged one.
     """
     run = ledger.read_run(run_uri)
+    config = run["config"]
     markers = list(ledger.read_markers(run_uri).values())
     by_kind: Counter[str] = Counter()
     for marker in markers:
@@ -79,8 +83,8 @@ def gather(run_uri: str) -> ReportData:
     return ReportData(
         run_uri=run_uri,
         run_id=run["run_id"],
-        methods=tuple(method["name"] for method in run["config"]["methods"]),
-        generator=run["config"]["generator"],
+        methods=_chain(config),
+        generator=config["generator"],
         weights=dict(run["weights"]),
         devices=tuple(sorted({marker.device for marker in markers if marker.device})),
         code_versions=tuple(sorted({m.code_version for m in markers} or {run["code_version"]})),
@@ -97,14 +101,30 @@ def gather(run_uri: str) -> ReportData:
         ),
         timeline=timeline(markers),
         stages=_stages(markers),
-        **_from_rows(run_uri, markers),
+        **_from_rows(run_uri, config, markers),
     )
 
 
-def _from_rows(run_uri: str, markers: Sequence[Marker]) -> dict[str, Any]:
+def _chain(config: Mapping[str, Any]) -> tuple[str, ...]:
+    if "method" in config:  # edits name the chain of the run they were made from
+        return tuple(config["method"].split("+"))
+    return tuple(method["name"] for method in config["methods"])
+
+
+def _from_rows(
+    run_uri: str, config: Mapping[str, Any], markers: Sequence[Marker]
+) -> dict[str, Any]:
     """The fields of ReportData that need the parts themselves; one set of views serves them all."""
+    is_edit = config.get("kind") == "edit"
     if not any(marker.parts for marker in markers):
-        return {"metrics": (), "ranked_by": None, "groups": (), "failed_rows": (), "columns": {}}
+        return {
+            "metrics": (),
+            "ranked_by": None,
+            "groups": (),
+            "failed_rows": (),
+            "columns": {},
+            "edits": gather_edits(None, config, {}) if is_edit else None,
+        }
     with open_views(run_uri) as (connection, views):
 
         def ask(sql: str) -> pa.Table:
@@ -121,9 +141,10 @@ def _from_rows(run_uri: str, markers: Sequence[Marker]) -> dict[str, Any]:
         return {
             "metrics": found,
             "ranked_by": ranked.name if ranked else None,
-            "groups": pair_groups(ask, schemas.get("images"), ranked),
+            "groups": () if is_edit else pair_groups(ask, schemas.get("images"), ranked),
             "failed_rows": failed_rows(ask),
             "columns": {view: tuple(schema.names) for view, schema in sorted(schemas.items())},
+            "edits": gather_edits(ask, config, schemas) if is_edit else None,
         }
 
 
@@ -131,5 +152,6 @@ def _stages(markers: Sequence[Marker]) -> tuple[tuple[str, float], ...]:
     total: Counter[str] = Counter()
     for marker in markers:
         total.update(marker.seconds)
-    order = [*STAGES, *sorted(set(total) - set(STAGES))]
+    known = EDIT_STAGES if "edit" in total else STAGES
+    order = [*known, *sorted(set(total) - set(known))]
     return tuple((name, float(total[name])) for name in order if name in total)

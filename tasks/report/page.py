@@ -9,6 +9,7 @@ from html import escape
 
 from tasks.report.aggregates import FAILURES_SHOWN
 from tasks.report.data import ReportData
+from tasks.report.edits import edit_pictures, edit_summary
 from tasks.report.results import metrics, pictures, stages, throughput
 from tasks.report.style import CSS
 from tasks.report.words import counted, duration, number, pre, table, when
@@ -19,8 +20,10 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def render_page(data: ReportData) -> str:
     """The whole page as HTML text."""
     name = data.run_uri.rstrip("/").rsplit("/", 1)[-1]
+    edits = data.edits
     parts = [
-        ("pictures", "Pictures", pictures(data)),
+        ("pictures", "Pictures", edit_pictures(edits) if edits else pictures(data)),
+        *([("edits", "Edits", edit_summary(edits))] if edits else []),
         ("metrics", "Metrics", metrics(data)),
         ("throughput", "Throughput", throughput(data)),
         ("stages", "Where the time went", stages(data)),
@@ -53,8 +56,12 @@ def render_page(data: ReportData) -> str:
 def _lead(data: ReportData) -> str:
     chain = " then ".join(data.methods) or "no method"
     done = data.rows - data.failed
+    what = f"inverted with {escape(chain)}"
+    if data.edits:
+        count = counted(len(data.edits.variants), "edit")
+        what = f'of <span class="mono">{escape(data.edits.source)}</span> rendered with {count}'
     text = (
-        f"{number(done)} of {counted(data.rows, 'picture')} inverted with {escape(chain)} in "
+        f"{number(done)} of {counted(data.rows, 'picture')} {what} in "
         f"{duration(data.timeline.seconds)} of working time."
     )
     if data.is_sealed:
@@ -170,6 +177,11 @@ def _how_to_query(data: ReportData) -> str:
         f'ORDER BY {metric} DESC LIMIT 20"',
         "",
     ]
+    if data.edits:
+        first = shlex.quote(
+            f"SELECT * FROM edits WHERE variant = {_sql_text(data.edits.variants[0].name)}"
+        )
+        shell += ["# what one edit changed", f"refinery query {run} \\", f"  {first}", ""]
     if data.groups:
         key = shlex.quote(f"SELECT * FROM nearest({_sql_text(data.groups[0].pairs[0].key)}, 5)")
         shell += ["# the pictures most like this one", f"refinery query {run} \\", f"  {key}", ""]

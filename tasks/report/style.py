@@ -63,6 +63,13 @@ figure { margin: 0; min-width: 0; }
 .large .pair img { image-rendering: auto; }
 .pair .none { display: grid; place-items: center; color: var(--soft); font-size: .8125rem; }
 main:has(#smooth:checked) .pair img { image-rendering: auto; }
+.sheet { margin-top: 12px; }
+.sheet td, .sheet th { padding: 0 2px 2px 0; border: 0; vertical-align: middle; }
+.sheet thead th { padding: 0 4px 4px 0; vertical-align: bottom; white-space: normal; width: 98px; }
+.sheet th.key { max-width: 150px; white-space: normal; font-weight: 400; padding-right: 10px; }
+.sheet img { display: block; image-rendering: pixelated; background: var(--sheet);
+  object-fit: contain; }
+.sheet.smooth img, main:has(#smooth:checked) .sheet img { image-rendering: auto; }
 figcaption { font-size: .8125rem; line-height: 1.4; margin-top: 4px;
   max-width: calc(2 * var(--side) + 2px);
   display: flex; gap: 10px; justify-content: space-between; }

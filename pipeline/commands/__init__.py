@@ -1,0 +1,1 @@
+"""The commands of `refinery`, by what they are about; `pipeline.cli` puts them together."""

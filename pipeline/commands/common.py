@@ -1,0 +1,39 @@
+"""What commands share: where they print, what they return, the arguments that recur."""
+
+import os
+import sys
+from typing import Annotated, TextIO
+
+from cyclopts import Parameter
+from rich.console import Console
+
+LOG_WIDTH = 160
+OK, UNCLEAN, WRONG, BUG, STOPPED = 0, 1, 2, 3, 130
+"""Exit codes: fine; finished with quarantined shards or problems; a setting, a file or a place is
+wrong; an error of ours; stopped by Ctrl-C or SIGTERM."""
+
+
+def _console(stream: TextIO, *, stderr: bool) -> Console:
+    """A log file is not cut to 80 characters."""
+    is_free = not stream.isatty() and "COLUMNS" not in os.environ
+    return Console(stderr=stderr, width=LOG_WIDTH if is_free else None)
+
+
+console = _console(sys.stdout, stderr=False)
+error_console = _console(sys.stderr, stderr=True)
+
+In = Annotated[
+    str, Parameter(name="IN", help="Pictures, WebDataset tars or Parquet: a path or s3:// prefix.")
+]
+Out = Annotated[str, Parameter(name="OUT", help="The run directory, a path or s3:// prefix.")]
+Run = Annotated[str, Parameter(name="RUN", help="A run directory, a path or s3:// prefix.")]
+Config = Annotated[str | None, Parameter(name="--config", help="TOML file.")]
+Sets = Annotated[
+    list[str] | None,
+    Parameter(name="--set", help="Override, e.g. method.0.steps=200. May be repeated."),
+]
+Methods = Annotated[
+    list[str] | None,
+    Parameter(name="--method", help="Method chain: --method e4e --method wplus."),
+]
+Limit = Annotated[int | None, Parameter(name="--limit", help="Only the first samples.")]

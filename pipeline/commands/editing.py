@@ -1,0 +1,131 @@
+"""Commands that edit stored samples and make what edits need. Heavy imports wait inside."""
+
+import logging
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from pipeline.commands.common import (
+    OK,
+    UNCLEAN,
+    Config,
+    Limit,
+    Out,
+    Run,
+    Sets,
+    console,
+    error_console,
+)
+
+directions = App(name="directions", help="Directions of the latent space: fit them, list them.")
+
+Edits = Annotated[
+    list[str] | None,
+    Parameter(name="--edit", help="Direction and strength, age=+2, or a sweep, age=-3:3:1."),
+]
+Domains = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--domain", help="Domain, impasto, or with a strength, impasto=0.7, or a sweep."
+    ),
+]
+Blends = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--blend",
+        help="Another sample of the run and its share, a.png=0.5; rows of w+ a.png=1@8-9.",
+    ),
+]
+
+
+def edit(  # noqa: PLR0913 - a command's options are its arguments
+    run: Run,
+    output: Out,
+    /,
+    *,
+    edits: Edits = None,
+    domains: Domains = None,
+    blends: Blends = None,
+    strength: float = 1.0,
+    each: bool = False,
+    config: Config = None,
+    sets: Sets = None,
+    engine: Literal["ray", "inline"] | None = None,
+    limit: Limit = None,
+    flow: bool = True,
+) -> int:
+    """Edit every stored sample of RUN into the run OUT, without its original pictures. Run the same
+    command again to resume.
+
+    Args:
+        strength: of every --domain; 0 is the plain generator, between them lies the morph.
+        each: one picture for each --edit, --domain and --blend, instead of one with all together.
+        engine: where the shards run; inline is a loop in this process, for debugging.
+        flow: run as a Prefect flow, on the server of PREFECT_API_URL or a private one.
+    """
+    server = None
+    if flow:
+        from pipeline.prefect_server import start_server
+
+        server = start_server()  # comes up while the rest is loading
+    from pipeline.edit import Wishes, load_edit_config
+    from pipeline.edit import edit as edit_plainly
+    from pipeline.progress import progress_line
+    from pipeline.run import check_places
+    from pipeline.screen import show_summary
+
+    sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
+    wishes = Wishes(
+        edits=edits or (),
+        domains=domains or (),
+        blends=blends or (),
+        strength=strength,
+        is_each=each,
+    )
+    settings = load_edit_config(config, sets, wishes)
+    check_places(run, output)
+    with progress_line(error_console) as on_progress:
+        if not flow:
+            summary = edit_plainly(run, output, settings, limit=limit, on_progress=on_progress)
+        else:
+            if server is not None:
+                server.wait()
+            from pipeline.edit_flows import edit_dataset
+            from pipeline.flows import IncompleteRun, listening
+
+            try:
+                with listening(on_progress):
+                    summary = edit_dataset(run, output, config, sets, wishes, limit)
+            except IncompleteRun as incomplete:
+                summary = incomplete.summary
+    show_summary(console, summary)
+    return OK if summary.is_clean else UNCLEAN
+
+
+@directions.command
+def fit(way: str, /, *, config: Config = None, sets: Sets = None) -> int:
+    """Find directions and write them to directions/NAME.json.
+
+    Args:
+        way: boundary (from the codes and labels of a run), ganspace or sefa (from the generator
+            alone), text (from a pair of texts, by CLIP), file (a raw vector of the field).
+    """
+    from pipeline.directions import fit_directions
+
+    logging.getLogger("tasks.directions").setLevel(logging.INFO)
+    for path in fit_directions(way, config, sets or []):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    return OK
+
+
+@directions.command(name="list")
+def list_directions(*, generator: str = "faces64") -> int:
+    """Directions that --edit knows by name: those in directions/ and those that ship.
+
+    Args:
+        generator: a bundled name or a checkpoint.
+    """
+    from pipeline.directions import directions_table
+
+    console.print(directions_table(generator))
+    return OK

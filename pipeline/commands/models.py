@@ -1,0 +1,115 @@
+"""Commands over methods, checkpoints and training. Heavy imports wait inside."""
+
+import logging
+from typing import Literal
+
+from pipeline.commands.common import OK, Config, Sets, console, error_console
+
+
+def methods() -> int:
+    """List the inversion methods and their settings."""
+    from pipeline.method_table import method_table
+
+    console.print(method_table())
+    return OK
+
+
+def convert(source: str, target: str, /, *, half: bool = False, terms: str | None = None) -> int:
+    """Convert a checkpoint. The target's ending decides: .safetensors is ours, .pt is rosinality's.
+
+    Args:
+        source: rosinality .pt, NVIDIA .pkl (nothing in it is executed), ours, or a bundled name.
+        target: file to write.
+        half: store half precision (.safetensors).
+        terms: licence line for the card.
+    """
+    import torch
+
+    from models.checkpoints.convert import convert as convert_checkpoint
+
+    card = {} if terms is None else {"terms": terms}
+    dtype = torch.float16 if half else torch.float32
+    for path in convert_checkpoint(source, target, dtype=dtype, card=card):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    return OK
+
+
+def statistics(generator: str, target: str, /, *, samples: int = 10_000, seed: int = 0) -> int:
+    """Compute what methods need to know of a generator: latent average, PCA, style statistics.
+
+    Args:
+        generator: a bundled name or a checkpoint.
+        target: .safetensors file to write.
+        samples: draws of z.
+        seed: of the draws.
+    """
+    from models.checkpoints.load import load_generator
+    from models.statistics import compute_statistics, save_statistics
+
+    save_statistics(compute_statistics(load_generator(generator), samples, seed), target)
+    console.print(target, highlight=False, soft_wrap=True)
+    return OK
+
+
+def train(
+    what: str,
+    /,
+    *,
+    config: Config = None,
+    sets: Sets = None,
+    workers: int = 1,
+) -> int:
+    """Train a network from a TOML config; run the same command again to resume.
+
+    Args:
+        what: generator, trunk, a method's network (e4e, psp, w-encoder, lsap, cycle, clcae-align,
+            clcae, refine), or release: the bundle of a trained generator.
+        workers: GPUs (or CPU processes) to train on, by Ray Train; 1 trains in this process.
+    """
+    from pipeline.train import train as train_network
+
+    logging.getLogger("tasks.training").setLevel(logging.INFO)
+    found = train_network(what, config, sets or [], workers)
+    console.print(str(found), highlight=False, soft_wrap=True)
+    return OK
+
+
+def benchmark(
+    what: Literal["inversion"],
+    out: str = "runs/benchmark",
+    /,
+    *,
+    data: str,
+    limit: int | None = None,
+    methods: str | None = None,
+    weights: str | None = None,
+    generator: str = "faces64",
+    engine: Literal["ray", "inline"] = "ray",
+) -> int:
+    """Compare all inversion methods on the same pictures: a table, a plot, a grid. Run the same
+    command again to resume; finished runs are not computed again.
+
+    Args:
+        what: inversion.
+        out: folder for the table and one run for each chain.
+        data: pictures at the generator's size, e.g. a Parquet file.
+        limit: only the first pictures.
+        methods: rows of the table, separated by commas; all without it.
+        weights: folder of trained networks, <method>.safetensors; the bundled ones without it.
+        generator: a bundled name or a checkpoint.
+        engine: where the runs are computed; inline is a loop in this process.
+    """
+    from pipeline.benchmark import benchmark_inversion
+
+    page = benchmark_inversion(
+        out,
+        data=data,
+        limit=limit,
+        methods=methods.split(",") if methods else None,
+        weights=weights,
+        generator_name=generator,
+        engine=engine,
+        console=error_console,
+    )
+    console.print(str(page), highlight=False, soft_wrap=True)
+    return OK

@@ -1,0 +1,180 @@
+"""Commands over runs. Heavy imports wait inside, so that --help is immediate."""
+
+from typing import Literal
+
+from pipeline.commands.common import (
+    OK,
+    UNCLEAN,
+    Config,
+    In,
+    Limit,
+    Methods,
+    Out,
+    Run,
+    Sets,
+    console,
+    error_console,
+)
+
+
+def demo(*, out: str = "runs") -> int:
+    """Plan, invert, query and report on a small sample made on the spot. Needs no server.
+
+    Args:
+        out: folder in which a new run directory is made.
+    """
+    from pipeline.demo import run_demo
+
+    return run_demo(console, error_console, out)
+
+
+def plan(
+    source: In,
+    /,
+    *,
+    config: Config = None,
+    sets: Sets = None,
+    methods: Methods = None,
+    limit: Limit = None,
+    probe: int = 16,
+) -> int:
+    """Shards, images and bytes of a run; time and output size from a measured probe.
+
+    Args:
+        probe: samples to invert for the estimate; 0 for none.
+    """
+    from pipeline.config import load_config
+    from pipeline.estimate import estimate
+
+    settings = load_config(config, sets or [], methods or [])
+    console.print(estimate(source, settings, limit=limit, count=probe))
+    return OK
+
+
+def invert(  # noqa: PLR0913 - a command's options are its arguments
+    source: In,
+    output: Out,
+    /,
+    *,
+    config: Config = None,
+    sets: Sets = None,
+    methods: Methods = None,
+    engine: Literal["ray", "inline"] | None = None,
+    limit: Limit = None,
+    dry_run: bool = False,
+    flow: bool = True,
+) -> int:
+    """Invert every picture of IN into the run OUT. Run the same command again to resume.
+
+    Args:
+        engine: where the shards run; inline is a loop in this process, for debugging.
+        dry_run: print the plan and the resolved config, do nothing.
+        flow: run as a Prefect flow, on the server of PREFECT_API_URL or a private one.
+    """
+    sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
+    if dry_run:
+        return _dry_run(source, output, config, sets, methods or [], limit)
+    server = None
+    if flow:
+        from pipeline.prefect_server import start_server
+
+        server = start_server()  # comes up while the rest is loading
+    from pipeline.config import load_config
+    from pipeline.progress import progress_line
+    from pipeline.run import check_places
+    from pipeline.run import invert as invert_plainly
+    from pipeline.screen import show_summary
+
+    settings = load_config(config, sets, methods or [])
+    check_places(source, output)
+    with progress_line(error_console) as on_progress:
+        if not flow:
+            summary = invert_plainly(source, output, settings, limit=limit, on_progress=on_progress)
+        else:
+            if server is not None:
+                server.wait()
+            from pipeline.flows import IncompleteRun, invert_dataset, listening
+
+            try:
+                with listening(on_progress):
+                    summary = invert_dataset(source, output, config, sets, methods, limit)
+            except IncompleteRun as incomplete:
+                summary = incomplete.summary
+    show_summary(console, summary)
+    return OK if summary.is_clean else UNCLEAN
+
+
+def _dry_run(
+    source: str,
+    output: str,
+    config: str | None,
+    sets: list[str],
+    methods: list[str],
+    limit: int | None,
+) -> int:
+    from pipeline.config import load_config
+    from pipeline.estimate import estimate
+    from pipeline.run import check_places
+
+    settings = load_config(config, sets, methods)
+    check_places(source, output)
+    console.print(estimate(source, settings, limit=limit, count=0))
+    console.print(f"\n# The run would be written to {output} with this config:", highlight=False)
+    console.print(settings.to_toml(), highlight=False, markup=False, soft_wrap=True)
+    return OK
+
+
+def status(run: Run, /) -> int:
+    """Where a run stands: commits, rows, failures, pace. Works while it runs and after a crash."""
+    from pipeline.screen import show_status
+    from pipeline.status import read_status
+
+    found = read_status(run)
+    show_status(console, found)
+    return UNCLEAN if found.quarantined else OK
+
+
+def verify(run: Run, /, *, deep: bool = True) -> int:
+    """Check that every sample of the manifest is there exactly once, and every part as committed.
+
+    Args:
+        deep: read the parts and check their sha256 and keys too.
+    """
+    from pipeline.run import verify as verify_run
+    from pipeline.screen import count
+
+    found = verify_run(run, deep=deep)
+    for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    verdict = count(len(found.problems), "problem") if found.problems else "clean"
+    console.print(f"{run}: {verdict}", highlight=False, soft_wrap=True)
+    return UNCLEAN if found.problems else OK
+
+
+def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
+    """SQL over the committed rows: views latents, images and commits (DuckDB).
+
+    Args:
+        sql: e.g. "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10".
+        out: write the result to a .csv, .json or .parquet file instead of printing it.
+    """
+    from tasks.query import export
+    from tasks.query import query as run_query
+
+    found = run_query(run, sql)
+    if out is not None:
+        export(found, out)
+        console.print(f"{found.num_rows} rows written to {out}", highlight=False)
+        return OK
+    from pipeline.screen import query_table
+
+    console.print(query_table(found, console.width))
+    return OK
+
+
+def report(run: Run, /) -> int:
+    """Write the run's page of pictures and figures, one HTML file."""
+    from pipeline.run import report as write_report
+
+    console.print(write_report(run), highlight=False, soft_wrap=True)
+    return OK
