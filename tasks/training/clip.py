@@ -196,7 +196,7 @@ class ClipObjective(Objective):
         descend(loss.mean(), list(self.model.parameters()), self.optimizer)
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
-        return {"nce": loss, "temperature": 1 / self.model.logit_scale.exp()}
+        return {"contrast": loss, "temperature": 1 / self.model.logit_scale.exp()}
 
     @torch.no_grad()
     def score(self, pictures: Float[Tensor, "0 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -60,6 +60,9 @@ def save_clip(
     settings = model.config.to_diff_dict() | {"architectures": ["CLIPModel"], "dtype": "float16"}
     _write(folder / "config.json", settings)
     clip.tokenizer.save_pretrained(folder)
+    # The name that transformers 4 and 5 both read; 5 writes one of its own.
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write(folder / "tokenizer_config.json", told | {"tokenizer_class": "PreTrainedTokenizerFast"})
     _write(folder / "preprocessor_config.json", _preprocessor(clip))
     card = {
         "kind": "clip",

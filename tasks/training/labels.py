@@ -38,7 +38,8 @@ class LabelledPictures:
         pictures: 0..255.
         medium: index in `MEDIA`.
         labels: "age" in years, "gender" 0 male 1 female, "smile" as a probability.
-        is_held_out: by `is_held_out` of the id; False where there is no id.
+        is_held_out: of portraits, by `is_held_out` of the id; False for files without a style, which
+            have files of their own to validate with.
     """
 
     pictures: UInt8[Tensor, "M 3 H W"]
@@ -78,7 +79,7 @@ def load_labelled(paths: Sequence[str], resolution: int) -> LabelledPictures:
                     f"training data {path}: style {style!r} is unknown; known: {', '.join(MEDIA)}"
                 )
             media.append(MEDIA.index(style))
-        held_out += [name is not None and is_held_out(name) for name in _column(table, "id", None)]
+        held_out += _held_out(table)
         for name, column in LABELS.items():
             found = _column(table, column, None)
             labels[name] += [float("nan") if value is None else float(value) for value in found]
@@ -93,6 +94,12 @@ def load_labelled(paths: Sequence[str], resolution: int) -> LabelledPictures:
 def _columns(path: str) -> list[str]:
     wanted = ("id", "style", *LABELS.values())
     return [name for name in pq.read_schema(path).names if name in wanted]
+
+
+def _held_out(table: pa.Table) -> list[bool]:
+    if not {"id", "style"} <= set(table.schema.names):
+        return [False] * table.num_rows
+    return [is_held_out(name) for name in table["id"].to_pylist()]
 
 
 def _column(table: pa.Table, name: str, default: object) -> list:
