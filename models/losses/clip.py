@@ -44,6 +44,7 @@ class Clip(nn.Module):
             for one that reads any text.
     """
 
+    model: Any
     mean: Tensor
     std: Tensor
 
@@ -72,7 +73,7 @@ class Clip(nn.Module):
         cut out, normalised. Values beyond [-1, 1] are not clamped: their gradient would vanish.
         """
         pixels = (resized(images.float(), self.size) + 1) / 2
-        found: Any = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std)
+        found = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std)
         return F.normalize(self.model.visual_projection(found.pooler_output), dim=1)
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class Clip(nn.Module):
             self._check(prompt)
         tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
         tokens = {key: tokens[key].to(self.mean.device) for key in ("input_ids", "attention_mask")}
-        found: Any = self.model.text_model(**tokens)
+        found = self.model.text_model(**tokens)
         return F.normalize(self.model.text_projection(found.pooler_output), dim=1)
 
     def _check(self, prompt: str) -> None:
@@ -169,13 +170,14 @@ def _read(name: str, where: str) -> Clip:
             "with both towers"
         )
     try:
-        model, found = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             where,
             config=CLIPConfig.from_dict(config),
             dtype=torch.float32,
             local_files_only=is_local,
             output_loading_info=True,
         )
+        model, found = loaded
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=is_local)
         preprocessing = _preprocessing(where, is_local)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -222,7 +224,7 @@ def _config(name: str, where: str, is_folder: bool, is_local: bool) -> dict[str,
 
 
 def _json_file(where: str, file: str, is_local: bool) -> dict[str, Any]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(where, file, local_files_only=is_local)
     return json.loads(Path(str(path)).read_text(encoding="utf-8"))
