@@ -5,7 +5,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -312,6 +312,8 @@ def _type_at(cls: Any, location: Sequence[str]) -> Any:
     for part in location:
         if isinstance(cls, type) and issubclass(cls, BaseModel):
             cls = cls.model_fields[part].annotation
+        elif part.isdigit() and get_args(cls):  # an item of tuple[Table, ...]
+            cls = get_args(cls)[0]
     return cls
 
 

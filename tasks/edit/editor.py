@@ -7,6 +7,7 @@ Legend: N batch, L num_ws, D w_dim, H W picture.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ from tasks.training.grids import to_bytes
 
 INVERSION = "inversion"
 """Column of the unedited picture, rendered again."""
+TAKEN = ("input", INVERSION, "sample_key")
+"""Names that no variant can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,19 +286,18 @@ class Editor:
 
 def _check_names(job: EditJobConfig) -> None:
     names = [variant.name for variant in job.variants]
-    taken = [name for name in names if name in ("input", INVERSION, "sample_key")]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if not names or taken or twice or not all(names):
-        reason = (
-            f"{taken[0]!r} is the name of another picture"
-            if taken
-            else f"{twice[0]!r} stands twice"
-            if twice
-            else "there is none: give --edit, --domain or --blend"
-            if not names
-            else "one has no name"
-        )
-        raise ConfigError(f"variants: {reason}")
+    if not names:
+        raise ConfigError("variants: there is none: give --edit, --domain or --blend")
+    for name in names:
+        if name in TAKEN:
+            raise ConfigError(f"variants: {name!r} is the name of another picture; choose another")
+        if names.count(name) > 1:
+            raise ConfigError(f"variants: {name!r} stands twice; each picture needs its own name")
+        if not re.fullmatch(r"[\w.+~=,-]+", name):
+            raise ConfigError(
+                f"variants: {name!r} cannot be the name of a column; expected letters, digits and "
+                ". + - _ = ~ ,"
+            )
 
 
 def _local_domain(name: str) -> str:

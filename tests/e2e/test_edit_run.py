@@ -1,0 +1,182 @@
+"""Edit runs on every engine, killed at any point: the same rows and bytes."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from models.stylegan2.generator import Generator
+from pipeline.cli import run_app
+from pipeline.edit import EditRunConfig, Wishes, edit, load_edit_config
+from pipeline.run import Summary, verify
+from tasks.crash import EXIT_CODE, POINTS
+from tasks.ledger import committed
+from tasks.query import query
+from tests.conftest import make_tiny_generator
+from tests.e2e.small_dataset import NUM_SHARDS, fingerprint, rows
+from tests.tasks.edit.small_edit import write_direction, write_domain
+
+REACHED = tuple(point for point in POINTS if point != "in_decode")
+
+
+def config_of(place: Path, *sets: str) -> EditRunConfig:
+    wishes = Wishes(
+        edits=[f"{place}/turn.json=-1:1:2"], domains=[f"{place}/oil"], strength=0.7, is_each=True
+    )
+    plain = ["perceptual=none", "attributes=none", "batch=2", "engine.retry_wait_s=0.1"]
+    return load_edit_config(None, [*plain, *sets], wishes)
+
+
+def edit_inline(source: str, out: str, place: Path) -> Summary:
+    return edit(source, out, config_of(place, "engine.kind=inline"))
+
+
+def crash_edit(crash: str, source: str, out: str, place: Path) -> None:
+    """The body of a driver process that is to die at a crash point."""
+    os.environ["REFINERY_CRASH"] = crash
+    edit_inline(source, out, place)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("place"), make_tiny_generator()
+    write_direction(generator, folder / "turn.json")
+    write_domain(generator, folder / "oil")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edited(undisturbed: str, place: Path) -> str:
+    """A finished edit run that nothing happened to, on the inline engine."""
+    run = str(place / "edited")
+    summary = edit_inline(undisturbed, run, place)
+    assert summary.is_clean
+    assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
+    return run
+
+
+def test_what_an_edit_run_holds(edited: str) -> None:
+    names = query(edited, "SELECT * FROM images LIMIT 0").column_names
+    assert names == ["sample_key", "input", "inversion", "turn-1", "turn+1", "oil0.7"]
+    counts = query(edited, "SELECT variant, count(*) AS n FROM edits GROUP BY 1 ORDER BY 1")
+    assert counts.to_pylist() == [{"variant": v, "n": 11} for v in ("oil0.7", "turn+1", "turn-1")]
+    failed = query(edited, "SELECT error_kind FROM latents WHERE status = 'failed'").to_pylist()
+    assert failed == [{"error_kind": "decode"}]
+    page = Path(edited, "report.html").read_text()
+    assert '<th scope="col">oil0.7</th>' in page
+    assert "domain oil 0.7" in page
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.edit.shard"])
+    return context
+
+
+@pytest.mark.parametrize("point", REACHED)
+def test_driver_killed(
+    point: str,
+    processes: multiprocessing.context.ForkServerContext,
+    undisturbed: str,
+    edited: str,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    run = str(tmp_path / "run")
+    crash = f"{point}:2:{tmp_path / 'token'}"
+    driver = processes.Process(target=crash_edit, args=(crash, undisturbed, run, place))
+    driver.start()
+    driver.join(60)
+    assert driver.exitcode == EXIT_CODE
+    assert committed(run) == ({0, 1, 2} if point == "after_marker" else {0, 1})
+
+    assert edit_inline(undisturbed, run, place).is_clean
+    assert fingerprint(run) == fingerprint(edited)
+    assert rows(run).equals(rows(edited))
+    assert verify(run).problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_actors_killed_at_each_point(
+    undisturbed: str,
+    edited: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = str(tmp_path / "run")
+    tokens = {point: tmp_path / point for point in REACHED}
+    crashes = [f"{point}:{shard}:{tokens[point]}" for shard, point in enumerate(REACHED)]
+    monkeypatch.setenv("REFINERY_CRASH", ";".join(crashes))
+    sets = ("engine.actors=2", "engine.max_attempts=8")
+    summary = edit(undisturbed, run, config_of(place, *sets))
+    assert all(token.exists() for token in tokens.values())
+    assert summary.is_clean
+    assert len(committed(run)) == NUM_SHARDS
+    assert fingerprint(run) == fingerprint(edited)
+    assert rows(run).equals(rows(edited))
+
+
+def test_from_s3_to_s3(
+    undisturbed: str, edited: str, place: Path, s3: str, tiny_generator: Generator
+) -> None:
+    from tasks.storage import write_bytes
+
+    source = f"{s3}/run"
+    for path in Path(undisturbed).rglob("*"):
+        if path.is_file():
+            write_bytes(f"{source}/{path.relative_to(undisturbed)}", path.read_bytes())
+    for path in (place / "oil").iterdir():
+        write_bytes(f"{s3}/oil/{path.name}", path.read_bytes())
+    write_bytes(f"{s3}/turn.json", (place / "turn.json").read_bytes())
+    wishes = Wishes(
+        edits=[f"{s3}/turn.json=-1:1:2"], domains=[f"{s3}/oil"], strength=0.7, is_each=True
+    )
+    plain = ["perceptual=none", "attributes=none", "batch=2", "engine.kind=inline"]
+    summary = edit(source, f"{s3}/out", load_edit_config(None, plain, wishes))
+    assert summary.is_clean
+    assert rows(f"{s3}/out", "run_id").equals(rows(edited, "run_id"))
+    images = [parts["images"] for parts in fingerprint(edited).values() if "images" in parts]
+    found = [parts["images"] for parts in fingerprint(f"{s3}/out").values() if "images" in parts]
+    assert found == images
+
+
+def test_the_command(
+    undisturbed: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--set", "attributes=none", "--set", "perceptual=none", "--engine", "inline"]
+    command = ["edit", undisturbed, str(tmp_path / "out"), "--edit", f"{place}/turn.json=+2"]
+    assert run_app([*command, *sets, "--no-flow"]) == 0
+    assert "12 in 6 shards, 1 failed" in capsys.readouterr().out
+    assert run_app([*command, *sets, "--no-flow"]) == 0
+    assert "0 rows in 0:00:00" in capsys.readouterr().out
+    other = [*command[:-1], f"{place}/turn.json=+3", *sets, "--no-flow"]
+    assert run_app(other) == 2
+    error = capsys.readouterr().err
+    assert "config.variants.0.edits.0.strength: 2.0 in the run, 3.0 now" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--edit", "agee=+2"], "direction 'agee' is unknown"),
+        (["--domain", "impastoo"], "domain 'impastoo'"),
+        (["--edit", "age"], "expected NAME=STRENGTH"),
+        ([], "nothing to make"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(
+    arguments: list[str],
+    reason: str,
+    undisturbed: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert run_app(["edit", undisturbed, str(out), *arguments, "--no-flow"]) == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()
