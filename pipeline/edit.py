@@ -44,6 +44,8 @@ class VariantTable(BaseModel):
     """Strength by direction: a bundled name, a name in directions/, or a file."""
     domains: dict[str, float] = {}
     """Strength by domain: a bundled name, a name in domains/, or a folder."""
+    assigned: str | None = None
+    """A .csv or .parquet table: sample_key, domain and, if wanted, strength."""
     blends: tuple[BlendConfig, ...] = ()
     """Codes drawn towards those of other samples: sample_key, share and rows."""
     residual: float = Field(default=1.0, ge=0)
@@ -103,6 +105,7 @@ class EditRunConfig(BaseModel):
             perceptual=self.perceptual,
             identity=self.identity,
             attributes=self.attributes,
+            domain_folders=(_place_of("domains"),) if any(v.assigned for v in self.variant) else (),
         )
 
 
@@ -114,6 +117,7 @@ class Wishes:
         edits: "age=+2", or a sweep "age=-3:3:1".
         domains: "impasto", "impasto=0.7", or a sweep.
         blends: "SAMPLE=0.5", or with rows of w+ "SAMPLE=1@8-9".
+        assigned: a table with each sample's own domain.
         strength: factor of every domain.
         is_each: a picture for each wish, instead of one with all of them together.
     """
@@ -121,6 +125,7 @@ class Wishes:
     edits: Sequence[str] = ()
     domains: Sequence[str] = ()
     blends: Sequence[str] = ()
+    assigned: str | None = None
     strength: float = 1.0
     is_each: bool = False
 
@@ -143,8 +148,8 @@ def load_edit_config(
     config = validated(EditRunConfig, tables)
     if not config.variant:
         raise ConfigError(
-            "nothing to make: give --edit NAME=STRENGTH, --domain NAME or --blend SAMPLE=SHARE, or "
-            "[[variant]] tables in a config file"
+            "nothing to make: give --edit NAME=STRENGTH, --domain NAME, --assigned TABLE, --blend "
+            "SAMPLE=SHARE, or [[variant]] tables in a config file"
         )
     if len(config.variant) > MAX_VARIANTS:
         raise ConfigError(
@@ -197,6 +202,8 @@ def _variants(wishes: Wishes) -> list[dict[str, Any]]:
         *(_domain_axis(text, wishes.strength) for text in wishes.domains),
         *(_blend_axis(text) for text in wishes.blends),
     ]
+    if wishes.assigned is not None:
+        axes.append([{"name": "assigned", "assigned": wishes.assigned}])
     if not axes:
         return []
     chosen = ([c] for axis in axes for c in axis) if wishes.is_each else itertools.product(*axes)
@@ -211,6 +218,7 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if twice:
             raise ConfigError(f"{twice[0]} is asked for twice in one picture; give it once")
         table[kind] = {k: v for part in parts for k, v in part.get(kind, {}).items()}
+    table["assigned"] = next((p["assigned"] for p in parts if "assigned" in p), None)
     table["blends"] = [blend for part in parts for blend in part.get("blends", [])]
     return table
 
@@ -318,7 +326,7 @@ def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[Vari
         if "://" in name:
             return name
         find(name, generator)  # an unknown name fails here, and says what is known
-        return next((str(path.resolve()) for path in candidates if path.exists()), name)
+        return next((_place_of(str(path)) for path in candidates if path.exists()), name)
 
     def direction(name: str) -> str:
         return place(name, [Path("directions", f"{name}.json"), Path(name)], find_direction)
@@ -345,3 +353,7 @@ def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[Vari
         )
         for table in tables
     )
+
+
+def _place_of(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())

@@ -46,6 +46,7 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
     edits: Edits = None,
     domains: Domains = None,
     blends: Blends = None,
+    assigned: str | None = None,
     strength: float = 1.0,
     each: bool = False,
     config: Config = None,
@@ -58,6 +59,8 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
     command again to resume.
 
     Args:
+        assigned: .csv or .parquet table with the columns sample_key, domain and, if wanted,
+            strength: each sample's own domain.
         strength: of every --domain; 0 is the plain generator, between them lies the morph.
         each: one picture for each --edit, --domain and --blend, instead of one with all together.
         engine: where the shards run; inline is a loop in this process, for debugging.
@@ -79,6 +82,7 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
         edits=edits or (),
         domains=domains or (),
         blends=blends or (),
+        assigned=assigned,
         strength=strength,
         is_each=each,
     )

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.adaptation.domain import CARD, Domain, add_domains, find_domain
+from models.adaptation.domain import CARD, Domain, Mix, add_domains, find_domain
 from models.attributes import AttributeScorer, load_attributes
 from models.cache import cache_folder
 from models.checkpoints.load import load_generator
@@ -40,6 +40,7 @@ from tasks.device import (
     rows_not_finite,
     to_images,
 )
+from tasks.edit.assignment import read_assignment
 from tasks.edit.job import BlendConfig, EditJobConfig, VariantConfig
 from tasks.storage import join, read_bytes, write_bytes
 from tasks.stored import check_run_generator, read_codes
@@ -94,6 +95,7 @@ class _Variant:
     config: VariantConfig
     directions: tuple[tuple[Direction, float], ...]
     domains: tuple[tuple[Domain, float], ...]
+    assigned: Mapping[str, tuple[Domain, float]]
     blends: tuple[tuple[Float[Tensor, "L D"], BlendConfig], ...]
 
     def codes(self, w_plus: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
@@ -105,6 +107,13 @@ class _Variant:
         for direction, strength in self.directions:
             w_plus = direction.apply(w_plus, strength)
         return w_plus
+
+    def mixes(self, sample_keys: Sequence[str]) -> list[Mix]:
+        """The domains of every sample, or one mix for all."""
+        if not self.assigned:
+            return [self.domains]
+        own = (self.assigned.get(key) for key in sample_keys)
+        return [[*self.domains, *([one] if one else [])] for one in own]
 
     def style_shift(self, device: torch.device) -> StyleShift | None:
         """The sum of the edits in style space; None where there is none."""
@@ -162,15 +171,18 @@ class Editor:
         """For the marker: "cpu" or "cuda NVIDIA H200"."""
         return device_name(self.device)
 
-    def edit(self, inversion: Inversion) -> Edited:
+    def edit(self, inversion: Inversion, sample_keys: Sequence[str]) -> Edited:
         """Render every variant of one batch of stored samples, and score it.
+
+        Args:
+            sample_keys: one for each row.
 
         Raises:
             ShardError: not even one sample fits into memory.
         """
         with fixed_threads(self.threads):
             parts, notes = self._batches.run(
-                len(inversion), lambda rows: self._edit(inversion[rows])
+                len(inversion), lambda rows: self._edit(inversion[rows], sample_keys[rows])
             )
         return Edited.cat(parts, notes)
 
@@ -191,17 +203,27 @@ class Editor:
             self.hashes[f"directions.{edit.name}"] = _digest(_direction_tensors(direction))
             directions.append((direction, edit.strength))
         for wanted in config.domains:
-            domain = find_domain(_local_domain(wanted.name), generator, folders=())
-            self.hashes[f"domains.{wanted.name}"] = _digest(_domain_tensors(domain))
-            domains.append((domain, wanted.strength))
+            domains.append((self._load_domain(wanted.name), wanted.strength))
+        assigned = {}
+        if config.assigned is not None:
+            table = read_assignment(config.assigned)
+            self.hashes[f"assigned.{config.assigned}"] = table.sha256
+            loaded = {name: self._load_domain(name) for name in table.domains}
+            assigned = {key: (loaded[name], g) for key, (name, g) in table.by_key.items()}
         for key in {blend.sample_key for blend in config.blends}:
             self.hashes[f"samples.{key}"] = _digest([codes[key]])
         return _Variant(
             config=config,
             directions=tuple(directions),
             domains=tuple(domains),
+            assigned=assigned,
             blends=tuple((codes[blend.sample_key], blend) for blend in config.blends),
         )
+
+    def _load_domain(self, name: str) -> Domain:
+        domain = find_domain(_local_domain(name), self.generator, folders=self.job.domain_folders)
+        self.hashes[f"domains.{name}"] = _digest(_domain_tensors(domain))
+        return domain
 
     def _load_scores(self) -> tuple[Any, Any]:
         job, perceptual, identity = self.job, None, None
@@ -235,7 +257,7 @@ class Editor:
     # ------------------------------------------------------------------ one batch
 
     @torch.inference_mode()
-    def _edit(self, inversion: Inversion) -> Edited:
+    def _edit(self, inversion: Inversion, sample_keys: Sequence[str]) -> Edited:
         started = time.perf_counter()
         inversion = inversion.to(self.device)
         failures: dict[int, tuple[str, str]] = {}
@@ -246,7 +268,7 @@ class Editor:
             codes[name] = variant.codes(inversion.w_plus)
             shift = variant.style_shift(self.device)
             changed = inversion.edited(self.generator, codes[name], variant.config.residual, shift)
-            changed = add_domains(changed, [variant.domains])
+            changed = add_domains(changed, variant.mixes(sample_keys))
             pictures[name] = self._stored(name, changed.render(self.generator, shift), failures)
         edited_s = time.perf_counter() - started
         metrics = self._score(pictures, codes)

@@ -47,6 +47,9 @@ class VariantConfig:
     edits: tuple[StrengthConfig, ...] = ()
     domains: tuple[StrengthConfig, ...] = ()
     blends: tuple[BlendConfig, ...] = ()
+    assigned: str | None = None
+    """Path or URL of a .csv or .parquet table with the columns sample_key, domain and, if wanted,
+    strength: each sample's own domain, beside `domains`. Samples that are not in it get none."""
     residual: float = 1.0
     """Strength of the sample's own kernel residual; below 1 it lets go of the picture's details."""
 
@@ -74,6 +77,8 @@ class EditJobConfig:
     """Path or URL of ArcFace IR-SE50 weights; adds the drift of identity."""
     attributes: str = "auto"
     """Attribute scorer: "auto" (the bundled one where it fits the generator), a path, or "none"."""
+    domain_folders: tuple[str, ...] = ()
+    """Where the names of domains in `assigned` tables are looked for, before the bundled ones."""
     kind: Literal["edit"] = "edit"
     """Tells run.json of an edit run from that of an inversion."""
 
@@ -101,4 +106,5 @@ class EditJobConfig:
         ]
         output = dict(values.pop("output"))
         output["pictures"] = tuple(output["pictures"])
+        values["domain_folders"] = tuple(values["domain_folders"])
         return EditJobConfig(**values, variants=tuple(variants), output=OutputConfig(**output))

@@ -56,7 +56,7 @@ def edit_shard(
         for batch in _batches(stored, by_key, watch):
             with lock or nullcontext():
                 crash_point("in_invert", spec.id)
-                edited = editor.edit(batch.inversion)  # and score
+                edited = editor.edit(batch.inversion, batch.sample_keys)  # and score
             watch.add(edited.seconds)
             attempt.notes += edited.notes
             with watch("write"):

@@ -91,6 +91,8 @@ def _asked(variant: Mapping[str, Any]) -> str:
     for blend in variant["blends"]:
         rows = f" in rows {', '.join(map(str, blend['rows']))}" if blend["rows"] else ""
         parts.append(f"{blend['share']:g} of {blend['sample_key']}{rows}")
+    if variant["assigned"]:
+        parts.append(f"domains of {_label(variant['assigned'])}")
     if variant["residual"] != 1:
         parts.append(f"own residual {variant['residual']:g}")
     return ", ".join(parts) or "nothing"
