@@ -275,25 +275,23 @@ def _as_rows(
     rows = torch.zeros(w_plus.shape[1:])
     moved = list(label.layers or range(len(rows)))
     rows[moved] = vector.reshape(len(moved), -1)
-    return rows / rows.norm(dim=1).max()
+    return rows
 
 
 def _measured(
     direction: Direction, train: LabelledCodes, held_out: LabelledCodes, sides: tuple[_Side, _Side]
 ) -> Direction:
-    """With its unit, the deviation of the training codes along the (longest row of the) vector, and
-    its accuracy on the held-out codes."""
-    vector, is_one = direction.vector.double(), direction.space == "w"
-    longest = 0 if is_one else int(vector.norm(dim=1).argmax())
-    rows = train.w_plus.mean(1) if is_one else train.w_plus[:, longest]
-    along = rows.double() @ (vector if is_one else vector[longest])
+    """With its unit, the deviation of the training codes along the vector, and its accuracy on the
+    held-out codes."""
+    vector = direction.vector.flatten()
 
-    def codes(data: LabelledCodes, side: _Side) -> tuple[Tensor, Tensor]:
-        kept = data.w_plus[side[0]]
-        return (kept.mean(1) if is_one else kept.flatten(1)), side[1]
+    def codes(data: LabelledCodes) -> Float[Tensor, "N _"]:
+        return data.w_plus.mean(1) if direction.space == "w" else data.w_plus.flatten(1)
 
+    along = codes(train).double() @ vector.double()
+    (used, is_with), (held_used, held_with) = sides
     accuracy = balanced_accuracy(
-        vector.flatten(), codes(train, sides[0]), codes(held_out, sides[1])
+        vector, (codes(train)[used], is_with), (codes(held_out)[held_used], held_with)
     )
     return replace(direction, unit=float(along.std()), accuracy=round(accuracy, 4))
 

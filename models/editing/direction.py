@@ -32,8 +32,8 @@ class Direction:
 
     Attributes:
         name: of the property, e.g. "age"; positive strengths are more of it.
-        vector: of norm 1: one direction for all rows of w+, one row for each (the norm is that of
-            the longest row), or the style channels of all layers one after the other.
+        vector: of norm 1: one direction for all rows of w+, one for each row (all together of norm
+            1), or the style channels of all layers one after the other.
         unit: length of a step of strength 1: usually the standard deviation, along the vector, of
             the codes it was fitted on.
         generator_hash: `weights_hash` of the generator whose latent space it lives in.
@@ -146,8 +146,7 @@ class Direction:
         span = torch.stack([other.vector.flatten().double() for other in others], 1)
         base, _ = torch.linalg.qr(span)
         rest = flat - base @ (base.T @ flat)
-        # Of a vector for each row, the longest row has norm 1.
-        length = float(rest.reshape(self.vector.shape).norm(dim=-1).max())
+        length = float(rest.norm())
         if length < 1e-6:
             raise ValueError(f"direction {self.name}: nothing of it is left beside its conditions")
         vector = rest.reshape(self.vector.shape).div(length).to(self.vector)

@@ -43,9 +43,9 @@ def import_direction(
 
     Args:
         name: by default the file's name without its ending.
-        unit: length of a step of strength 1. By default GANSpace's own standard deviation, else the
-            standard deviation of mapped codes along the vector (of its longest row). The length
-            that the vector has in the file does not matter otherwise: 1 gives InterFaceGAN's steps.
+        unit: length of a step of strength 1. By default GANSpace's own standard deviation, else one
+            of mapped codes along the vector, so that each row moves by its share of its own. The
+            length that the vector has in the file does not matter: 1 gives InterFaceGAN's steps.
         layers: rows of w+ that move, None for all.
         component: which one of a file of GANSpace's components.
         is_set: with `component`, a strength is set instead of added (`Direction.origin`).
@@ -73,11 +73,10 @@ def import_direction(
     else:
         values = content
     vector = _vector(values, generator, path)
-    longest = vector if vector.ndim == 1 else vector[vector.norm(dim=1).argmax()]
     return Direction(
         name=name or path.stem,
         vector=vector,
-        unit=spread_along(statistics_for(generator), longest) if unit is None else unit,
+        unit=_spread(vector, generator) if unit is None else unit,
         generator_hash=weights_hash(generator),
         layers=None if layers is None else tuple(layers),
         origin=float(_flat(mean).double() @ vector.double())
@@ -146,7 +145,7 @@ def _component(
 def _vector(
     values: Tensor, generator: Generator, path: Path
 ) -> Float[Tensor, " D"] | Float[Tensor, "L D"]:
-    """Of norm 1, or with a longest row of norm 1."""
+    """Of norm 1, all rows together."""
     found = values.detach().float().squeeze()
     rows, dim = generator.num_ws, generator.w_dim
     if list(found.shape) not in ([dim], [rows, dim]):
@@ -155,10 +154,18 @@ def _vector(
             f"{generator.resolution} px generator; found {list(values.shape)}: it was made for "
             "another generator"
         )
-    length = float(found.norm(dim=-1).max())
+    length = float(found.norm())
     if not found.isfinite().all() or length == 0:
         raise AssetError(f"direction {path}: its numbers are all zero or not finite")
     return found / length
+
+
+def _spread(vector: Float[Tensor, " D"] | Float[Tensor, "L D"], generator: Generator) -> float:
+    """Standard deviation of mapped codes along the vector; of several rows, if all went together:
+    sum over rows of |v_l| sigma_l."""
+    statistics = statistics_for(generator)
+    rows = [row for row in vector.reshape(-1, vector.shape[-1]) if row.any()]
+    return sum(float(row.norm()) * spread_along(statistics, row) for row in rows)
 
 
 def _flat(values: Tensor) -> Float[Tensor, " D"]:

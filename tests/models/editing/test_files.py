@@ -50,14 +50,27 @@ def test_one_vector(
 def test_a_vector_for_each_row(
     tiny_generator: Generator, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
-    """Rows keep their proportions; the longest has norm 1 and gives the unit."""
+    """Rows keep their proportions; a step is a deviation along all of them together."""
     path = write(tmp_path / "pose.npy", ROWS.reshape(shape))
     found = import_direction(path, tiny_generator)
-    longest = ROWS[ROWS.norm(dim=1).argmax()]
-    torch.testing.assert_close(found.vector, ROWS / longest.norm())
-    assert found.unit == pytest.approx(spread_along(statistics_for(tiny_generator), longest))
+    torch.testing.assert_close(found.vector, ROWS / ROWS.norm())
+    statistics = statistics_for(tiny_generator)
+    sigmas = [spread_along(statistics, row) for row in ROWS]
+    shares = ROWS.norm(dim=1) / ROWS.norm()
+    assert found.unit == pytest.approx(float(shares @ torch.tensor(sigmas)))
     moved = found.apply(torch.zeros(1, 8, 16), 2.0)[0]
-    torch.testing.assert_close(moved, 2 * found.unit * ROWS / longest.norm())
+    torch.testing.assert_close(moved, 2 * found.unit * ROWS / ROWS.norm())
+
+
+def test_equal_rows_step_as_one_vector_does(tiny_generator: Generator, tmp_path: Path) -> None:
+    one = import_direction(write(tmp_path / "one.npy", VECTOR), tiny_generator)
+    rows = import_direction(write(tmp_path / "rows.npy", VECTOR.expand(8, 16)), tiny_generator)
+    w_plus = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(rows.apply(w_plus, 1.5), one.apply(w_plus, 1.5))
+    single = torch.zeros(8, 16)
+    single[3] = VECTOR
+    alone = import_direction(write(tmp_path / "single.npy", single), tiny_generator)
+    torch.testing.assert_close(alone.apply(w_plus, 1.5)[:, 3], one.apply(w_plus, 1.5)[:, 3])
 
 
 @pytest.mark.parametrize("prefix", ["", "lat_"])
