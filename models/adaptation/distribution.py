@@ -1,0 +1,97 @@
+"""The distribution of a perceptual trunk's activations, compared with that of a set of pictures.
+
+It needs no CLIP, and ten pictures are enough: every place of every picture is a sample. Activations
+are projected on random lines, and on a line two distributions differ by their sorted values: the
+sliced Wasserstein distance, as Heitz et al. (arXiv 2006.07229) compare textures in VGG. Style is
+what is left of a picture when places are shuffled, so nothing in it asks for another face.
+
+Legend: D domains, B pictures of each, C channels, M references, S places, K lines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceTaps:
+    """What is kept of one set of references: samples of their activations, scale by scale.
+
+    Attributes:
+        places: [C S] by scale, from all pictures.
+        spread: by scale, the mean standard deviation of a channel: the unit of its distances.
+    """
+
+    places: tuple[Float[Tensor, "C S"], ...]
+    spread: tuple[float, ...]
+
+    @staticmethod
+    def of(taps: Sequence[Float[Tensor, "M C h w"]], limit: int = 16_384) -> "ReferenceTaps":
+        """Every place of every picture, evenly thinned to `limit` a scale."""
+        places, spread = [], []
+        for tap in taps:
+            flat = tap.detach().permute(1, 0, 2, 3).flatten(1)
+            step = -(-flat.shape[1] // limit)
+            places.append(flat[:, ::step].contiguous())
+            spread.append(float(flat.var(1).mean().sqrt().clamp(min=1e-6)))
+        return ReferenceTaps(places=tuple(places), spread=tuple(spread))
+
+
+def sliced_distance(
+    taps: Sequence[Float[Tensor, "_ C h w"]],
+    references: Sequence[ReferenceTaps],
+    rng: torch.Generator,
+    *,
+    lines: int = 32,
+    places: int = 512,
+    weights: Sequence[float] | None = None,
+) -> Float[Tensor, "D B"]:
+    """Mean over scales and lines of the squared difference of sorted projections, by picture.
+
+    The values of a domain's B pictures are sorted together; a picture's loss is the mean over its
+    own values, so the mean over pictures is the distance of the sets. Lines and places are drawn
+    anew at each step and are the same for all domains.
+
+    Args:
+        taps: activations of D B pictures, a domain's pictures next to each other.
+        references: one for each domain.
+        rng: where lines and places come from.
+        lines: K, projections of each scale.
+        places: S, of each picture at most.
+        weights: of the scales; None for equal ones.
+    """
+    d = len(references)
+    shares = weights if weights is not None else [1.0] * len(taps)
+    total = taps[0].new_zeros(d, len(taps[0]) // d)
+    for scale, (tap, share) in enumerate(zip(taps, shares, strict=True)):
+        c, size = tap.shape[1], tap.shape[2] * tap.shape[3]
+        line = F.normalize(torch.randn(lines, c, generator=rng), dim=1).to(tap)
+        chosen = torch.randperm(size, generator=rng)[:places].to(tap.device)
+        values = line @ tap.flatten(2)[:, :, chosen]  # [D B, K, S]
+        if not share:
+            continue
+        s = values.shape[2]
+        values = values.unflatten(0, (d, -1)).permute(0, 2, 1, 3).flatten(2)  # [D K (B S)]
+        ranked, order = values.sort(2)
+        wanted = torch.stack(
+            [_quantiles(line @ r.places[scale], ranked.shape[2]) for r in references]
+        )
+        unit = torch.tensor([r.spread[scale] for r in references]).to(tap)[:, None, None]
+        error = ((ranked - wanted) / unit).square()
+        own = torch.zeros_like(error).scatter(2, order, error)  # back to the picture it is of
+        total = total + share / sum(shares) * own.unflatten(2, (-1, s)).mean((1, 3))
+    return total
+
+
+def _quantiles(values: Float[Tensor, "K S"], count: int) -> Float[Tensor, "K _"]:
+    """`count` evenly spaced quantiles of every row, by linear interpolation of the sorted row."""
+    ranked = values.sort(1).values
+    at = (torch.arange(count, device=values.device) + 0.5) / count * ranked.shape[1] - 0.5
+    at = at.clamp(0, ranked.shape[1] - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=ranked.shape[1] - 1)
+    return ranked[:, low].lerp(ranked[:, high], (at - low).to(values))

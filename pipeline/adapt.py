@@ -1,0 +1,77 @@
+"""Adaptation jobs from a TOML file with one or several [[domain]] tables, or from a few names.
+
+generator = "faces64"
+steps = 200
+
+[[domain]]
+name = "impasto"
+guidance = "images"
+references = "photos/impasto"
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.errors import ConfigError
+from models.inversion.registry import METHODS, method_class
+from pipeline.config import apply_set, nearest, read_toml, validated
+from tasks.adapt.config import AdaptConfig
+from tasks.adapt.job import AdaptProgress as AdaptProgress
+from tasks.adapt.job import adapt as run_job
+
+
+def load_adapt_config(
+    path: str | None = None,
+    sets: Sequence[str] = (),
+    *,
+    domains: Sequence[Mapping[str, Any]] = (),
+) -> AdaptConfig:
+    """Read, override and validate the config of a job.
+
+    Args:
+        path: TOML file with the fields of `AdaptConfig`; None for the defaults.
+        sets: overrides `a.b=value`, e.g. `steps=300`, `domain.0.weights.content=0.5`.
+        domains: [[domain]] tables that replace the file's: what the command line names.
+
+    Raises:
+        ConfigError: the file cannot be read, there is no domain, or a key or value is wrong.
+    """
+    tables = read_toml(path) if path else {}
+    if domains:
+        tables["domain"] = [dict(table) for table in domains]
+    for item in sets:
+        apply_set(tables, item)
+    if not tables.get("domain"):
+        raise ConfigError(
+            "domain: there is none; write a [[domain]] table with a name and `references` or "
+            "`target_text`, or name one on the command line"
+        )
+    if "invert" in tables:
+        tables["invert"] = [_link(table, i) for i, table in enumerate(tables["invert"])]
+    return validated(AdaptConfig, tables, "")
+
+
+def adapt(
+    config: AdaptConfig, on_progress: Callable[[AdaptProgress], None] | None = None
+) -> list[Path]:
+    """Run a job, or what is left of it; the domains' folders in the config's order.
+
+    Raises:
+        ConfigError, AssetError: as `tasks.adapt.job.adapt`.
+    """
+    return run_job(config, on_progress)
+
+
+def _link(table: Any, index: int) -> dict[str, Any]:
+    """One [[invert]] table, as a [[method]] table of an inversion is written."""
+    where = f"invert.{index}"
+    name = table.get("name") if isinstance(table, dict) else None
+    if name not in METHODS:
+        raise ConfigError(
+            f"{where}.name: expected an inversion method, found {name!r}; "
+            f"{nearest(str(name), METHODS)}"
+        )
+    settings = {k: v for k, v in table.items() if k != "name"}
+    validated(method_class(name).Config, settings, where, extra_names=("name",))
+    return {"name": name, "settings": settings}
