@@ -172,15 +172,23 @@ def save_direction(direction: Direction, path: str | Path) -> Path:
     path = Path(path)
     record = {k: v for k, v in asdict(direction).items() if k not in ("vector", "card")}
     record = {"format": FORMAT, **record, "space": direction.space, "card": dict(direction.card)}
-    record["vector"] = direction.vector.double().tolist()
+    vector = _shortest(direction.vector)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        text = json.dumps(record, indent=1)
+        temporary.write_text(f'{text[:-2]},\n "vector": {json.dumps(vector)}\n}}\n')
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _shortest(values: Tensor) -> Any:
+    """Nested lists of the shortest decimals that give the same float32 again."""
+    if values.ndim == 1:
+        return [float(str(number)) for number in values.detach().cpu().float().numpy()]
+    return [_shortest(row) for row in values]
 
 
 def load_direction(path: str | Path) -> Direction:
