@@ -86,14 +86,16 @@ class Clip(nn.Module):
         """
         if not prompts:
             raise ConfigError(f"CLIP {self.name}: expected at least one prompt, found none")
-        for prompt in prompts:
-            self._check(prompt)
+        unknown = {word for prompt in prompts for word in self._check(prompt)}
+        if unknown:
+            logger.info("CLIP %s ignores what it does not know: %s", self.name, sorted(unknown))
         tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
         tokens = {key: tokens[key].to(self.mean.device) for key in ("input_ids", "attention_mask")}
         found = self.model.text_model(**tokens)
         return F.normalize(self.model.text_projection(found.pooler_output), dim=1)
 
-    def _check(self, prompt: str) -> None:
+    def _check(self, prompt: str) -> set[str]:
+        """Refuse a prompt that cannot be read; its words outside a vocabulary of whole words."""
         longest = self.model.config.text_config.max_position_embeddings
         count = len(self.tokenizer(prompt)["input_ids"])
         if count > longest:
@@ -102,13 +104,17 @@ class Clip(nn.Module):
                 f"{longest}; shorten it"
             )
         if self.known_words is None:
-            return
-        if not self.known_words & set(self.tokenizer.tokenize(prompt)):
+            return set()
+        reader = self.tokenizer.backend_tokenizer
+        parts = reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(prompt))
+        words = {word for word, _ in parts}
+        if not words & self.known_words:
             raise ConfigError(
                 f"CLIP {self.name}: no word of prompt {prompt!r} means anything to it; it knows "
                 f"{', '.join(sorted(self.known_words))}. Use these, or a CLIP that reads any text "
                 "(a folder or a hub id such as openai/clip-vit-base-patch32)"
             )
+        return words - set(self.tokenizer.get_vocab())
 
 
 Preprocessing = tuple[int, list[float], list[float]]

@@ -24,7 +24,7 @@ from models.losses.trunk import load_trunk
 from tasks.training.blocks import card_settings, descend, rounded_scores, settle
 from tasks.training.labels import LabelledPictures, load_labelled
 from tasks.training.schedules import annealed
-from tasks.training.trainer import Objective, TrainingConfig, set_up, to_images, train
+from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, to_images, train
 from tasks.training.views import views
 
 
@@ -88,6 +88,7 @@ class AttributesObjective(Objective):
 
     def __init__(self, config: FitAttributesConfig) -> None:
         self.config, self.resolution = config, config.resolution
+        self.dtype = PRECISIONS[config.precision]
         self.pictures = _complete(load_labelled(config.data, config.resolution), config.data)
         self.held_out = None
         if config.validation:
@@ -157,7 +158,9 @@ class AttributesObjective(Objective):
     def _losses(
         self, images: Float[Tensor, "N 3 H W"], labels: Mapping[str, Float[Tensor, " N"]]
     ) -> dict[str, Float[Tensor, " N"]]:
-        ages, others = self.network(images)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            ages, others = self.network(images)
+        ages, others = ages.float(), others.float()
         target = age_distribution(labels["age"], self.network.ages, self.config.age_spread)
         spread = F.kl_div(ages.log_softmax(1), target, reduction="none").sum(1)
         off = (self.network.expected_age(ages) - labels["age"]).abs()

@@ -28,7 +28,7 @@ from tasks.training.clip_files import MEAN, STD, build_tokenizer, save_clip
 from tasks.training.clip_scores import clip_scores
 from tasks.training.labels import MEDIA, LabelledPictures, load_labelled
 from tasks.training.schedules import annealed
-from tasks.training.trainer import Objective, TrainingConfig, set_up, train
+from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
 from tasks.training.views import views
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ class ClipObjective(Objective):
 
     def __init__(self, config: FitClipConfig) -> None:
         self.config, self.resolution = config, config.resolution
+        self.dtype = PRECISIONS[config.precision]
         pictures = load_labelled(config.data, config.resolution)
         self.pictures = pictures.at(~pictures.is_held_out)
         if not len(self.pictures):
@@ -189,8 +190,10 @@ class ClipObjective(Objective):
         chosen = self.pictures.at(rows)
         subjects = [said(known, draws) for known, draws in drawn_subjects(chosen)]
         captions = [wording(what, torch.rand(DRAWS).tolist()) for what in subjects]
-        images = self._embed_pictures(views(chosen.pictures))
-        texts = self._embed_captions(captions)
+        seen = views(chosen.pictures).to(self.config.device)
+        with torch.autocast(seen.device.type, self.dtype, enabled=self.dtype is not None):
+            images = self._embed_pictures(seen)
+            texts = self._embed_captions(captions)
         is_same = same(subjects, captions).to(images.device)
         loss = caption_nce(images, texts, self.model.logit_scale.exp(), is_same)
         descend(loss.mean(), list(self.model.parameters()), self.optimizer)
@@ -227,8 +230,8 @@ class ClipObjective(Objective):
 
     def _embed_pictures(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
         pixels = ((images + 1) / 2 - MEAN[0]) / STD[0]
-        found = self.model.vision_model(pixel_values=pixels.to(self.config.device))
-        return F.normalize(self.model.visual_projection(found.pooler_output), dim=1)
+        found = self.model.vision_model(pixel_values=pixels)
+        return F.normalize(self.model.visual_projection(found.pooler_output).float(), dim=1)
 
     def _embed_captions(self, captions: Sequence[str]) -> Float[Tensor, "N D"]:
         tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt")
@@ -238,7 +241,7 @@ class ClipObjective(Objective):
         found = self.model.text_model(
             input_ids=ids.to(self.config.device), attention_mask=mask.to(self.config.device)
         )
-        return F.normalize(self.model.text_projection(found.pooler_output), dim=1)
+        return F.normalize(self.model.text_projection(found.pooler_output).float(), dim=1)
 
 
 def build_model(config: FitClipConfig, tokenizer: Any) -> Any:

@@ -1,5 +1,6 @@
 """CLIP: against transformers' own pipeline, gradients, what is refused, and the shipped network."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -229,8 +230,50 @@ def test_the_bundled_one_is_small_and_in_transformers_format(bundled: Clip) -> N
     torch.testing.assert_close(bundled.images(pixels / 127.5 - 1), images, atol=1e-5, rtol=0)
 
 
-def test_prompts_without_a_known_word_are_refused(bundled: Clip) -> None:
+def test_prompts_without_a_known_word_are_refused(
+    bundled: Clip, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     with pytest.raises(ConfigError, match=r"no word of prompt 'the castle of a hill' .*impasto"):
         bundled.texts(["a photo", "the castle of a hill"])
     known, with_unknown = bundled.texts(["an Impasto painting!", "an impasto gondola painting"])
     assert float(known @ with_unknown) > 0.8
+    assert "ignores what it does not know: ['gondola']" in caplog.text
+
+
+def test_the_bundled_one_tells_held_out_portraits_from_photographs(
+    bundled: Clip, shared: Path
+) -> None:
+    """Which way the pictures go, the prompts go, and no other style's prompts go more so."""
+    import io
+
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = pq.read_table(shared / "data/portraits/portraits64.parquet").to_pylist()
+    rows = [r for r in rows if int(hashlib.sha256(r["id"].encode()).hexdigest(), 16) % 5 == 0]
+    faces = pq.read_table(shared / "data/faces/val64-000.parquet", columns=["image"])
+    groups: dict[str, list[bytes]] = {}
+    for row in rows:
+        groups.setdefault(row["style"], []).append(row["image"])
+    groups["photo"] = [row["image"]["bytes"] for row in faces.to_pylist()[:80]]
+    means = {}
+    for name, files in groups.items():
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        means[name] = bundled.images(images).mean(0)
+    texts = {
+        "photo": "a photo of a face",
+        "impasto": "an impasto painting of a face",
+        "fantasy": "a fantasy painting of a face",
+        "illustration": "an illustration of a face",
+    }
+    words = dict(zip(texts, bundled.texts(list(texts.values())), strict=True))
+    for style in ("impasto", "fantasy", "illustration"):
+        way = means[style] - means["photo"]
+        cosines = {
+            other: float(F.cosine_similarity(way, words[other] - words["photo"], dim=0))
+            for other in ("impasto", "fantasy", "illustration")
+        }
+        assert max(cosines, key=cosines.__getitem__) == style, (style, cosines)
+        assert cosines[style] > 0.6, (style, cosines)
