@@ -15,8 +15,8 @@ from pipeline.commands.common import BUG, OK, STOPPED, WRONG, console, error_con
 
 app = App(
     name="refinery",
-    help="Invert image collections with StyleGAN2: pictures in object storage to latent codes, "
-    "reconstructions and metrics in Parquet.",
+    help="Invert, edit and re-style image collections with StyleGAN2: pictures in object storage "
+    "to latent codes, edits and metrics in Parquet.",
     help_epilogue="Any command takes --debug: full tracebacks and logs. "
     "Exit codes: 0 fine; 1 finished, but shards were quarantined or verification found problems; "
     "2 a setting, a file or a place is wrong; 130 stopped (run again to resume).",
@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     Group("Models", sort_key=1): (
         models.methods,
+        editing.adapt,
         models.convert,
         models.statistics,
         models.train,

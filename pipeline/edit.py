@@ -230,7 +230,7 @@ def _edit_axis(text: str) -> list[dict[str, Any]]:
             f"--edit {text}: expected NAME=STRENGTH or a sweep NAME=FROM:TO:STEP, e.g. age=+2 or "
             "age=-3:3:1"
         )
-    label = Path(name).stem
+    label = _label(Path(name).stem)
     return [
         {"name": f"{label}{value:+g}", "edits": {name: value}}
         for value in _values(values, f"--edit {text}")
@@ -241,13 +241,13 @@ def _domain_axis(text: str, factor: float) -> list[dict[str, Any]]:
     name, equals, values = text.rpartition("=")
     if not equals:
         name, values = text, "1"
-    label = Path(name.rstrip("/")).name
+    label = _label(Path(name.rstrip("/")).name)
     found = []
     for value in _values(values, f"--domain {text}"):
         strength = value * factor
         found.append(
             {
-                "name": label if strength == 1 else f"{label}{strength:.4g}",
+                "name": label if strength == 1 else f"{label}~{strength:.4g}",
                 "domains": {name: strength},
             }
         )
@@ -261,7 +261,7 @@ def _blend_axis(text: str) -> list[dict[str, Any]]:
         raise ConfigError(
             f"--blend {text}: expected SAMPLE=SHARE, e.g. a.png=0.5, or with rows of w+ a.png=1@8-9"
         )
-    label = re.sub(r"[^\w.-]+", "-", key)
+    label = _label(key)
     return [
         {
             "name": f"{label}~{value:g}" + (f"~{rows}" if rows else ""),
@@ -269,6 +269,11 @@ def _blend_axis(text: str) -> list[dict[str, Any]]:
         }
         for value in _values(share, f"--blend {text}")
     ]
+
+
+def _label(name: str) -> str:
+    """A name as a part of a column's name."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def _values(text: str, where: str) -> list[float]:

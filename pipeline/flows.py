@@ -7,6 +7,7 @@ Prefect says when. What the stages do is in `pipeline.run`; how shards are retri
 import base64
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -129,9 +130,14 @@ def plan_run(input_uri: str, run_uri: str, config: RunConfig, limit: int | None)
 
 @task(name="run-shards", **RETRY_ON_OUTAGE)
 def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
-    progress = _ProgressArtifact(_listener.get())
+    listener, bar = _listener.get(), ProgressBar("Shards done")
+
+    def on_progress(snapshot: Snapshot) -> None:
+        listener(snapshot)
+        bar(snapshot.shards_done + snapshot.shards_quarantined, snapshot.shards_total)
+
     with gpu_quota(engine):
-        return stages.run(planned.run.uri, engine, progress)
+        return stages.run(planned.run.uri, engine, on_progress)
 
 
 @task(name="seal-and-verify", **RETRY_ON_OUTAGE)
@@ -163,31 +169,30 @@ def publish(summary: Summary) -> None:
     if picture is None:
         create_markdown_artifact("No picture was committed.", key="preview")
         return
-    create_image_artifact(
-        image_url="data:image/png;base64," + base64.b64encode(picture).decode(),
-        key="preview",
-        description="Inputs above, their inversions below",
-    )
+    show_picture(picture, "preview", "Inputs above, their inversions and edits below")
 
 
-class _ProgressArtifact:
-    """A bar in the Prefect UI, moved at most every few seconds; passes every snapshot on."""
+def show_picture(png: bytes, key: str, description: str) -> None:
+    """A picture in the Prefect UI, without a place to lie in."""
+    # Keys of artifacts: lower case, digits and dashes.
+    key = re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-") or "picture"
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    create_image_artifact(image_url=url, key=key, description=description)
 
-    def __init__(self, listener: OnProgress) -> None:
-        self._listener = listener
-        self._artifact = create_progress_artifact(0.0, key="progress", description="Shards done")
+
+class ProgressBar:
+    """A bar in the Prefect UI, moved at most every few seconds."""
+
+    def __init__(self, description: str) -> None:
+        self._artifact = create_progress_artifact(0.0, key="progress", description=description)
         self._moved_at = -math.inf
 
-    def __call__(self, snapshot: Snapshot) -> None:
-        self._listener(snapshot)
-        finished = snapshot.shards_done + snapshot.shards_quarantined
-        now, is_last = time.monotonic(), finished == snapshot.shards_total
-        if (is_last or now - self._moved_at > PROGRESS_INTERVAL_S) and isinstance(
-            self._artifact, UUID
-        ):
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        is_due = done == total or now - self._moved_at > PROGRESS_INTERVAL_S
+        if is_due and isinstance(self._artifact, UUID):
             self._moved_at = now
-            percent = 100.0 * finished / max(snapshot.shards_total, 1)
-            update_progress_artifact(self._artifact, progress=percent)
+            update_progress_artifact(self._artifact, progress=100.0 * done / max(total, 1))
 
 
 def gpu_quota(engine: EngineConfig) -> Any:

@@ -1,4 +1,4 @@
-"""A strip of a run's first pictures and their inversions, for the Prefect UI."""
+"""A strip of a run's first pictures with their inversions and edits, for the Prefect UI."""
 
 import io
 
@@ -9,11 +9,13 @@ from tasks import ledger
 from tasks.storage import join, open_filesystem
 
 COLUMNS = 8
+MAX_ROWS = 16
 SIDE_PX = 96
 
 
 def preview_png(run_uri: str) -> bytes | None:
-    """Inputs above, inversions below, as one small PNG; None where the run keeps no pictures.
+    """Inputs above, inversions and edits below, as one small PNG; None where the run keeps no
+    pictures.
 
     Raises:
         LedgerError: there is no run, or a marker is damaged.
@@ -23,7 +25,7 @@ def preview_png(run_uri: str) -> bytes | None:
         return None
     filesystem, target = open_filesystem(join(run_uri, path))
     with filesystem.open(target, "rb") as file:
-        names = [n for n in pq.read_schema(file).names if n in ("input", "inversion")]
+        names = [n for n in pq.read_schema(file).names if n != "sample_key"][:MAX_ROWS]
         file.seek(0)
         batches = pq.ParquetFile(file).iter_batches(batch_size=COLUMNS, columns=names)
         rows = next(batches).to_pylist()

@@ -1,22 +1,57 @@
-"""The progress line of a run: a bar on a terminal, a plain line now and then in a log."""
+"""Progress lines: a bar on a terminal, a plain line now and then in a log."""
 
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from pipeline.tally import OnProgress, Snapshot
 
+if TYPE_CHECKING:
+    from tasks.adapt.job import AdaptProgress
+
 PLAIN_INTERVAL_S = 10.0
 
 
+T = TypeVar("T")
+Shown = tuple[int, int, str]
+"""Done, total, and what the line says."""
+
+
+def progress_line(console: Console) -> AbstractContextManager[OnProgress]:
+    """A listener that shows snapshots of a run until the block ends."""
+
+    def shown(snapshot: Snapshot) -> Shown:
+        finished = snapshot.shards_done + snapshot.shards_quarantined
+        return finished, snapshot.shards_total, describe(snapshot)
+
+    return _listening(console, shown)
+
+
+def adaptation_line(
+    console: Console,
+) -> AbstractContextManager[Callable[["AdaptProgress"], None]]:
+    """A listener that shows the steps of an adaptation until the block ends."""
+
+    def shown(progress: "AdaptProgress") -> Shown:
+        scores = ", ".join(
+            f"{name} {score:.4g}" for name, score in progress.scores.items() if math.isfinite(score)
+        )
+        notes = "".join(f"; {name}: {note}" for name, note in progress.notes.items())
+        line = f"step {progress.step}/{progress.steps}{f', best {scores}' if scores else ''}{notes}"
+        return progress.step, progress.steps, line
+
+    return _listening(console, shown)
+
+
 @contextmanager
-def progress_line(console: Console) -> Iterator[OnProgress]:
-    """A listener that shows snapshots until the block ends."""
+def _listening(console: Console, shown: Callable[[T], Shown]) -> Iterator[Callable[[T], None]]:
     if not console.is_terminal:
-        yield _PlainLines(console)
+        yield _PlainLines(console, shown)
         return
     columns = (
         SpinnerColumn(),
@@ -25,27 +60,24 @@ def progress_line(console: Console) -> Iterator[OnProgress]:
         TextColumn("{task.fields[line]}"),
     )
     with Progress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task("shards", total=None, line="starting")
+        task = bar.add_task("work", total=None, line="starting")
 
-        def show(snapshot: Snapshot) -> None:
-            finished = snapshot.shards_done + snapshot.shards_quarantined
-            bar.update(
-                task, total=snapshot.shards_total, completed=finished, line=describe(snapshot)
-            )
+        def show(snapshot: T) -> None:
+            done, total, line = shown(snapshot)
+            bar.update(task, total=total, completed=done, line=line)
 
         yield show
 
 
-class _PlainLines:
-    def __init__(self, console: Console) -> None:
-        self._console, self._shown_at, self._last = console, -PLAIN_INTERVAL_S, ""
+class _PlainLines(Generic[T]):
+    def __init__(self, console: Console, shown: Callable[[T], Shown]) -> None:
+        self._console, self._shown, self._at, self._last = console, shown, -PLAIN_INTERVAL_S, ""
 
-    def __call__(self, snapshot: Snapshot) -> None:
-        finished = snapshot.shards_done + snapshot.shards_quarantined
-        now, line = time.monotonic(), describe(snapshot)
-        is_last = finished == snapshot.shards_total
-        if line != self._last and (is_last or now - self._shown_at >= PLAIN_INTERVAL_S):
-            self._shown_at, self._last = now, line
+    def __call__(self, snapshot: T) -> None:
+        done, total, line = self._shown(snapshot)
+        now = time.monotonic()
+        if line != self._last and (done == total or now - self._at >= PLAIN_INTERVAL_S):
+            self._at, self._last = now, line
             self._console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,8 @@
 """What the command line prints: short tables, nothing that a log file cannot hold."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -66,6 +68,26 @@ def show_status(console: Console, status: Status) -> None:
     console.print(pairs("", values))
     if status.quarantined:
         console.print(reasons("Quarantined shards (run again to retry)", status.quarantined))
+
+
+def domains_table(folders: Sequence[Path]) -> Table:
+    """The end of `adapt`: what each domain's card says."""
+    table = Table(title_justify="left", header_style="bold")
+    for name in ("domain", "status", "steps", "score", "size", "preview"):
+        is_number = name in ("steps", "score", "size")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for folder in folders:
+        card = json.loads((folder / "card.json").read_text())
+        status = f"{card['status']}: {card['note']}" if card["note"] else card["status"]
+        table.add_row(
+            str(folder),
+            Text(status),
+            f"{card['best_step']} of {card['steps']}",
+            f"{card['score']:.4g}",
+            size(card["bytes"]),
+            str(folder / "preview.png"),
+        )
+    return table
 
 
 def reasons(title: str, found: Mapping[int, str]) -> Table:

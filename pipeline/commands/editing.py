@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from models.errors import ConfigError
 from pipeline.commands.common import (
     OK,
     UNCLEAN,
@@ -104,6 +105,67 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
                 summary = incomplete.summary
     show_summary(console, summary)
     return OK if summary.is_clean else UNCLEAN
+
+
+def adapt(
+    name: str | None = None,
+    /,
+    *,
+    text: str | None = None,
+    source_text: str | None = None,
+    image: str | None = None,
+    images: str | None = None,
+    out: str | None = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Learn a domain: kernel tokens that turn the generator's pictures into another style. Run the
+    same command again to resume. Several at once: [[domain]] tables in a config file.
+
+    Args:
+        name: of the domain, the folder below OUT.
+        text: what the generator shall make, "an impasto painting of a face".
+        source_text: what it makes now, "photo of a face".
+        image: one reference picture.
+        images: reference pictures, a folder, Parquet or tar: 10 to 500.
+        out: folder of the domains' folders; domains/ without it.
+    """
+    from pipeline.adapt import adapt as adapt_domains
+    from pipeline.adapt import load_adapt_config
+    from pipeline.progress import adaptation_line
+    from pipeline.screen import domains_table
+
+    wished = _wished_domain(name, text, source_text, image, images)
+    sets = [*(sets or []), *([f"out={out}"] if out else [])]
+    settings = load_adapt_config(config, sets, domains=[wished] if wished else [])
+    with adaptation_line(error_console) as on_progress:
+        folders = adapt_domains(settings, on_progress)
+    console.print(domains_table(folders))
+    return OK
+
+
+def _wished_domain(
+    name: str | None,
+    text: str | None,
+    source_text: str | None,
+    image: str | None,
+    images: str | None,
+) -> dict[str, str] | None:
+    """The [[domain]] table that the options mean; None where there are none."""
+    given = [option for option in (text, image, images) if option is not None]
+    if name is None and not given and source_text is None:
+        return None
+    if name is None or len(given) != 1 or (source_text is not None and text is None):
+        raise ConfigError(
+            "adapt: expected a NAME and one of --text, --image and --images (--source-text goes "
+            "with --text), or a config file with [[domain]] tables"
+        )
+    if text is not None:
+        source = {} if source_text is None else {"source_text": source_text}
+        return {"name": name, "guidance": "text", "target_text": text, **source}
+    if image is not None:
+        return {"name": name, "guidance": "image", "references": image}
+    return {"name": name, "guidance": "images", "references": images or ""}
 
 
 @directions.command

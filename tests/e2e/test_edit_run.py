@@ -58,13 +58,13 @@ def edited(undisturbed: str, place: Path) -> str:
 
 def test_what_an_edit_run_holds(edited: str) -> None:
     names = query(edited, "SELECT * FROM images LIMIT 0").column_names
-    assert names == ["sample_key", "input", "inversion", "turn-1", "turn+1", "oil0.7"]
+    assert names == ["sample_key", "input", "inversion", "turn-1", "turn+1", "oil~0.7"]
     counts = query(edited, "SELECT variant, count(*) AS n FROM edits GROUP BY 1 ORDER BY 1")
-    assert counts.to_pylist() == [{"variant": v, "n": 11} for v in ("oil0.7", "turn+1", "turn-1")]
+    assert counts.to_pylist() == [{"variant": v, "n": 11} for v in ("oil~0.7", "turn+1", "turn-1")]
     failed = query(edited, "SELECT error_kind FROM latents WHERE status = 'failed'").to_pylist()
     assert failed == [{"error_kind": "decode"}]
     page = Path(edited, "report.html").read_text()
-    assert '<th scope="col">oil0.7</th>' in page
+    assert '<th scope="col">oil~0.7</th>' in page
     assert "domain oil 0.7" in page
 
 

@@ -19,11 +19,14 @@ from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
 
+from models.editing.direction import load_direction
 from models.errors import ConfigError, LedgerError
 from pipeline import flows
-from pipeline.config import EngineConfig
+from pipeline.config import EngineConfig, load_config
+from pipeline.edit_flows import fit_directions, nightly_domains
 from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening
 from pipeline.tally import Snapshot
+from tasks.query import query
 from tests.e2e.small_dataset import Dataset, fingerprint, write_tars
 
 
@@ -148,3 +151,58 @@ def test_a_refusal_is_not_retried(
             dataset.source, undisturbed, dataset.config, ["engine.kind=inline", "seed=1"]
         )
     assert len(tries) == 1
+
+
+# ------------------------------------------------------------------ over stored codes
+
+
+@pytest.fixture
+def adaptation(dataset: Dataset, tmp_path: Path, face_bytes: list[bytes]) -> str:
+    """The config of a job of two steps on the dataset's generator."""
+    references = tmp_path / "references"
+    references.mkdir()
+    for index, data in enumerate(face_bytes[:3]):
+        (references / f"{index}.png").write_bytes(data)
+    path = tmp_path / "adapt.toml"
+    generator = load_config(dataset.config).generator
+    path.write_text(
+        f'generator = "{generator}"\nout = "{tmp_path}/domains"\nsteps = 2\nbatch = 2\n'
+        "validation_every = 1\nvalidation_codes = 2\nrank = 1\n"
+        f'[[domain]]\nname = "Oil 1"\nreferences = "{references}"\n'
+    )
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_night_of_restyling(adaptation: str, undisturbed: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "{date}")
+    sets = ["engine.kind=inline", "perceptual=none", "attributes=none"]
+    summary = nightly_domains(adaptation, undisturbed, out, 0.5, sets)
+    assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
+    names = query(summary.outcome.run_uri, "SELECT * FROM images LIMIT 0").column_names
+    assert names == ["sample_key", "input", "inversion", "Oil-1~0.5"]
+    assert Path(tmp_path / "domains" / "Oil 1" / "tokens.safetensors").is_file()
+
+    runs = {f.flow_id: f for f in flow_runs() if f.parameters.get("source_uri") == undisturbed}
+    assert len(runs) == 2  # the night, and its edits
+    assert all(f.state is not None and f.state.is_completed() for f in runs.values())
+    (learnt,) = (f for f in flow_runs() if f.parameters.get("config") == adaptation)
+    found = artifacts(learnt)
+    assert set(found) == {"progress", "domains", "oil-1"}
+    assert found["progress"].data == 100.0
+    assert '"name": "Oil 1"' in str(found["domains"].data)
+    (edits,) = (f for f in runs.values() if f.parameters.get("wishes"))
+    assert set(artifacts(edits)) == {"progress", "summary", "preview"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_directions_are_fitted_by_a_flow(dataset: Dataset, tmp_path: Path) -> None:
+    generator = load_config(dataset.config).generator
+    sets = [f"generator={generator}", f"out={tmp_path}", "count=2", "layers=[1, 2]"]
+    found = fit_directions("sefa", None, sets)
+    assert found == [str(tmp_path / "sefa-0.json"), str(tmp_path / "sefa-1.json")]
+    assert load_direction(found[0]).layers == (1, 2)
+    with pytest.raises(ConfigError, match=r"unknown way; did you mean 'sefa'"):
+        fit_directions("sefaa")

@@ -20,7 +20,7 @@ def asked(**wishes: object) -> dict[str, tuple[dict[str, float], dict[str, float
 def test_all_wishes_make_one_picture() -> None:
     found = asked(edits=["age=+2", "smile=-1"], domains=["impasto", "fantasy=0.5"], strength=0.8)
     assert found == {
-        "age+2_smile-1_impasto0.8_fantasy0.4": (
+        "age+2_smile-1_impasto~0.8_fantasy~0.4": (
             {"age": 2.0, "smile": -1.0},
             {"impasto": 0.8, "fantasy": 0.4},
         )
@@ -41,12 +41,12 @@ def test_a_sweep_makes_a_picture_for_each_value() -> None:
     assert list(asked(edits=["age=0:1"])) == ["age+0", "age+1"]
     assert [v[0]["age"] for v in asked(edits=["age=0:0.3:0.1"]).values()] == [0, 0.1, 0.2, 0.3]
     found = asked(edits=["age=-1:1:2"], domains=["a=0:1:0.5"])
-    assert list(found) == [f"age{e}_{d}" for e in ("-1", "+1") for d in ("a0", "a0.5", "a")]
+    assert list(found) == [f"age{e}_{d}" for e in ("-1", "+1") for d in ("a~0", "a~0.5", "a")]
 
 
 def test_a_file_is_named_by_its_stem() -> None:
     found = asked(edits=["my/way=1/pose.npy=+1"], domains=["domains/oil/=0.5"])
-    assert found == {"pose+1_oil0.5": ({"my/way=1/pose.npy": 1.0}, {"domains/oil/": 0.5})}
+    assert found == {"pose+1_oil~0.5": ({"my/way=1/pose.npy": 1.0}, {"domains/oil/": 0.5})}
 
 
 def test_blends_name_sample_share_and_rows() -> None:
