@@ -191,7 +191,18 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
     assert nightly["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert [s["schedule"]["cron"] for s in nightly["schedules"]] == ["30 1 * * *"]
-    assert [s["schedule"]["timezone"] for s in nightly["schedules"]] == ["Europe/Berlin"]
+    assert [s["schedule"]["timezone"] for s in nightly["schedules"]] == ["Etc/UTC"]
+    for flow, name in (
+        ("nightly-domains", "nightly-domains"),
+        ("adapt-domain", "adapt"),
+        ("edit-dataset", "edit"),
+        ("fit-directions", "directions"),
+    ):
+        found = site.api(f"/deployments/name/{flow}/{name}")
+        (wanted,) = (d for d in shipped["deployments"] if d["name"] == name)
+        assert found["parameters"] == wanted.get("parameters", {})
+        assert found["parameter_openapi_schema"]["properties"].keys() >= found["parameters"].keys()
+        assert not [s for s in found["schedules"] if s["active"]]
 
     # The same file, with a small job and a schedule that is due in a moment.
     pictures, run = tmp_path / "pictures", tmp_path / "run"
