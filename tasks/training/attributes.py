@@ -22,7 +22,7 @@ from models.encoders.checkpoint import save_encoder
 from models.errors import AssetError, ConfigError
 from models.losses.trunk import load_trunk
 from tasks.training.blocks import card_settings, descend, rounded_scores, settle
-from tasks.training.labels import LabelledPictures, load_labelled
+from tasks.training.labels import LabelledPictures, draw_weights, load_labelled
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, to_images, train
 from tasks.training.views import views
@@ -52,8 +52,7 @@ class FitAttributesConfig(TrainingConfig):
     age_spread: float = 4.0
     """Standard deviation of the distribution around an age label, years."""
     age_balance: float = 0.5
-    """Pictures are drawn with their decade's frequency to the power of minus this; 0 as they come,
-    1 every decade as often."""
+    """How evenly the decades are drawn, see `draw_weights`."""
     terms: str = "as the pictures'"
     """For the card: on what terms the weights may be used."""
 
@@ -105,7 +104,7 @@ class AttributesObjective(Objective):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-        self.weights = draw_weights(self.pictures.labels["age"], config.age_balance)
+        self.weights = draw_weights(self.pictures.labels, config.age_balance)
         self.parts = {"network": self.network, "optimizer": self.optimizer}
         self.identity = {"architecture": architecture.to_dict(), "batch": config.batch}
 
@@ -175,13 +174,6 @@ def age_distribution(
     """A normal distribution around each label, on the bins; rows sum to 1."""
     distance = (ages[:, None] - centres) / spread
     return (-0.5 * distance.square()).softmax(1)
-
-
-def draw_weights(ages: Float[Tensor, " M"], balance: float) -> Float[Tensor, " M"]:
-    """Chances to be drawn: the decade's frequency to the power of -balance; they sum to 1."""
-    decade = (ages / 10).long()
-    weights = decade.bincount()[decade].float().pow(-balance)
-    return weights / weights.sum()
 
 
 @torch.no_grad()

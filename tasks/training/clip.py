@@ -26,7 +26,7 @@ from tasks.training.blocks import descend
 from tasks.training.captions import DRAWS, Subject, said, subject, vocabulary, wording
 from tasks.training.clip_files import MEAN, STD, build_tokenizer, save_clip
 from tasks.training.clip_scores import clip_scores
-from tasks.training.labels import MEDIA, LabelledPictures, load_labelled
+from tasks.training.labels import MEDIA, LabelledPictures, draw_weights, load_labelled
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
 from tasks.training.views import views
@@ -51,6 +51,8 @@ class FitClipConfig(TrainingConfig):
     """Pairs of a step: each is told apart from batch - 1 others."""
     portraits: float = 0.35
     """Share of a batch that is painted or drawn."""
+    age_balance: float = 0.5
+    """How evenly decades of age are drawn, see `draw_weights`."""
 
     resolution: int = 64
     """Side that the vision tower sees, px."""
@@ -78,7 +80,7 @@ class FitClipConfig(TrainingConfig):
         for name in ("learning_rate", "resolution", "patch", "width", "layers", "text_layers"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("portraits", "warm_up", "anneal"):
+        for name in ("portraits", "age_balance", "warm_up", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.batch < 2:
@@ -126,9 +128,11 @@ def caption_nce(
     return (of_pictures + of_captions) / 2
 
 
-def balanced_rows(medium: Int[Tensor, " M"], count: int, portraits: float) -> Int[Tensor, " N"]:
+def balanced_rows(
+    medium: Int[Tensor, " M"], chances: Float[Tensor, " M"], count: int, portraits: float
+) -> Int[Tensor, " N"]:
     """Random rows: a share `portraits` of them painted or drawn, each style as often; all of them
-    from what there is where a file holds one kind only."""
+    from what there is where a file holds one kind only. Within a medium by `chances`."""
     present = medium.bincount(minlength=len(MEDIA)) > 0
     weights = torch.full((len(MEDIA),), portraits / max(int(present[1:].sum()), 1))
     weights[0] = 1 - portraits
@@ -140,7 +144,7 @@ def balanced_rows(medium: Int[Tensor, " M"], count: int, portraits: float) -> In
     for index in media.unique().tolist():
         own = (medium == index).nonzero()[:, 0]
         chosen = media == index
-        rows[chosen] = own[torch.randint(len(own), (int(chosen.sum()),))]
+        rows[chosen] = own[torch.multinomial(chances[own], int(chosen.sum()), replacement=True)]
     return rows
 
 
@@ -156,6 +160,7 @@ class ClipObjective(Objective):
         self.pictures = pictures.at(~pictures.is_held_out)
         if not len(self.pictures):
             raise AssetError(f"training data: every picture of {list(config.data)} is held out")
+        self.chances = draw_weights(self.pictures.labels, config.age_balance)
         self.held_out = [pictures.at(pictures.is_held_out)]
         if config.validation:
             self.held_out.append(load_labelled(config.validation, config.resolution))
@@ -186,7 +191,8 @@ class ClipObjective(Objective):
         rate *= min(1.0, (share + 1e-3) / max(self.config.warm_up, 1e-3))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = balanced_rows(self.pictures.medium, self.config.batch, self.config.portraits)
+        config, medium = self.config, self.pictures.medium
+        rows = balanced_rows(medium, self.chances, config.batch, config.portraits)
         chosen = self.pictures.at(rows)
         subjects = [said(known, draws) for known, draws in drawn_subjects(chosen)]
         captions = [wording(what, torch.rand(DRAWS).tolist()) for what in subjects]

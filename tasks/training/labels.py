@@ -4,12 +4,13 @@ Legend: M pictures, H W image.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -38,8 +39,8 @@ class LabelledPictures:
         pictures: 0..255.
         medium: index in `MEDIA`.
         labels: "age" in years, "gender" 0 male 1 female, "smile" as a probability.
-        is_held_out: of portraits, by `is_held_out` of the id; False for files without a style, which
-            have files of their own to validate with.
+        is_held_out: of portraits, by `is_held_out` of the id; False for files without a style,
+            which have files of their own to validate with.
     """
 
     pictures: UInt8[Tensor, "M 3 H W"]
@@ -89,6 +90,22 @@ def load_labelled(paths: Sequence[str], resolution: int) -> LabelledPictures:
         labels={name: torch.tensor(values) for name, values in labels.items()},
         is_held_out=torch.tensor(held_out),
     )
+
+
+def draw_weights(labels: Mapping[str, Float[Tensor, " M"]], balance: float) -> Float[Tensor, " M"]:
+    """Chances to be drawn that part age from gender, which come together in photographs: within a
+    decade both genders are drawn as often, the decades by their frequency to the power of 1 -
+    `balance` (0 as they come, 1 each as often). Pictures without these labels are a decade of
+    their own. They sum to 1.
+    """
+    decade = (labels["age"] / 10).nan_to_num(-1).long() + 1
+    cell = 3 * decade + labels["gender"].nan_to_num(2).long()
+    in_decade = decade.bincount().float()
+    in_cell = cell.bincount().float()
+    present = (in_cell > 0).float()
+    genders = F.pad(present, (0, -len(present) % 3)).reshape(-1, 3).sum(1)
+    weights = in_decade.pow(1 - balance)[decade] / genders[decade] / in_cell[cell]
+    return weights / weights.sum()
 
 
 def _columns(path: str) -> list[str]:

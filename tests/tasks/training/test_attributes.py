@@ -25,7 +25,6 @@ from tasks.training.attributes import (
     area_under_curve,
     attribute_scores,
     correlation,
-    draw_weights,
     fit,
 )
 from tasks.training.labels import load_labelled
@@ -42,12 +41,6 @@ def test_age_distributions() -> None:
     distance = (centres - 47) / 4
     want = torch.exp(-0.5 * distance.square())
     torch.testing.assert_close(found[1], want / want.sum())
-
-
-def test_weights_balance_decades() -> None:
-    ages = torch.tensor([21.0] * 16 + [75.0] * 4)
-    shares = [float(draw_weights(ages, balance)[16:].sum()) for balance in (0, 0.5, 1)]
-    assert shares == pytest.approx([0.2, 1 / 3, 0.5])
 
 
 def test_area_and_correlations_equal_their_twins() -> None:

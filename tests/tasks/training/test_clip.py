@@ -83,11 +83,13 @@ def test_captions_are_the_same_by_words_or_by_meaning() -> None:
 def test_portraits_are_drawn_evenly() -> None:
     medium = torch.tensor([0] * 500 + [1] * 3 + [2] * 40 + [3] * 7)
     torch.manual_seed(0)
-    found = medium[balanced_rows(medium, 6000, 0.3)].bincount() / 6000
+    even = torch.ones(len(medium))
+    found = medium[balanced_rows(medium, even, 6000, 0.3)].bincount() / 6000
     torch.testing.assert_close(found, torch.tensor([0.7, 0.1, 0.1, 0.1]), atol=0.02, rtol=0)
-    only = balanced_rows(torch.tensor([2, 2]), 50, 0.3)
+    only = balanced_rows(torch.tensor([2, 2]), torch.ones(2), 50, 0.3)
     assert only.unique().tolist() == [0, 1]
-    assert set(balanced_rows(torch.zeros(3).long(), 50, 1.0).tolist()) == {0, 1, 2}
+    chances = torch.tensor([0.5, 0.0, 0.1])
+    assert set(balanced_rows(torch.zeros(3).long(), chances, 50, 1.0).tolist()) == {0, 2}
 
 
 # ---------------------------------------------------------------------- runs

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.errors import AssetError
-from tasks.training.labels import is_held_out, load_labelled
+from tasks.training.labels import draw_weights, is_held_out, load_labelled
 
 
 def write(path: Path, **columns: list) -> str:
@@ -59,3 +59,19 @@ def test_a_fifth_is_held_out_by_the_hash_of_its_id() -> None:
     assert is_held_out("face-4")
     digest = int(hashlib.sha256(b"fantasy_007").hexdigest(), 16)
     assert is_held_out("fantasy_007") == (digest % 5 == 0)
+
+
+def test_weights_balance_decades_and_part_age_from_gender() -> None:
+    ages = torch.tensor([21.0] * 16 + [75.0] * 4)
+    gender = torch.tensor([0.0] * 12 + [1.0] * 4 + [0.0] * 3 + [1.0])
+    for balance, old in ((0, 0.2), (0.5, 1 / 3), (1, 0.5)):
+        weights = draw_weights({"age": ages, "gender": gender}, balance)
+        assert float(weights[16:].sum()) == pytest.approx(old)
+        assert float(weights[:12].sum()) == pytest.approx((1 - old) / 2)
+        assert float(weights[16:19].sum()) == pytest.approx(old / 2)
+    only_men = draw_weights({"age": ages, "gender": torch.zeros(20)}, 1)
+    assert float(only_men[16:].sum()) == pytest.approx(0.5)
+    unknown = torch.full((5,), torch.nan)
+    torch.testing.assert_close(
+        draw_weights({"age": unknown, "gender": unknown}, 0.5), torch.full((5,), 0.2)
+    )
