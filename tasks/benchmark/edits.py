@@ -14,12 +14,19 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from models.attributes import load_attributes
 from models.editing.direction import Direction, apply_edits
+from models.editing.find import find_direction
 from models.inversion.base import Inversion
+from models.losses.perceptual import load_perceptual
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.ledger import read_run
 from tasks.machine import describe_machine
+from tasks.stored import read_inversions
+from tasks.training.grids import to_bytes
 
 STRENGTHS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 TOLERANCE = 0.02
@@ -168,6 +175,31 @@ def edit_response(
     }
 
 
+def run_response(
+    run_uri: str, generator: Generator, names: Sequence[str], source: str = "auto"
+) -> dict[str, Any]:
+    """`edit_response` of a run's stored pictures to directions by name or path, with the bundled
+    trunk as the distance.
+
+    Args:
+        source: of the scorer, see `load_attributes`.
+
+    Raises:
+        ConfigError: an unknown direction.
+        AssetError, LedgerError: a direction or the run is another generator's, or cannot be read.
+    """
+    directions = [find_direction(name, generator) for name in names]
+    found = Inversion.cat([batch.inversion for batch in read_inversions(run_uri, generator)])
+    result = edit_response(
+        found,
+        generator,
+        {direction.name: direction for direction in directions},
+        load_attributes(source),
+        load_perceptual("refinery"),
+    )
+    return {"run_id": read_run(run_uri)["run_id"], **result}
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The response table as Markdown."""
     names, strengths = result["attributes"], result["strengths"]
@@ -190,6 +222,36 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells.append(f"{row['drift'][0]:.3f}, {row['drift'][-1]:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def response_grid(
+    generator: Generator,
+    directions: Mapping[str, Direction],
+    w_plus: Float[Tensor, "N L D"],
+    strengths: Sequence[float] = STRENGTHS,
+    side: int = 96,
+) -> Image.Image:
+    """A row for each code, a block of columns for each direction, a column for each strength.
+
+    Args:
+        side: of a picture in the grid, px.
+    """
+    head, gap = 16, 8
+    block = side * len(strengths) + gap
+    canvas = Image.new("RGB", (block * len(directions) - gap, head + side * len(w_plus)), "white")
+    draw = ImageDraw.Draw(canvas)
+    found = Inversion(w_plus=w_plus)
+    for at, (name, direction) in enumerate(directions.items()):
+        for column, strength in enumerate(strengths):
+            x = at * block + column * side
+            draw.text((x + 3, 3), f"{name} {strength:+g}", fill="black")
+            for row, pixels in enumerate(to_bytes(_edited(found, generator, direction, strength))):
+                tile = Image.fromarray(pixels.numpy()).resize(
+                    (side, side), Image.Resampling.BICUBIC
+                )
+                canvas.paste(tile, (x, head + row * side))
+    return canvas
 
 
 def write_response(result: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:

@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from models.editing.direction import Direction
-from models.errors import AssetError
+from models.editing.direction import Direction, save_direction
+from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
@@ -20,9 +21,15 @@ from tasks.benchmark.edits import (
     is_monotone,
     markdown,
     measure,
+    response_grid,
+    run_response,
     summary,
     write_response,
 )
+from tasks.inverter import Inverter
+from tasks.ledger import read_run
+from tasks.training.grids import to_bytes
+from tests.tasks.small_run import begin, make_job, write_pictures
 
 
 def test_what_counts_as_monotone() -> None:
@@ -164,6 +171,42 @@ def test_the_table(tmp_path: Path) -> None:
     page, data = write_response(result, tmp_path / "new")
     assert page.read_text() == markdown(result)
     assert json.loads(data.read_text()) == result
+
+
+def test_the_grid_shows_each_picture_where_it_belongs(tiny_generator: Generator) -> None:
+    found = codes(tiny_generator, 2)
+    red, hat = reddest(tiny_generator), reddest(tiny_generator, "hat")
+    picture = response_grid(
+        tiny_generator, {"red": red, "hat": hat}, found.w_plus, (-1.0, 0.0, 2.0), side=32
+    )
+    assert picture.size == (2 * 3 * 32 + 8, 16 + 2 * 32)
+    pixels = torch.from_numpy(np.array(picture))
+    shift = {k: s[None] for k, s in (hat.style_shift(2.0) or {}).items()}
+    want = to_bytes(tiny_generator.synthesis(found.w_plus[1:], style_shift=shift).clamp(-1, 1))[0]
+    x = 3 * 32 + 8 + 2 * 32
+    assert torch.equal(pixels[16 + 32 :, x : x + 32], want)
+
+
+def test_a_run_is_measured(
+    tiny_generator: Generator,
+    tmp_path: Path,
+    face_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run's stored codes, a direction from a file, and the bundled trunk."""
+    job = make_job(tiny_generator, tmp_path)
+    pictures = write_pictures(tmp_path / "in", face_bytes[:2])
+    run = begin(str(tmp_path / "out"), str(pictures), job, Inverter(job, "cpu")).finish()
+    path = save_direction(reddest(tiny_generator), tmp_path / "red.json")
+    monkeypatch.setattr(edits, "load_attributes", lambda source: Colours())
+    result = run_response(run.uri, tiny_generator, [str(path)])
+    assert result["run_id"] == read_run(run.uri)["run_id"]
+    assert result["pictures"] == 2
+    row = result["rows"]["red"]
+    assert row["monotone"] == 1.0
+    assert row["drift"][0] > 0.001
+    with pytest.raises(ConfigError, match="direction 'hat' is unknown"):
+        run_response(run.uri, tiny_generator, ["hat"])
 
 
 def test_another_generators_direction_is_refused_first(tiny_generator: Generator) -> None:
