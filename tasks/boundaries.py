@@ -55,12 +55,16 @@ class Label:
     """Labels whose directions are projected out of this one; None for all others."""
     layers: tuple[int, ...] | None = None
     """Rows of w+ that move; None for all. In space w_plus the boundary is fitted on them alone."""
+    ridge: float | None = None
+    """Of this label alone; None for the config's."""
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ConfigError(
                 f"label {self.name}: expected low < high, got {self.low}, {self.high}"
             )
+        if self.ridge is not None and self.ridge <= 0:
+            raise ConfigError(f"label {self.name}: expected ridge > 0, got {self.ridge}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +211,7 @@ def fit_from_codes(
     for label in config.properties:
         rows, is_with = sides[label.name][0]
         codes = _features(train.w_plus[rows], config, label)
-        vector = fit_boundary(codes, is_with, config.ridge, config.loss)
+        vector = fit_boundary(codes, is_with, label.ridge or config.ridge, config.loss)
         plain[label.name] = Direction(
             name=label.name,
             vector=_as_rows(vector, train.w_plus, config, label),
@@ -311,6 +315,6 @@ def _card(
         "weights_sha256": train.source["weights"],
         "accuracy_on": f"{len(sides[1][1])} held-out codes, both kinds weighing the same",
         "loss": config.loss,
-        "ridge": config.ridge,
+        "ridge": label.ridge or config.ridge,
         "terms": config.terms,
     }

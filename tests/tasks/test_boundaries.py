@@ -71,6 +71,12 @@ def test_what_a_direction_leaves_alone_can_be_chosen() -> None:
     rows = (train.values["red"] <= -0.2) | (train.values["red"] >= 0.2)
     want = fit_boundary(train.w_plus[rows].mean(1), train.values["red"][rows] >= 0.2, 1.0)
     assert torch.equal(plain.vector, want)
+    sharp = replace(some, ridge=0.01)
+    own = fit_from_codes(codes(0), codes(1), "h", config(sharp, BOTH))["red"]
+    assert torch.equal(
+        own.vector, fit_boundary(train.w_plus[rows].mean(1), train.values["red"][rows] >= 0.2, 0.01)
+    )
+    assert (own.card["ridge"], plain.card["ridge"]) == (0.01, 1.0)
     svm = fit_from_codes(codes(0), codes(1), "h", config(some, loss="svm"))["red"]
     assert not torch.equal(svm.vector, want)
     assert svm.card["loss"] == "svm"
@@ -110,6 +116,8 @@ def test_wrong_settings() -> None:
         config(RED, RED)
     with pytest.raises(ConfigError, match=r"leaves_alone names 'hat'; the others are both"):
         config(replace(RED, leaves_alone=("hat",)), BOTH)
+    with pytest.raises(ConfigError, match="label red: expected ridge > 0, got -1"):
+        replace(RED, ridge=-1)
     with pytest.raises(ConfigError, match=r"got ridge=0.0, held_out_share=0.1"):
         config(RED, ridge=0.0)
 
