@@ -156,7 +156,7 @@ def fit_text(config: FitTextConfig) -> list[Path]:
         statistics,
         samples=config.samples,
         strength=config.strength,
-        on_progress=_log_progress,
+        on_progress=_Progress(),
     )
     found = [
         style_text_direction(
@@ -225,6 +225,14 @@ def _save(found: list[Direction], config: FitDirectionsConfig) -> list[Path]:
     return [save_direction(d, Path(config.out) / f"{d.name}.json") for d in found]
 
 
-def _log_progress(done: int, total: int) -> None:
-    if done % 100 == 0 or done == total:
-        logger.info("style channels: %d of %d", done, total)
+class _Progress:
+    """Logs every tenth of the channels."""
+
+    def __init__(self) -> None:
+        self.said = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if tenth > self.said:
+            self.said = tenth
+            logger.info("style channels: %d of %d", done, total)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -114,10 +114,11 @@ def channel_relevance(
         if not is_moved[index]:
             rows.append(torch.zeros(count, rows[0].shape[1]))
             continue
-        for channel in range(count):
-            step = strength * float(statistics.style_std[index][channel])
-            rows.append(_moves(generator, clip, w_plus, (index, channel, step), batch))
-            done += 1
+        steps = strength * statistics.style_std[index]
+        # As many channels at a time as fill a batch with all their codes, moved both ways.
+        for some in torch.arange(count).split(max(1, batch // (2 * samples))):
+            rows.append(_moves(generator, clip, w_plus, index, some, steps[some], batch))
+            done += len(some)
             if on_progress is not None:
                 on_progress(done, total)
     return Relevance(vectors=torch.cat(rows), channels=channels)
@@ -127,20 +128,26 @@ def _moves(
     generator: Generator,
     clip: TextAndImages,
     w_plus: Float[Tensor, "N L D"],
-    move: tuple[int, int, float],
+    index: int,
+    channels: Int[Tensor, " C"],
+    steps: Float[Tensor, " C"],
     batch: int,
-) -> Float[Tensor, "1 E"]:
-    """The mean direction of the embedding when one channel moves."""
-    index, channel, step = move
-    count = style_channels(generator)[index]
+) -> Float[Tensor, "C E"]:
+    """The mean direction of the embedding when one channel of a layer moves, for some channels."""
+    # One row for each pair of a channel and a code.
+    shifts = torch.zeros(len(channels), style_channels(generator)[index])
+    shifts[torch.arange(len(channels)), channels] = steps
+    shifts = shifts.repeat_interleave(len(w_plus), 0).to(w_plus)
+    codes = w_plus.repeat(len(channels), 1, 1)
     units = []
-    for codes in w_plus.split(max(1, batch // 2)):
-        shift = torch.zeros(2 * len(codes), count).to(codes)
-        shift[: len(codes), channel], shift[len(codes) :, channel] = step, -step
-        images = generator.synthesis(torch.cat([codes, codes]), style_shift={index: shift})
+    for at in range(0, len(codes), max(1, batch // 2)):
+        rows = slice(at, at + max(1, batch // 2))
+        both = torch.cat([shifts[rows], -shifts[rows]])
+        images = generator.synthesis(codes[rows].repeat(2, 1, 1), style_shift={index: both})
         up, down = clip.images(images.clamp(-1, 1)).float().cpu().chunk(2)
         units.append(F.normalize(up - down, dim=1))
-    return F.normalize(torch.cat(units).mean(0, keepdim=True), dim=1)
+    each = torch.cat(units).unflatten(0, (len(channels), len(w_plus)))
+    return F.normalize(each.mean(1), dim=1)
 
 
 def cached_relevance(
