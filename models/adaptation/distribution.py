@@ -30,7 +30,7 @@ class ReferenceTaps:
     spread: tuple[float, ...]
 
     @staticmethod
-    def of(taps: Sequence[Float[Tensor, "M C h w"]], limit: int = 16_384) -> "ReferenceTaps":
+    def of(taps: Sequence[Float[Tensor, "M C h w"]], limit: int = 4_096) -> "ReferenceTaps":
         """Every place of every picture, evenly thinned to `limit` a scale."""
         places, spread = [], []
         for tap in taps:
@@ -47,7 +47,7 @@ def sliced_distance(
     rng: torch.Generator,
     *,
     lines: int = 32,
-    places: int = 512,
+    places: int = 256,
     weights: Sequence[float] | None = None,
 ) -> Float[Tensor, "D B"]:
     """Mean over scales and lines of the squared difference of sorted projections, by picture.

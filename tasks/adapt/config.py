@@ -22,7 +22,7 @@ WEIGHTS: dict[str, dict[str, float]] = {
         "reference_mse": 10.0,
         "reference_perceptual": 10.0,
     },
-    "images": {"distribution": 1.0, "in_domain": 3.0, "content": 0.1},
+    "images": {"distribution": 1.0, "in_domain": 1.0, "content": 0.05},
 }
 """Weights of the loss terms by guidance, where a domain does not set them. `image` has Mind the
 Gap's (arXiv 2110.08398); the others are chosen here (docs/adaptation.md)."""
@@ -147,8 +147,9 @@ class AdaptConfig:
     """How two token sets become a kernel: "shared", "per_tap" or "conv_lora"."""
     rank: int = 4
     """Tokens of each set ("per_tap": for each tap of the kernel)."""
-    layers: tuple[int, ...] = ()
-    """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the refined 3x3 layers, 0 at 4x4 px; an empty list stands for all. Without it all
+    but the two of the finest size, whose residuals add grain and little style."""
     clips: tuple[ClipConfig, ...] = (ClipConfig(),)
     """CLIPs of the terms that need one; their losses are added with their weights."""
     steps: int = 200
@@ -157,7 +158,7 @@ class AdaptConfig:
     truncation_psi: float = 0.8
     """Of the codes (StyleGAN-NADA: 0.7)."""
     learning_rate: float | None = None
-    """Peak rate of Adam; none stands for 0.01 on tokens and 0.002 on weights (StyleGAN-NADA's)."""
+    """Peak rate of Adam; none stands for 0.015 on tokens and 0.002 on weights (StyleGAN-NADA's)."""
     warm_up: int = 10
     """Steps in which the rate grows to its peak."""
     ramp_down: float = 0.5
@@ -224,7 +225,7 @@ class AdaptConfig:
     def peak_rate(self) -> float:
         if self.learning_rate is not None:
             return self.learning_rate
-        return 0.01 if self.form == "tokens" else 0.002
+        return 0.015 if self.form == "tokens" else 0.002
 
     def rate(self, step: int) -> float:
         """Adam's rate of the update `step`, 0-based."""

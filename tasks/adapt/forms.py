@@ -61,8 +61,11 @@ class TokenForm(Form):
         self, config: AdaptConfig, generator: Generator, streams: Sequence[torch.Generator]
     ) -> None:
         self.generator = generator
+        layers = config.layers
+        if layers is None:
+            layers = tuple(range(max(generator.num_convs - 2, 1)))
         self.sets = TokenSets.fresh(
-            generator, config.layers, config.factorization, config.rank, streams, q_std=0.0
+            generator, layers, config.factorization, config.rank, streams, q_std=0.0
         )
         device = generator.latent_avg.device
         self.start = [t.to(device) for t in self.sets.tensors().values()]

@@ -116,7 +116,7 @@ class Guide:
         self.critic: PatchDiscriminator | None = None
         if references is not None and {"distribution", "adversarial"} & set(self.terms):
             with torch.no_grad():
-                self.taps = ReferenceTaps.of(judges.trunk(references))
+                self.taps = ReferenceTaps.of(_units(judges.trunk(references)))
         if "adversarial" in self.terms:
             self._make_critic()
 
@@ -173,7 +173,7 @@ class Guide:
                 found[term] = self._to_reference(term, own).expand(len(after.images))
             elif term == "distribution":
                 assert self.taps is not None
-                found[term] = sliced_distance(after.taps, [self.taps], rng)[0]
+                found[term] = sliced_distance(_units(after.taps), [self.taps], rng)[0]
             else:
                 found[term] = self._kept(term, after, before)
         return {term: self.domain.weight(term) * value for term, value in found.items()}
@@ -206,9 +206,7 @@ class Guide:
         assert self.reference is not None
         if term == "reference_mse":
             return (own.images - self.reference.image).square().mean((1, 2, 3))
-        pairs = zip(own.taps, self.reference.seen.taps, strict=True)
-        units = [(unit_normalise(a), unit_normalise(b)) for a, b in pairs]
-        return tap_distance([a for a, _ in units], [b for _, b in units])
+        return tap_distance(_units(own.taps), _units(self.reference.seen.taps))
 
     def _kept(self, term: str, after: Seen, before: Seen) -> Float[Tensor, " B"]:
         """What is preserved: differences between pictures, coarse content, identity."""
@@ -225,9 +223,7 @@ class Guide:
             assert after.faces is not None
             assert before.faces is not None
             return 1 - self.judges.identity.compare(after.faces, before.faces)
-        a = [unit_normalise(tap) for tap in after.taps[CONTENT_SCALES]]
-        b = [unit_normalise(tap) for tap in before.taps[CONTENT_SCALES]]
-        return tap_distance(a, b)
+        return tap_distance(_units(after.taps[CONTENT_SCALES]), _units(before.taps[CONTENT_SCALES]))
 
     # ------------------------------------------------------------------ the critic
 
@@ -237,13 +233,13 @@ class Guide:
         """One update of the discriminator, then its verdict on the adapted pictures."""
         assert self.critic is not None
         assert self.references is not None
-        fake = self.judges.trunk(shifted(images, rng))
+        fake = _units(self.judges.trunk(shifted(images, rng)))
         rows = torch.randint(len(self.references), (len(images),), generator=rng)
         real_images = self.references[rows.to(images.device)]
         is_mirrored = torch.rand(len(rows), generator=rng) < 0.5
         real_images[is_mirrored] = real_images[is_mirrored].flip(3)
         with torch.no_grad():
-            real = self.judges.trunk(shifted(real_images, rng))
+            real = _units(self.judges.trunk(shifted(real_images, rng)))
         verdict = discriminator_loss(self.critic(real), self.critic([t.detach() for t in fake]))
         self.critic_adam.zero_grad()
         verdict.backward()
@@ -265,6 +261,12 @@ class Guide:
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_adam.load_state_dict(state["adam"])
+
+
+def _units(taps: Sequence[Float[Tensor, "B C h w"]]) -> list[Tensor]:
+    """Channel-normalised activations. Compared as they are, a distribution is mostly contrast, and
+    noise in flat places costs nothing; normalised, flat places count as much as edges do."""
+    return [unit_normalise(tap) for tap in taps]
 
 
 def _shape(taps: Sequence[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B D"]:

@@ -235,7 +235,7 @@ class _Job:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise AssetError(
-                f"{path}: cannot read ({error}); delete it and start the job again"
+                f"{path}: cannot read ({type(error).__name__}); delete it and start the job again"
             ) from error
         self.seconds = state["seconds"]
         self.descent.restore(_moved(state, self.config.device))

@@ -1,0 +1,100 @@
+"""The adaptation benchmark's result as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+HEADS: tuple[tuple[str, str, str], ...] = (
+    ("frechet_trunk", "Frechet, trunk ↓", "{:.2f}"),
+    ("frechet_squeezenet", "Frechet, SqueezeNet ↓", "{:.2f}"),
+    ("content_trunk", "content, trunk ↑", "{:.2f}"),
+    ("content_squeezenet", "content, SqueezeNet ↑", "{:.2f}"),
+    ("diversity_trunk", "diversity, trunk", "{:.2f}"),
+    ("diversity_squeezenet", "diversity, SqueezeNet", "{:.2f}"),
+    ("seconds", "seconds", "{:.0f}"),
+    ("kilobytes", "kB", "{:.0f}"),
+)
+GOALS = (("frechet", 0.6, -1), ("content", 0.8, 1), ("diversity", 0.7, 1))
+"""Wanted of a domain from ten pictures: at most, or at least."""
+TIME_GOAL, RENDERING_GOAL, SIZE_GOAL = 1.6, 0.9, 300_000
+LEGEND = """\
+{codes} codes (truncation 0.7) rendered in every domain. Frechet: distance to the held-out
+portraits of the style ({held_out}) over the same of the unadapted generator. Content: correlation
+of all pairwise picture similarities with the source's. Diversity: mean distance of two pictures
+over the source's. "trunk" is our own perceptual trunk, whose activations the losses of a set of
+pictures see too; "SqueezeNet" (v1.1, ImageNet, the activations of its seventh module) no loss
+sees. Each over the mean of places; {steps} steps, seconds on one thread, file in half precision
+(all weights: one byte each). "Training portraits" are the style's other pictures themselves: what
+the few held-out pictures leave of a perfect domain."""
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole page: head, table, goals, timing, legend."""
+    machine = "; ".join(f"{k}: {v}" for k, v in result["machine"].items())
+    head = [
+        f"# {result['title']}",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"Portraits of `{result['data']}`, generator `{result['generator']}`. {machine}.",
+        "",
+    ]
+    legend = LEGEND.format(
+        codes=result["codes"],
+        steps=result["steps"],
+        held_out=", ".join(f"{style} {n}" for style, n in result["held_out"].items()),
+    )
+    parts = [*head, *domain_table(result), "", *goal_table(result), "", *timing_table(result)]
+    return "\n".join([*parts, "", legend, ""])
+
+
+def domain_table(result: Mapping[str, Any]) -> list[str]:
+    """One line for each row, then the portraits themselves."""
+    rows = {name: {**row, "kilobytes": row["bytes"] / 1000} for name, row in result["rows"].items()}
+    rows |= {f"{k}: training portraits": v for k, v in result["training_portraits"].items()}
+    heads = [h for h in HEADS if any(row.get(h[0]) is not None for row in rows.values())]
+    lines = [f"| domain | {' | '.join(h[1] for h in heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, row in rows.items():
+        cells = [form.format(row[k]) if row.get(k) is not None else "" for k, _, form in heads]
+        stopped = "" if row.get("status", "finished") == "finished" else f" ({row['status']})"
+        lines.append(f"| {name}{stopped} | {' | '.join(cells)} |")
+    return lines
+
+
+def goal_table(result: Mapping[str, Any]) -> list[str]:
+    """What was wanted, what was measured, met or not, by eye."""
+    lines = ["| goal | wanted | measured | |", "|---|---|---|---|"]
+    first = next((n for n in result["rows"] if n == "impasto, 10 pictures"), None)
+    first = first or next(iter(result["rows"]))
+    row = result["rows"][first]
+    for eye in result["eyes"]:
+        for name, bound, sign in GOALS:
+            value = row[f"{name}_{eye}"]
+            wanted = f"{'at least' if sign > 0 else 'at most'} {bound}"
+            is_met = sign * value >= sign * bound
+            lines.append(_goal(f"{first}: {name}, {eye}", wanted, f"{value:.2f}", is_met))
+    sizes = [r["bytes"] for r in result["rows"].values() if r["form"] == "tokens"]
+    largest = max(sizes)
+    text = f"{largest / 1000:.0f} kB"
+    lines.append(_goal("largest tokens", "at most 300 kB", text, largest <= SIZE_GOAL))
+    for batch, times in result["timing"]["batch"].items():
+        name = f"a step with 4 domains over one with 1, {batch} codes"
+        is_met = times["ratio"] <= TIME_GOAL
+        lines.append(_goal(name, f"at most {TIME_GOAL}", f"{times['ratio']:.2f}", is_met))
+    for batch, ratio in result["timing"]["rendering"].items():
+        name = f"speed of rendering in a domain over plain, batch {batch}"
+        is_met = ratio >= RENDERING_GOAL
+        lines.append(_goal(name, f"at least {RENDERING_GOAL}", f"{ratio:.2f}", is_met))
+    return lines
+
+
+def timing_table(result: Mapping[str, Any]) -> list[str]:
+    """Seconds of a step by codes in the batch."""
+    lines = ["| codes a step | one domain, s | four domains, s | ratio |", "|---:|---:|---:|---:|"]
+    for batch, times in result["timing"]["batch"].items():
+        cells = f"{times['one']:.3f} | {times['four']:.3f} | {times['ratio']:.2f}"
+        lines.append(f"| {batch} | {cells} |")
+    return lines
+
+
+def _goal(name: str, wanted: str, measured: str, is_met: bool) -> str:
+    return f"| {name} | {wanted} | {measured} | {'met' if is_met else '**not met**'} |"

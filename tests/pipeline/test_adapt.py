@@ -1,0 +1,111 @@
+"""The config of an adaptation job: TOML, overrides, domains from the command line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import pipeline.adapt as adapt_module
+from models.errors import ConfigError
+from pipeline.adapt import adapt, load_adapt_config
+
+TOML = """\
+steps = 300
+rank = 2
+layers = [1, 2]
+
+[[clips]]
+source = "refinery"
+weight = 0.5
+
+[[clips]]
+source = "openai/clip-vit-base-patch32"
+
+[[invert]]
+name = "e4e"
+
+[[invert]]
+name = "wplus"
+steps = 20
+
+[input]
+fit = "resize"
+
+[[domain]]
+name = "ink"
+references = "photos/ink"
+weights = { direction = 0.5 }
+
+[[domain]]
+name = "oil"
+guidance = "text"
+target_text = "oil painting of a face"
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "adapt.toml"
+    file.write_text(TOML)
+    return str(file)
+
+
+def test_a_file_with_several_domains(path: str) -> None:
+    config = load_adapt_config(path, ["steps=20", "domain.1.weights.content=0.25"])
+    assert [d.name for d in config.domain] == ["ink", "oil"]
+    assert (config.steps, config.rank, config.layers) == (20, 2, (1, 2))
+    assert [(c.source, c.weight) for c in config.clips] == [
+        ("refinery", 0.5),
+        ("openai/clip-vit-base-patch32", 1.0),
+    ]
+    assert [(m.name, m.settings) for m in config.invert] == [("e4e", {}), ("wplus", {"steps": 20})]
+    assert config.input.fit == "resize"
+    ink, oil = config.domain
+    assert (ink.weight("direction"), ink.weight("distribution")) == (0.5, 1.0)
+    assert (oil.weight("content"), oil.weight("direction")) == (0.25, 1.0)
+    assert not ink.weight("adversarial")
+
+
+def test_domains_from_the_command_line(path: str) -> None:
+    table = {"name": "clay", "references": "clay"}
+    assert [d.name for d in load_adapt_config(path, domains=[table]).domain] == ["clay"]
+    assert load_adapt_config(domains=[table]).generator == "faces64"
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["stepz=3"], r"stepz: unknown key; did you mean 'steps'"),
+        (["domain.0.refrences=a"], r"domain.0.refrences: unknown key; did you mean 'references'"),
+        (["domain.1.target_text="], r"oil: text guidance needs source_text and target_text"),
+        (["steps=0"], r"steps must be >= 1, got 0"),
+        (["invert.1.stepz=3"], r"invert.1.stepz: unknown key; did you mean 'steps'"),
+        (["invert.0.name=e5e"], r"invert.0.name: expected an inversion method, found 'e5e'.*'e4e'"),
+        (["clips.0.wait=3"], r"clips.0.wait: unknown key"),
+    ],
+)
+def test_wrong_settings_are_named(path: str, sets: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_adapt_config(path, sets)
+
+
+def test_no_domain() -> None:
+    with pytest.raises(ConfigError, match=r"domain: there is none; write a \[\[domain\]\] table"):
+        load_adapt_config()
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    table = {"name": "clay", "references": "clay"}
+    config = load_adapt_config(None, ["steps=100", "learning_rate=0.2"], domains=[table])
+    assert config.rate(0) == pytest.approx(0.02)
+    assert config.rate(30) == pytest.approx(0.2)
+    assert config.rate(75) == pytest.approx(0.1)
+    assert config.rate(99) < 0.001
+    weights = dataclasses.replace(config, form="weights", learning_rate=None)
+    assert weights.peak_rate == 0.002
+
+
+def test_adapt_hands_the_job_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_adapt_config(path)
+    monkeypatch.setattr(adapt_module, "run_job", lambda c, p: [Path(d.name) for d in c.domain])
+    assert adapt(config) == [Path("ink"), Path("oil")]
