@@ -36,6 +36,7 @@ from tasks.benchmark.adaptation import (
     write_references,
 )
 from tasks.benchmark.adaptation_page import markdown
+from tasks.benchmark.edits import run_response
 from tasks.inverter import fixed_threads
 from tasks.job import InputConfig
 from tasks.machine import describe_machine
@@ -44,6 +45,9 @@ from tasks.training.trunk import Teacher
 
 STEPS, TIMED_STEPS, FEW = 100, 8, 10
 BATCHES = (16, 64)
+TIMED_CODES = ((6, 6), (8, 2))
+"""Codes of a step with one domain and with four of them: each as many, and as many together."""
+EDITS = ("age", "smile")
 PROMPTS = {
     "impasto": "impasto oil painting of a face with thick brush strokes",
     "fantasy": "fantasy art of a face",
@@ -98,6 +102,7 @@ def benchmark_adaptation(
     squeezenet: str | None = None,
     steps: int = STEPS,
     styles: Sequence[str] | None = None,
+    run: str | None = None,
     console: Any = None,
 ) -> Path:
     """Adapt what is not yet adapted, score everything, write adaptation.md, .json and .png.
@@ -107,6 +112,7 @@ def benchmark_adaptation(
         squeezenet: SqueezeNet v1.1 weights (torchvision's names) for scores by a network that no
             loss sees; without it the table has those of our trunk alone.
         styles: which of the file's; none for all.
+        run: an inversion run whose stored codes are edited for the page's second table.
 
     Returns:
         The Markdown file.
@@ -129,7 +135,7 @@ def benchmark_adaptation(
         rows = {row.name: bench.row(row) for row in rows_of(chosen)}
         ceiling = {style: bench.ceiling(style) for style in chosen}
         timing = bench.timing(chosen)
-    result = {
+    result: dict[str, Any] = {
         "title": "Domain adaptation on the same portraits",
         "command": shlex.join(["refinery", *sys.argv[1:]]),
         "machine": describe_machine(),
@@ -143,6 +149,8 @@ def benchmark_adaptation(
         "training_portraits": ceiling,
         "timing": timing,
     }
+    if run is not None:
+        result["edits"] = run_response(run, generator, EDITS)
     (place / "adaptation.json").write_text(json.dumps(result, indent=1) + "\n")
     bench.grid([row for row in rows_of(chosen) if not row.settings])
     page = place / "adaptation.md"
@@ -235,16 +243,10 @@ class _Bench:
         if kept.is_file():
             return json.loads(kept.read_text())
         row = Row(name="timing", style=styles[0])
-        found: dict[str, Any] = {"batch": {}}
-        for batch in (2, 6):
-            seconds = {}
-            for count in (1, 4):
-                seconds[count] = self._step_seconds([row] * count, batch)
-            found["batch"][batch] = {
-                "one": seconds[1],
-                "four": seconds[4],
-                "ratio": seconds[4] / seconds[1],
-            }
+        found: dict[str, Any] = {"steps": []}
+        for one, four in TIMED_CODES:
+            seconds = [self._step_seconds([row], one), self._step_seconds([row] * 4, four)]
+            found["steps"].append({"codes": [one, four], "seconds": seconds})
         domain = load_domain(self.place / "domains" / f"{styles[0]}-10-pictures")
         found["rendering"] = {n: rendering_ratio(self.generator, domain, n) for n in BATCHES}
         kept.write_text(json.dumps(found))

@@ -5,24 +5,36 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.estimate import estimate
-from pipeline.progress import progress_line
-from pipeline.screen import query_table, show_summary
+from pipeline.progress import adaptation_line, progress_line
+from pipeline.run import Summary
+from pipeline.screen import domains_table, query_table, show_summary
 
 METHODS = ("e4e", "wplus")
 SETS = ("method.1.steps=20",)
 SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind,
     round(psnr, 2) AS psnr, round(ssim, 3) AS ssim
 FROM latents ORDER BY status, psnr DESC"""
+EDITS = ("age", "smile")
+DOMAIN, STYLE, ADAPT_STEPS = "painted", "a fantasy painting of a face", 40
+EDITS_SQL = "SELECT variant, count(*) AS pictures, avg(drift) AS drift FROM edits GROUP BY variant"
 
 
-def run_demo(console: Console, error_console: Console, out: str, config: str | None = None) -> int:
-    """Make the sample, plan, invert (e4e, then 20 steps of wplus), query, report.
+def run_demo(
+    console: Console,
+    error_console: Console,
+    out: str,
+    config: str | None = None,
+    adapt_steps: int = ADAPT_STEPS,
+) -> int:
+    """Make the sample, plan, invert (e4e, then 20 steps of wplus), query; learn a domain from a
+    text, edit what was inverted; report.
 
     Args:
         out: a new folder `demo-<time>` is made in it.
         config: TOML file to run with instead of the bundled generator and this chain.
+        adapt_steps: of the adaptation.
 
     Returns:
         0 when every stage did what it should.
@@ -53,9 +65,54 @@ def run_demo(console: Console, error_console: Console, out: str, config: str | N
     _say(console, f'refinery query {run_uri} "{" ".join(SQL.split())}"')
     console.print(query_table(query(run_uri, SQL), console.width))
 
-    _say(console, "The report, one file to open in a browser")
-    console.print(str(Path(summary.report_uri).absolute()), highlight=False, soft_wrap=True)
-    return 0 if summary.is_clean else 1
+    edited = _edit(console, error_console, folder, run_uri, settings, adapt_steps)
+    _say(console, "The reports, each one file to open in a browser")
+    for found in (summary, edited):
+        console.print(str(Path(found.report_uri).absolute()), highlight=False, soft_wrap=True)
+    return 0 if summary.is_clean and edited.is_clean else 1
+
+
+def _edit(
+    console: Console,
+    error_console: Console,
+    folder: Path,
+    run_uri: str,
+    made: RunConfig,
+    steps: int,
+) -> Summary:
+    """A domain from a text, then edits: those that ship for the generator, and that domain."""
+    from models.adaptation.domain import known_domains
+    from models.checkpoints.load import load_generator
+    from models.editing.find import known_directions
+    from pipeline.adapt import adapt, load_adapt_config
+    from pipeline.edit import Wishes, edit, load_edit_config
+    from tasks.query import query
+
+    sets = [f"steps={ADAPT_STEPS}", f"out={folder}/domains"]
+    _say(
+        console, f'refinery adapt {DOMAIN} --text "{STYLE}" --out {folder}/domains --set {sets[0]}'
+    )
+    wished = {"name": DOMAIN, "guidance": "text", "target_text": STYLE}
+    job = load_adapt_config(None, [*sets, f"generator={made.generator}"], domains=[wished])
+    with adaptation_line(error_console) as on_steps:
+        learnt = adapt(job, on_steps)
+    console.print(domains_table(learnt))
+
+    generator = load_generator(made.generator)
+    edits = [f"{name}=+2" for name in EDITS if name in known_directions(generator, ())]
+    domains = [*sorted(known_domains(generator, ()))[:1], *map(str, learnt)]
+    flags = " ".join([*(f"--edit {e}" for e in edits), *(f"--domain {d}" for d in domains)])
+    edits_uri = str(folder / "edits")
+    _say(console, f"refinery edit {run_uri} {edits_uri} {flags} --each")
+    wishes = Wishes(edits=edits, domains=domains, is_each=True)
+    engine = [f"engine.kind={made.engine.kind}"]
+    with progress_line(error_console) as on_progress:
+        settings = load_edit_config(None, engine, wishes)
+        summary = edit(run_uri, edits_uri, settings, on_progress=on_progress)
+    show_summary(console, summary)
+    _say(console, f'refinery query {edits_uri} "{EDITS_SQL}"')
+    console.print(query_table(query(edits_uri, EDITS_SQL), console.width))
+    return summary
 
 
 def _say(console: Console, text: str) -> None:

@@ -18,11 +18,14 @@ def test_the_demo_ends_with_the_table_and_the_report(
     config.write_text(Path(dataset.config).read_text() + 'kind = "inline"\n')
     shown, progress = io.StringIO(), io.StringIO()
     consoles = Console(file=shown, width=160), Console(file=progress, width=160)
-    assert run_demo(*consoles, str(tmp_path / "runs"), str(config)) == 0
+    assert run_demo(*consoles, str(tmp_path / "runs"), str(config), adapt_steps=2) == 0
     text = shown.getvalue()
     (folder,) = (tmp_path / "runs").iterdir()
-    assert text.splitlines()[-1] == str(folder / "run" / "report.html")
-    assert (folder / "run" / "report.html").stat().st_size > 10_000
+    for name, line in zip(("run", "edits"), text.splitlines()[-2:], strict=True):
+        assert line == str(folder / name / "report.html")
+        assert (folder / name / "report.html").stat().st_size > 10_000
+    assert (folder / "domains" / "painted" / "tokens.safetensors").exists()
+    assert "│ painted │       25 │" in text
     for name in ("astronaut", "drawn-00", "broken-empty", "broken-text", "broken-truncated"):
         assert f"│ {name} " in text
     assert "28 in 1 shards, 3 failed" in text
