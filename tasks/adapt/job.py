@@ -116,7 +116,7 @@ class _Job:
                 self.references[domain.name] = found.to(config.device)
                 hashes[f"references.{domain.name}"] = digest
         self.judges = _judges(config)
-        hashes |= {f"clip.{i}": clip.hash for i, (clip, _) in enumerate(self.judges.clips)}  # type: ignore[attr-defined]
+        hashes |= {f"clip.{i}": clip.hash for i, (clip, _) in enumerate(self.judges.clips)}
         self.hashes, self.id = hashes, config.job_id(hashes)
         self.place = Path(config.out) / ".jobs" / self.id[:16]
         self.seconds = 0.0

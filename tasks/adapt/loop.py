@@ -179,8 +179,9 @@ class Descent:
         return {self.rows[at]: seen[i : i + 1] for i, (at, _) in enumerate(chosen)}
 
     def _look(self, images: Float[Tensor, "B 3 H W"], maps: Tensor | None) -> Seen:
-        is_plain = maps is None or not self.config.augment or not self.judges.clips
-        return look(images, images if is_plain else moved(images, maps), self.judges)
+        if maps is None or not self.config.augment or not self.judges.clips:
+            return look(images, images, self.judges)
+        return look(images, moved(images, maps), self.judges)
 
     def _codes(self, count: int, rng: torch.Generator) -> Float[Tensor, "B L D"]:
         z = torch.randn(count, self.generator.z_dim, generator=rng)

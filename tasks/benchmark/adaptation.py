@@ -192,7 +192,7 @@ def score_pictures(
 
 def compare_pairs(before: Float[Tensor, "K K"], after: Float[Tensor, "K K"]) -> tuple[float, float]:
     """Correlation of the similarities of all pairs, and the ratio of their mean distances."""
-    rows, columns = torch.triu_indices(*before.shape, 1)
+    rows, columns = torch.triu_indices(len(before), len(before), 1)
     a, b = before[rows, columns], after[rows, columns]
     correlation = torch.corrcoef(torch.stack([a, b]))[0, 1]
     return float(correlation), float((1 - b).mean() / (1 - a).mean())
