@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from models.errors import AssetError, ConfigError, ShardError
 from tasks.sources.parquet import PARQUET_SUFFIXES, open_parquet
@@ -84,7 +84,7 @@ def _files(places: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _read_columns(uri: str, columns: list[str]) -> pa.Table:
     if uri.endswith(".csv"):
         try:
-            table = pa.csv.read_csv(pa.BufferReader(read_bytes(uri, AssetError)))
+            table = csv.read_csv(pa.BufferReader(read_bytes(uri, AssetError)))
         except pa.ArrowException as error:
             raise AssetError(f"labels {uri}: not a CSV file with a header ({error})") from error
         _check_columns(table.column_names, columns, uri)

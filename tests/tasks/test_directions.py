@@ -1,5 +1,7 @@
 """Every way to find a direction, from its config to its files."""
 
+import re
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from models.editing.find import find_direction
 from models.errors import AssetError, ConfigError
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
+from pipeline.config import load_dataclass
 from tasks import directions
 from tasks.directions import (
     WAYS,
@@ -107,6 +110,28 @@ def test_bad_texts_are_refused_before_any_picture(
     monkeypatch.undo()
     with pytest.raises(AssetError, match=r"no/such/folder"):
         fit(FitTextConfig(pairs=pairs, clip="no/such/folder", **common))
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "editing.md"
+EXAMPLES = dict(
+    re.findall(
+        r"```toml\n# refinery directions fit (\w+) --config [^\n]*\n(.*?)```",
+        PAGE.read_text("utf-8"),
+        re.DOTALL,
+    )
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_settings_in_the_documents_are_read(way: str, tmp_path: Path) -> None:
+    """Every way has an example there, and the command's own reader accepts it."""
+    path = tmp_path / "settings.toml"
+    path.write_text(EXAMPLES[way], "utf-8")
+    config = load_dataclass(WAYS[way][0], str(path), [])
+    assert type(config) is WAYS[way][0]
+    for name, value in tomllib.loads(EXAMPLES[way]).items():
+        read = getattr(config, name)
+        assert len(read) == len(value) if isinstance(value, list) else read == value
 
 
 def test_every_way_has_its_own_settings() -> None:
