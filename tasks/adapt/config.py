@@ -14,7 +14,7 @@ from tasks.job import InputConfig, MethodConfig
 Guidance = Literal["text", "image", "images"]
 
 WEIGHTS: dict[str, dict[str, float]] = {
-    "text": {"direction": 1.0, "in_domain": 20.0, "content": 0.5},
+    "text": {"direction": 1.0, "in_domain": 5.0, "content": 0.2},
     "image": {
         "across": 1.0,
         "within": 0.5,
@@ -240,5 +240,12 @@ class AdaptConfig:
 
     def job_id(self, hashes: dict[str, str]) -> str:
         """Hash over settings, domains, and the files they stand on."""
-        values = [self.settings(), [asdict(d) for d in self.domain], hashes]
+        weights = [{term: d.weight(term) for term in TERMS} for d in self.domain]
+        values = [
+            self.settings(),
+            [asdict(d) for d in self.domain],
+            weights,
+            self.peak_rate,
+            hashes,
+        ]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

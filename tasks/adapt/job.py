@@ -31,7 +31,7 @@ from models.losses.clip import load_clip
 from models.losses.identity import load_identity
 from models.losses.trunk import load_trunk
 from models.stylegan2.generator import Generator, weights_hash
-from tasks.adapt.config import AdaptConfig, DomainConfig
+from tasks.adapt.config import TERMS, AdaptConfig, DomainConfig
 from tasks.adapt.forms import Form, make_form
 from tasks.adapt.guidance import Guide, Judges, Reference, Seen, look
 from tasks.adapt.loop import Descent, DomainState
@@ -273,6 +273,7 @@ class _Job:
             "terms": domain.terms,
             "method": "RefineStyle domain adaptation (arXiv 2410.06104), tasks.adapt",
             "domain": _without_paths(asdict(domain)),
+            "weights": {t: domain.weight(t) for t in TERMS if domain.weight(t)},
             "settings": _without_paths(config.settings()),
             "clips": [clip.name for clip, _ in self.judges.clips],
             "hashes": {k: v for k, v in self.hashes.items() if _concerns(k, domain)},

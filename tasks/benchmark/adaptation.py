@@ -28,7 +28,7 @@ from models.losses.trunk import PerceptualTrunk, unit_normalise
 from models.stylegan2.generator import Generator
 from tasks.training.trunk import Teacher
 
-CODES, PSI = 256, 0.7
+CODES, PSI = 192, 0.7
 """Codes that are rendered in every domain, and their truncation."""
 PAIRED = 96
 """Of them, those whose pairwise similarities are compared."""
