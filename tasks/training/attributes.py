@@ -34,7 +34,7 @@ class FitAttributesConfig(TrainingConfig):
 
     data: tuple[str, ...]
     """Parquet files with `image`, `age`, `gender` and `smile_prob`."""
-    images: int = 60_000
+    images: int = 90_000
     batch: int = 32
     resolution: int = 64
     """Side that the network sees, px."""

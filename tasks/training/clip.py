@@ -46,7 +46,7 @@ class FitClipConfig(TrainingConfig):
     data: tuple[str, ...]
     """Parquet files of faces (age, gender, smile_prob) and of portraits (style); one portrait in
     five, chosen by its id, is never trained on and scores with `validation`."""
-    images: int = 150_000
+    images: int = 110_000
     batch: int = 64
     """Pairs of a step: each is told apart from batch - 1 others."""
     portraits: float = 0.35
@@ -77,7 +77,8 @@ class FitClipConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
-        for name in ("learning_rate", "resolution", "patch", "width", "layers", "text_layers"):
+        sizes = ("resolution", "patch", "width", "layers", "text_layers", "heads", "embedding")
+        for name in ("learning_rate", *sizes):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
         for name in ("portraits", "age_balance", "warm_up", "anneal"):

@@ -212,6 +212,7 @@ def test_settings_that_make_no_sense(files: tuple[str, str], tmp_path: Path) -> 
         ({"resolution": 30, "patch": 8}, "multiple of patch"),
         ({"portraits": 1.5}, r"portraits must be in 0\.\.1"),
         ({"layers": 0}, "layers must be > 0"),
+        ({"heads": 0}, "heads must be > 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             config(files, tmp_path, **settings)
