@@ -11,7 +11,7 @@ from rich.logging import RichHandler
 
 from models.errors import RefineryError
 from pipeline.commands import editing, models, runs
-from pipeline.commands.common import BUG, OK, STOPPED, WRONG, console, error_console
+from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 
 app = App(
     name="refinery",

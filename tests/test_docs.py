@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 import types
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from models.inversion.base import Inversion, SampleRng
 from models.stylegan2.generator import Generator
 from pipeline.cli import app
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, validated
+from tasks.directions import WAYS
 from tasks.training.encoder import FitEncoderConfig
 from tasks.training.generator import FitGeneratorConfig
 from tasks.training.release import ReleaseConfig
@@ -52,7 +54,8 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_commands_parse(page: str, command: str) -> None:
     _, name, *arguments = shlex.split(command.replace("[", "").replace("]", ""))
     found, _, _ = app.parse_args([name, *arguments], exit_on_error=False, print_error=False)
-    assert found.__name__ == name
+    is_group = name == "directions"  # its commands: fit, list_directions
+    assert found.__name__.partition("_")[0] == (arguments[0] if is_group else name)
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
@@ -61,6 +64,14 @@ def test_files_in_backquotes_exist(page: str) -> None:
     for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page]):
         is_written_by_a_run = name.startswith("models/assets/")
         assert is_written_by_a_run or (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_examples_of_directions_are_whole_configs() -> None:
+    pattern = r"```toml\n# refinery directions fit (\w+) [^\n]*\n(.*?)```"
+    blocks = re.findall(pattern, PAGES["docs/editing.md"], re.DOTALL)
+    assert {way for way, _ in blocks} == set(WAYS)
+    for way, text in blocks:
+        validated(WAYS[way][0], tomllib.loads(text))
 
 
 def test_settings_of_the_training_examples_exist() -> None:

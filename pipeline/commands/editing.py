@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.common import (
+from pipeline.commands.terminal import (
     OK,
     UNCLEAN,
     Config,

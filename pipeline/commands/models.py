@@ -3,7 +3,7 @@
 import logging
 from typing import Literal
 
-from pipeline.commands.common import OK, Config, Sets, console, error_console
+from pipeline.commands.terminal import OK, Config, Sets, console, error_console
 
 
 def methods() -> int:
@@ -62,8 +62,8 @@ def train(
     """Train a network from a TOML config; run the same command again to resume.
 
     Args:
-        what: generator, trunk, a method's network (e4e, psp, w-encoder, lsap, cycle, clcae-align,
-            clcae, refine), or release: the bundle of a trained generator.
+        what: generator, trunk, clip, attributes, a method's network (e4e, psp, w-encoder, lsap,
+            cycle, clcae-align, clcae, refine), or release: the bundle of a trained generator.
         workers: GPUs (or CPU processes) to train on, by Ray Train; 1 trains in this process.
     """
     from pipeline.train import train as train_network

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pipeline.commands.common import (
+from pipeline.commands.terminal import (
     OK,
     UNCLEAN,
     Config,
