@@ -56,7 +56,7 @@ class Label:
     layers: tuple[int, ...] | None = None
     """Rows of w+ that move; None for all. In space w_plus the boundary is fitted on them alone."""
     ridge: float | None = None
-    """Of this label alone; None for the config's."""
+    """Of this label's boundary, and of those that it leaves alone; None for the config's."""
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -206,26 +206,31 @@ def fit_from_codes(
         ConfigError: a label has samples on one side only, in training or held out, or nothing of a
             direction is left beside the others.
     """
-    sides = {x.name: (_side(train, x), _side(held_out, x)) for x in config.properties}
-    plain = {}
-    for label in config.properties:
-        rows, is_with = sides[label.name][0]
-        codes = _features(train.w_plus[rows], config, label)
-        vector = fit_boundary(codes, is_with, label.ridge or config.ridge, config.loss)
-        plain[label.name] = Direction(
-            name=label.name,
-            vector=_as_rows(vector, train.w_plus, config, label),
-            unit=1.0,
-            generator_hash=generator_hash,
-            layers=label.layers,
-        )
+    labels = {label.name: label for label in config.properties}
+    sides = {name: (_side(train, x), _side(held_out, x)) for name, x in labels.items()}
+    plain: dict[tuple[str, float], Direction] = {}
+
+    def boundary(label: Label, ridge: float) -> Direction:
+        if (label.name, ridge) not in plain:
+            vector = _boundary(train, label, sides[label.name][0], ridge, config)
+            plain[label.name, ridge] = Direction(
+                name=label.name,
+                vector=vector,
+                unit=1.0,
+                generator_hash=generator_hash,
+                layers=label.layers,
+            )
+        return plain[label.name, ridge]
+
     found = {}
     for label in config.properties:
-        others = [name for name in plain if name != label.name]
+        ridge = label.ridge or config.ridge
+        others = [name for name in labels if name != label.name]
         others = others if label.leaves_alone is None else list(label.leaves_alone)
-        direction = plain[label.name]
+        direction = boundary(label, ridge)
         try:
-            direction = direction.without(*(plain[n] for n in others)) if others else direction
+            if others:
+                direction = direction.without(*(boundary(labels[n], ridge) for n in others))
         except ValueError as error:
             raise ConfigError(f"{error}; leave one of {', '.join(others)} out") from error
         found[label.name] = replace(
@@ -261,23 +266,18 @@ def _side(data: LabelledCodes, label: Label) -> _Side:
     return is_used, is_with
 
 
-def _features(
-    w_plus: Float[Tensor, "N L D"], config: FitBoundaryConfig, label: Label
-) -> Float[Tensor, "N _"]:
-    """What is separated: the mean row, or the rows that move, one after the other."""
+def _boundary(
+    train: LabelledCodes, label: Label, side: _Side, ridge: float, config: FitBoundaryConfig
+) -> Float[Tensor, " D"] | Float[Tensor, "L D"]:
+    """The normal between the mean rows, or between the rows that move, one after the other; rows
+    that do not move are zero."""
+    used, is_with = side
     if config.space == "w":
-        return w_plus.mean(1)
-    return w_plus[:, list(label.layers or range(w_plus.shape[1]))].flatten(1)
-
-
-def _as_rows(
-    vector: Float[Tensor, " _"], w_plus: Tensor, config: FitBoundaryConfig, label: Label
-) -> Tensor:
-    """The normal as a direction's vector: rows that do not move are zero."""
-    if config.space == "w":
-        return vector
-    rows = torch.zeros(w_plus.shape[1:])
+        return fit_boundary(train.w_plus[used].mean(1), is_with, ridge, config.loss)
+    rows = torch.zeros(train.w_plus.shape[1:])
     moved = list(label.layers or range(len(rows)))
+    codes = train.w_plus[used][:, moved].flatten(1)
+    vector = fit_boundary(codes, is_with, ridge, config.loss)
     rows[moved] = vector.reshape(len(moved), -1)
     return rows
 

@@ -77,6 +77,10 @@ def test_what_a_direction_leaves_alone_can_be_chosen() -> None:
         own.vector, fit_boundary(train.w_plus[rows].mean(1), train.values["red"][rows] >= 0.2, 0.01)
     )
     assert (own.card["ridge"], plain.card["ridge"]) == (0.01, 1.0)
+    # What it leaves alone is fitted at its ridge as well.
+    mixed = fit_from_codes(codes(0), codes(1), "h", config(replace(RED, ridge=0.01), BOTH))["red"]
+    want_mixed = fit_from_codes(codes(0), codes(1), "h", config(RED, BOTH, ridge=0.01))["red"]
+    assert torch.equal(mixed.vector, want_mixed.vector)
     svm = fit_from_codes(codes(0), codes(1), "h", config(some, loss="svm"))["red"]
     assert not torch.equal(svm.vector, want)
     assert svm.card["loss"] == "svm"
