@@ -17,7 +17,7 @@ SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind,
     round(psnr, 2) AS psnr, round(ssim, 3) AS ssim
 FROM latents ORDER BY status, psnr DESC"""
 EDITS = ("age", "smile")
-DOMAIN, STYLE, ADAPT_STEPS = "painted", "a fantasy painting of a face", 40
+DOMAIN, STYLE, ADAPT_STEPS = "painted", "fantasy painting of a face", 40
 EDITS_SQL = "SELECT variant, count(*) AS pictures, avg(drift) AS drift FROM edits GROUP BY variant"
 
 

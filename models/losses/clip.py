@@ -166,7 +166,9 @@ def load_clip(source: str = BUNDLED) -> Clip:
 def _read(name: str, where: str) -> Clip:
     ensure_torchvision()
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar for half a second of reading, in the middle of a log
     is_folder = Path(where).is_dir()
     is_local = is_folder or not _is_reachable(where)
     config = _config(name, where, is_folder, is_local)

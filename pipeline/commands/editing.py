@@ -124,7 +124,7 @@ def adapt(
 
     Args:
         name: of the domain, the folder below OUT.
-        text: what the generator shall make, "an impasto painting of a face".
+        text: what the generator shall make, "impasto painting of a face".
         source_text: what it makes now, "photo of a face".
         image: one reference picture.
         images: reference pictures, a folder, Parquet or tar: 10 to 500.
