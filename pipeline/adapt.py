@@ -16,9 +16,10 @@ from typing import Any
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from pipeline.config import apply_set, nearest, read_toml, validated
-from tasks.adapt.config import AdaptConfig
+from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
 from tasks.adapt.job import AdaptProgress as AdaptProgress
 from tasks.adapt.job import adapt as run_job
+from tasks.job import InputConfig
 
 
 def load_adapt_config(
@@ -47,8 +48,14 @@ def load_adapt_config(
             "domain: there is none; write a [[domain]] table with a name and `references` or "
             "`target_text`, or name one on the command line"
         )
+    # Each table by itself, so that a wrong key is named with its place and its neighbours.
+    for name, cls in (("domain", DomainConfig), ("clips", ClipConfig)):
+        if name in tables:
+            tables[name] = [validated(cls, t, f"{name}.{i}") for i, t in _tables(tables, name)]
     if "invert" in tables:
-        tables["invert"] = [_link(table, i) for i, table in enumerate(tables["invert"])]
+        tables["invert"] = [_link(table, index) for index, table in _tables(tables, "invert")]
+    if "input" in tables:
+        tables["input"] = validated(InputConfig, tables["input"], "input")
     return validated(AdaptConfig, tables, "")
 
 
@@ -63,10 +70,17 @@ def adapt(
     return run_job(config, on_progress)
 
 
-def _link(table: Any, index: int) -> dict[str, Any]:
+def _tables(tables: Mapping[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:
+    found = tables[name]
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise ConfigError(f"{name}: expected [[{name}]] tables, found {found!r}")
+    return list(enumerate(found))
+
+
+def _link(table: dict[str, Any], index: int) -> dict[str, Any]:
     """One [[invert]] table, as a [[method]] table of an inversion is written."""
     where = f"invert.{index}"
-    name = table.get("name") if isinstance(table, dict) else None
+    name = table.get("name")
     if name not in METHODS:
         raise ConfigError(
             f"{where}.name: expected an inversion method, found {name!r}; "

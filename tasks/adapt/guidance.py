@@ -91,7 +91,7 @@ class Guide:
 
     Args:
         references: [M 3 H W] of `image` and `images`, else None.
-        source: generated source pictures, for the direction of a set.
+        source: generated source pictures, where a set of pictures has a direction.
         reference: the inverted reference of `image`.
         rng: the domain's own stream, on the CPU.
 
@@ -104,7 +104,7 @@ class Guide:
         domain: DomainConfig,
         judges: Judges,
         references: Float[Tensor, "M 3 H W"] | None,
-        source: Seen,
+        source: Seen | None,
         reference: Reference | None,
         rng: torch.Generator,
     ) -> None:
@@ -120,13 +120,14 @@ class Guide:
         if "adversarial" in self.terms:
             self._make_critic()
 
-    def _directions(self, source: Seen) -> list[Float[Tensor, " D"]]:
+    def _directions(self, source: Seen | None) -> list[Float[Tensor, " D"]]:
         domain, found = self.domain, []
         for index, (clip, _) in enumerate(self.judges.clips):
             if domain.guidance == "text":
                 way = text_direction(clip, domain.source_text, domain.target_text, domain.templates)
             else:
                 assert self.references is not None
+                assert source is not None
                 with torch.no_grad():
                     own = torch.cat([clip.images(part) for part in self.references.split(32)])
                 way = set_direction(own, source.embeddings[index], clip.name)

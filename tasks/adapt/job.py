@@ -129,7 +129,8 @@ class _Job:
     def prepare(self) -> None:
         """Targets of every domain, what is optimised, and the checkpoint where there is one."""
         config = self.config
-        source = self._source()
+        needs_source = any(d.guidance == "images" and d.weight("direction") for d in config.domain)
+        source = self._source() if needs_source else None
         streams = [
             torch.Generator().manual_seed(sample_seed(config.seed, domain.name))
             for domain in config.domain

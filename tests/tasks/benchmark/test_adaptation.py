@@ -166,4 +166,5 @@ def test_the_page() -> None:
     assert "plain, batch 16 | at least 0.9 | 0.93 | met |" in goals
     page = markdown(result())
     assert "`refinery benchmark adaptation x`" in page
-    assert "held-out portraits of the style (impasto 22)" in page
+    assert "(impasto 22)" in page
+    assert "## Edits" not in page
