@@ -97,6 +97,8 @@ class FitTextConfig(FitDirectionsConfig):
     """Codes on which each style channel is moved, once per generator and CLIP; 100 published."""
     strength: float = 5.0
     """How far, in standard deviations of the channel."""
+    device: str = "cpu"
+    """Where the pictures are rendered and embedded, e.g. "cuda"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +148,8 @@ def fit_text(config: FitTextConfig) -> list[Path]:
         AssetError: the generator or CLIP is not there.
         ConfigError: two texts with the same embedding, a threshold that no channel reaches.
     """
-    generator = load_generator(config.generator)
-    clip = load_clip(config.clip)
+    generator = load_generator(config.generator).to(config.device)
+    clip = load_clip(config.clip).to(config.device)
     changes = [text_direction(clip, p.source, p.target, config.templates) for p in config.pairs]
     statistics = statistics_for(generator)
     relevance = cached_relevance(

@@ -86,8 +86,8 @@ def measure(
         drift = []
         for strength in strengths:
             images = _edited(part, generator, direction, strength)
-            scores.append(scorer.logits(images))
-            drift.append(distance(images, plain))
+            scores.append({name: x.cpu() for name, x in scorer.logits(images).items()})
+            drift.append(distance(images, plain).cpu())
         for name in attributes:
             attributes[name].append(torch.stack([score[name] for score in scores]))
         drifts.append(torch.stack(drift))
@@ -179,7 +179,7 @@ def run_response(
     run_uri: str, generator: Generator, names: Sequence[str], source: str = "auto"
 ) -> dict[str, Any]:
     """`edit_response` of a run's stored pictures to directions by name or path, with the bundled
-    trunk as the distance.
+    trunk as the distance, on the generator's device.
 
     Args:
         source: of the scorer, see `load_attributes`.
@@ -189,13 +189,14 @@ def run_response(
         AssetError, LedgerError: a direction or the run is another generator's, or cannot be read.
     """
     directions = [find_direction(name, generator) for name in names]
+    device = generator.latent_avg.device
     found = Inversion.cat([batch.inversion for batch in read_inversions(run_uri, generator)])
     result = edit_response(
-        found,
+        found.to(device),
         generator,
         {direction.name: direction for direction in directions},
-        load_attributes(source),
-        load_perceptual("refinery"),
+        load_attributes(source).to(device),
+        load_perceptual("refinery").to(device),
     )
     return {"run_id": read_run(run_uri)["run_id"], **result}
 

@@ -72,6 +72,9 @@ class Colours:
     name, hash = "colours", "c0" * 32
     calls = 0
 
+    def to(self, device: object) -> "Colours":
+        return self
+
     def images(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return F.normalize(images.mean((2, 3)) + torch.tensor([0.0, 0.0, 0.5]), dim=1)
