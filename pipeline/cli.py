@@ -42,13 +42,14 @@ COMMANDS = {
         models.convert,
         models.statistics,
         models.train,
-        models.benchmark,
     ),
 }
 for group, commands in COMMANDS.items():
     for command in commands:
         app.command(command, group=group)
-app.command(editing.directions)
+for sub_app in (editing.directions, models.benchmark):
+    sub_app.group = tuple(COMMANDS)[1]
+    app.command(sub_app)
 
 
 def main() -> None:

@@ -3,7 +3,11 @@
 import logging
 from typing import Literal
 
+from cyclopts import App
+
 from pipeline.commands.terminal import OK, Config, Sets, console, error_console
+
+benchmark = App(name="benchmark", help="Measure on pictures of your own: one command, one page.")
 
 
 def methods() -> int:
@@ -74,8 +78,8 @@ def train(
     return OK
 
 
-def benchmark(
-    what: Literal["inversion"],
+@benchmark.command
+def inversion(
     out: str = "runs/benchmark",
     /,
     *,
@@ -90,7 +94,6 @@ def benchmark(
     command again to resume; finished runs are not computed again.
 
     Args:
-        what: inversion.
         out: folder for the table and one run for each chain.
         data: pictures at the generator's size, e.g. a Parquet file.
         limit: only the first pictures.
@@ -109,6 +112,46 @@ def benchmark(
         weights=weights,
         generator_name=generator,
         engine=engine,
+        console=error_console,
+    )
+    console.print(str(page), highlight=False, soft_wrap=True)
+    return OK
+
+
+@benchmark.command
+def adaptation(
+    out: str = "runs/adaptation",
+    /,
+    *,
+    portraits: str,
+    squeezenet: str | None = None,
+    styles: str | None = None,
+    steps: int = 100,
+    run: str | None = None,
+    generator: str = "faces64",
+) -> int:
+    """Compare domains by style, guidance, rank and form: a table and a grid. Run the same command
+    again to resume; finished domains are not learnt again.
+
+    Args:
+        out: folder for the table and the domains.
+        portraits: Parquet file with the columns id, image and style.
+        squeezenet: SqueezeNet v1.1 weights, for scores by a network that no loss sees.
+        styles: separated by commas; all of the file without it.
+        steps: of every adaptation.
+        run: an inversion run on whose codes the bundled directions are measured too.
+        generator: a bundled name or a checkpoint.
+    """
+    from pipeline.adaptation_benchmark import benchmark_adaptation
+
+    page = benchmark_adaptation(
+        out,
+        portraits=portraits,
+        generator_name=generator,
+        squeezenet=squeezenet,
+        steps=steps,
+        styles=styles.split(",") if styles else None,
+        run=run,
         console=error_console,
     )
     console.print(str(page), highlight=False, soft_wrap=True)

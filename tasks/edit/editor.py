@@ -22,7 +22,7 @@ from models.adaptation.domain import CARD, Domain, Mix, add_domains, find_domain
 from models.attributes import AttributeScorer, load_attributes
 from models.cache import cache_folder
 from models.checkpoints.load import load_generator
-from models.editing.direction import Direction
+from models.editing.direction import Direction, apply_edits
 from models.editing.find import find_direction
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
@@ -98,15 +98,15 @@ class _Variant:
     assigned: Mapping[str, tuple[Domain, float]]
     blends: tuple[tuple[Float[Tensor, "L D"], BlendConfig], ...]
 
-    def codes(self, w_plus: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
-        """Blended, then edited."""
+    def moved(
+        self, w_plus: Float[Tensor, "N L D"]
+    ) -> tuple[Float[Tensor, "N L D"], StyleShift | None]:
+        """Codes blended, then edited, and the edits in style space."""
         for other, blend in self.blends:
             rows = list(blend.rows) or list(range(w_plus.shape[1]))
             w_plus = w_plus.clone()
             w_plus[:, rows] = w_plus[:, rows].lerp(other[rows].to(w_plus), blend.share)
-        for direction, strength in self.directions:
-            w_plus = direction.apply(w_plus, strength)
-        return w_plus
+        return apply_edits(w_plus, self.directions)
 
     def mixes(self, sample_keys: Sequence[str]) -> list[Mix]:
         """The domains of every sample, or one mix for all."""
@@ -114,14 +114,6 @@ class _Variant:
             return [self.domains]
         own = (self.assigned.get(key) for key in sample_keys)
         return [[*self.domains, *([one] if one else [])] for one in own]
-
-    def style_shift(self, device: torch.device) -> StyleShift | None:
-        """The sum of the edits in style space; None where there is none."""
-        total: dict[int, Tensor] = {}
-        for direction, strength in self.directions:
-            for layer, shift in (direction.style_shift(strength) or {}).items():
-                total[layer] = total[layer] + shift if layer in total else shift
-        return {layer: shift[None].to(device) for layer, shift in total.items()} or None
 
 
 class Editor:
@@ -265,8 +257,7 @@ class Editor:
         codes: dict[str, Tensor] = {}
         for variant in self.variants:
             name = variant.config.name
-            codes[name] = variant.codes(inversion.w_plus)
-            shift = variant.style_shift(self.device)
+            codes[name], shift = variant.moved(inversion.w_plus)
             changed = inversion.edited(self.generator, codes[name], variant.config.residual, shift)
             changed = add_domains(changed, variant.mixes(sample_keys))
             pictures[name] = self._stored(name, changed.render(self.generator, shift), failures)
