@@ -15,14 +15,10 @@ from models.editing.direction import Direction, save_direction
 from models.editing.files import import_direction
 from models.editing.ganspace import ganspace_direction
 from models.editing.sefa import sefa_directions
-from models.editing.style_text import (
-    TEMPLATES,
-    cached_relevance,
-    style_text_direction,
-    text_direction,
-)
+from models.editing.style_text import cached_relevance, style_text_direction
 from models.errors import ConfigError
 from models.losses.clip import load_clip
+from models.losses.clip_direction import TEMPLATES, text_direction
 from models.statistics import statistics_for
 from tasks.boundaries import FitBoundaryConfig, FitDirectionsConfig, fit_boundaries
 

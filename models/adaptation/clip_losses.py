@@ -6,45 +6,19 @@ embeddings give [*G B]. `after` are the adapted pictures G_B(w), `before` the so
 Sources: StyleGAN-NADA (arXiv 2108.00946), Mind the Gap (arXiv 2110.08398), HyperDomainNet
 (arXiv 2210.08884).
 
-Legend: G groups, B pictures of a group, D size of an embedding, M, K pictures, P prompts.
+Legend: G groups, B pictures of a group, D size of an embedding, M, K pictures.
 """
-
-from collections.abc import Sequence
-from typing import Protocol
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from models.errors import ConfigError
+from models.losses.clip_direction import SAME
 
 SOFTNESS = 0.05
 """Length below which a difference of unit embeddings counts as short. Differences between a picture
 and its adapted version are 0.3 to 1 long, so their cosine is changed by less than 1.5 %."""
-SAME = 1e-3
-"""Two prompts whose mean embeddings are nearer than this say the same."""
-
-TEMPLATES = (
-    "{}",
-    "a {}",
-    "a picture of a {}",
-    "an image of a {}",
-    "a portrait, {}",
-    "a close-up of a {}",
-    "a rendering of a {}",
-    "a good picture of a {}",
-)
-"""Prompts that a text is put into, after the ImageNet templates that StyleGAN-NADA averages."""
-
-
-class Embeds(Protocol):
-    """What the losses need of a CLIP: unit embeddings of pictures in [-1, 1] and of texts."""
-
-    name: str
-    hash: str
-
-    def images(self, images: Float[Tensor, "N 3 H W"], /) -> Float[Tensor, "N D"]: ...
-    def texts(self, prompts: Sequence[str], /) -> Float[Tensor, "M D"]: ...
 
 
 def soft_cosine(
@@ -109,24 +83,6 @@ def in_domain_loss(
     change = after @ after.transpose(-1, -2) - before @ before.transpose(-1, -2)
     others = max(after.shape[-2] - 1, 1)  # the diagonal is 0
     return change.square().sum(-1) / others
-
-
-def text_direction(
-    clip: Embeds, source: str, target: str, templates: Sequence[str] = TEMPLATES
-) -> Float[Tensor, " D"]:
-    """Unit `mean_t E_T(t(target)) - E_T(t(source))` over prompt templates (StyleGAN-NADA).
-
-    Raises:
-        ConfigError: the two have the same embedding: there is no way from one to the other.
-    """
-    both = [clip.texts([t.format(text) for t in templates]).mean(0) for text in (target, source)]
-    change = both[0] - both[1]
-    if float(change.norm()) < SAME:
-        raise ConfigError(
-            f"source_text {source!r} and target_text {target!r} have the same embedding in "
-            f"{clip.name}: it does not tell them apart; use words that it knows"
-        )
-    return F.normalize(change, dim=0)
 
 
 def set_direction(

@@ -13,10 +13,10 @@ C channels of the 3x3 layers.
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,33 +28,11 @@ from torch import Tensor
 from models.cache import cache_folder
 from models.editing.direction import Direction
 from models.errors import ConfigError
+from models.losses.clip_direction import Embeds
 from models.statistics import Statistics
 from models.stylegan2.generator import Generator, weights_hash
 
-TEMPLATES = (
-    "a photo of {}",
-    "a picture of {}",
-    "an image of {}",
-    "a close-up photo of {}",
-    "a good photo of {}",
-    "a cropped photo of {}",
-    "a bright photo of {}",
-    "a dark photo of {}",
-)
-"""Sentences whose embeddings are averaged; a small part of CLIP's own for ImageNet."""
-
 logger = logging.getLogger(__name__)
-
-
-class TextAndImages(Protocol):
-    """What is needed of `models.losses.clip.Clip`."""
-
-    name: str
-    hash: str
-
-    def images(self, images: Float[Tensor, "N 3 H W"], /) -> Float[Tensor, "N E"]: ...
-
-    def texts(self, prompts: Sequence[str], /) -> Float[Tensor, "M E"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +57,7 @@ def style_channels(generator: Generator) -> tuple[int, ...]:
 @torch.no_grad()
 def channel_relevance(
     generator: Generator,
-    clip: TextAndImages,
+    clip: Embeds,
     statistics: Statistics,
     *,
     samples: int = 32,
@@ -126,7 +104,7 @@ def channel_relevance(
 
 def _moves(
     generator: Generator,
-    clip: TextAndImages,
+    clip: Embeds,
     w_plus: Float[Tensor, "N L D"],
     index: int,
     channels: Int[Tensor, " C"],
@@ -152,7 +130,7 @@ def _moves(
 
 def cached_relevance(
     generator: Generator,
-    clip: TextAndImages,
+    clip: Embeds,
     statistics: Statistics,
     *,
     samples: int = 32,
@@ -193,31 +171,6 @@ def _save(vectors: Tensor, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def text_direction(
-    clip: TextAndImages, source: str, target: str, templates: Sequence[str] = TEMPLATES
-) -> Float[Tensor, " E"]:
-    """The unit direction from one text to another: the difference of their unit mean embeddings
-    over the templates.
-
-    Raises:
-        ConfigError: a template has no place for the text, or both texts have the same embedding.
-    """
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise ConfigError(f"text direction: expected templates with {{}}, got {wrong or 'none'}")
-    means = []
-    for text in (source, target):
-        rows = clip.texts([template.format(text) for template in templates]).float().cpu()
-        means.append(F.normalize(rows.mean(0), dim=0))
-    change = means[1] - means[0]
-    if float(change.norm()) < 1e-5:
-        raise ConfigError(
-            f"text direction: {source!r} and {target!r} have the same embedding in CLIP "
-            f"{clip.name!r}: choose texts that differ in words that it knows"
-        )
-    return change / change.norm()
 
 
 def style_text_direction(

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from models.adaptation.clip_losses import TEMPLATES
 from models.errors import ConfigError
+from models.losses.clip_direction import TEMPLATES
 from models.stylegan2.tokens import Factorization, check_tokens
 from tasks.job import InputConfig, MethodConfig
 

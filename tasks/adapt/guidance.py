@@ -18,15 +18,14 @@ from models.adaptation.adversary import (
     shifted,
 )
 from models.adaptation.clip_losses import (
-    Embeds,
     direction_loss,
     in_domain_loss,
     reference_loss,
     set_direction,
-    text_direction,
     within_loss,
 )
 from models.adaptation.distribution import ReferenceTaps, sliced_distance
+from models.losses.clip_direction import Embeds, text_direction
 from models.losses.identity import Identity
 from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
 from tasks.adapt.config import CLIP_TERMS, TERMS, DomainConfig

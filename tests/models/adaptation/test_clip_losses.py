@@ -1,7 +1,5 @@
 """Losses in CLIP's space against values by hand, and at the zero difference of the first step."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,6 @@ from models.adaptation.clip_losses import (
     reference_loss,
     set_direction,
     soft_cosine,
-    text_direction,
     within_loss,
 )
 from models.errors import ConfigError
@@ -21,22 +18,6 @@ from models.errors import ConfigError
 
 def units(*shape: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-class Words:
-    """Embeds a text as the mean of its words' fixed unit vectors."""
-
-    name = "words"
-
-    def images(self, images: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        rows = []
-        for text in texts:
-            seeds = [sum(map(ord, word)) for word in text.split()]
-            rows.append(torch.stack([units(8, seed=s) for s in seeds]).mean(0))
-        return F.normalize(torch.stack(rows), dim=1)
 
 
 def test_soft_cosine_is_the_cosine_of_long_differences() -> None:
@@ -91,18 +72,6 @@ def test_in_domain_loss_by_hand() -> None:
     turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))
     assert float(in_domain_loss(before @ turn, before).max()) < 1e-10
     assert float(in_domain_loss(after[:, :1].expand(2, 4, 8), before).min()) > 0.1  # a collapse
-
-
-def test_text_direction_averages_templates() -> None:
-    clip = Words()
-    found = text_direction(clip, "photo", "ink drawing", ("{}", "old {}"))
-    first = clip.texts(["ink drawing"])[0] - clip.texts(["photo"])[0]
-    second = clip.texts(["old ink drawing"])[0] - clip.texts(["old photo"])[0]
-    torch.testing.assert_close(found, F.normalize((first + second) / 2, dim=0))
-    with pytest.raises(
-        ConfigError, match=r"'a b' and target_text 'b a' have the same embedding in"
-    ):
-        text_direction(clip, "a b", "b a", ("{}",))
 
 
 def test_set_direction() -> None:

@@ -15,9 +15,9 @@ from models.editing.style_text import (
     channel_relevance,
     style_channels,
     style_text_direction,
-    text_direction,
 )
 from models.errors import ConfigError
+from models.losses.clip_direction import text_direction
 from models.statistics import Statistics, compute_statistics
 from models.stylegan2.generator import Generator, weights_hash
 
@@ -130,27 +130,6 @@ def test_relevance_is_computed_once(
     assert "it is computed again" in caplog.text
     assert torch.equal(repaired.vectors, first.vectors)
     assert clip.calls == 2 * calls
-
-
-def test_a_text_direction_is_between_the_means_over_templates() -> None:
-    templates = ("{}", "a blue {}")
-    found = text_direction(ColourClip(), "red", "green", templates)
-    base = torch.tensor([1e-3, 1e-3, 1e-3])
-    red, green, blue = torch.eye(3)
-    means = [
-        F.normalize((F.normalize(base + c, dim=0) + F.normalize(base + c + blue, dim=0)) / 2, dim=0)
-        for c in (red, green)
-    ]
-    torch.testing.assert_close(found, F.normalize(means[1] - means[0], dim=0))
-
-
-def test_texts_that_give_no_direction() -> None:
-    with pytest.raises(ConfigError, match="'red' and 'red hat' have the same embedding in CLIP"):
-        text_direction(ColourClip(), "red", "red hat", ("{}",))
-    with pytest.raises(ConfigError, match=r"expected templates with {}, got \['a photo'\]"):
-        text_direction(ColourClip(), "red", "green", ("{}", "a photo"))
-    with pytest.raises(ConfigError, match="got none"):
-        text_direction(ColourClip(), "red", "green", ())
 
 
 def test_channels_above_the_threshold_move_by_their_deviation(statistics: Statistics) -> None:
