@@ -18,6 +18,7 @@ from models.adaptation.domain import (
     save_domain,
 )
 from models.adaptation.token_sets import TokenSets
+from models.checkpoints.load import load_generator
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, weights_hash
@@ -290,3 +291,27 @@ def test_another_generator_is_refused(tiny_generator: Generator, tmp_path: Path)
 def test_a_domain_is_one_thing(parts: Mapping) -> None:
     with pytest.raises(ValueError, match="either a residual or weights"):
         Domain(name="a", generator_hash="", **parts)
+
+
+def test_faces64_ships_three_styles() -> None:
+    generator = load_generator("faces64")
+    known = known_domains(generator, ())
+    assert set(known) >= {"impasto", "fantasy", "illustration"}
+    z = torch.randn(4, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    start = Inversion(w_plus=generator.mapping(z, truncation_psi=0.7))
+    plain = start.render(generator)
+    pictures = {}
+    for name in ("impasto", "fantasy", "illustration"):
+        domain = find_domain(name, generator, ())
+        assert (known[name] / "tokens.safetensors").stat().st_size <= 300_000
+        assert (known[name] / "preview.png").is_file()
+        assert "non-commercial" in domain.card["terms"].lower()
+        assert domain.card["held_out"]["content_trunk"] >= 0.8
+        pictures[name] = add_domains(start, [[(domain, 1.0)]]).render(generator)
+        # Another look of the same picture: it moves, and stays nearer to its own than to others.
+        own = (pictures[name] - plain).square().mean((1, 2, 3))
+        other = (pictures[name] - plain.roll(1, 0)).square().mean((1, 2, 3))
+        assert float(own.min()) > 0.002
+        assert bool((own < other).all())
+    change = (pictures["impasto"] - pictures["illustration"]).abs().mean()
+    assert float(change) > 0.03
