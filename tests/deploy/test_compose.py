@@ -46,7 +46,9 @@ def test_services_wait_for_what_they_need(services: dict[str, Any]) -> None:
 
 
 def test_set_up_names_what_prefect_yaml_uses(services: dict[str, Any]) -> None:
-    (deployment,) = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())["deployments"]
+    shipped = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())["deployments"]
+    deployment = shipped[0]  # compose sets up the nightly inversion
+    assert {d["work_pool"]["name"] for d in shipped} == {deployment["work_pool"]["name"]}
     (script,) = services["prefect-setup"]["command"]
     pool = deployment["work_pool"]["name"]
     assert f"work-pool create {pool} --type process" in script

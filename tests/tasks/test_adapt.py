@@ -391,7 +391,7 @@ def test_settings_of_a_job_that_make_no_sense(
 
 def test_clips_and_texts_that_do_not_serve(place: Path, tmp_path: Path) -> None:
     text = DomainConfig(name="ink", guidance="text", source_text="ab", target_text="ba")
-    with pytest.raises(ConfigError, match=r"'ab' and target_text 'ba' have the same embedding"):
+    with pytest.raises(ConfigError, match=r"'ab' and 'ba' have the same embedding"):
         adapt(job(place, tmp_path, text))
     with pytest.raises(AssetError, match="CLIP missing: no such folder"):
         adapt(job(place, tmp_path, text, clips=(ClipConfig(source="missing"),)))
