@@ -16,6 +16,7 @@ from typing import Any
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from pipeline.config import apply_set, nearest, read_toml, validated
+from pipeline.run import local_device
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
 from tasks.adapt.job import AdaptProgress as AdaptProgress
 from tasks.adapt.job import adapt as run_job
@@ -43,6 +44,7 @@ def load_adapt_config(
         tables["domain"] = [dict(table) for table in domains]
     for item in sets:
         apply_set(tables, item)
+    tables.setdefault("device", local_device())
     if not tables.get("domain"):
         raise ConfigError(
             "domain: there is none; write a [[domain]] table with a name and `references` or "

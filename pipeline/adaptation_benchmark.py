@@ -37,7 +37,7 @@ from tasks.benchmark.adaptation import (
 )
 from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
-from tasks.inverter import fixed_threads
+from tasks.device import fixed_threads
 from tasks.job import InputConfig
 from tasks.machine import describe_machine
 from tasks.training.grids import save_grid

@@ -176,6 +176,7 @@ class AdaptConfig:
     """Steps between preview grids and checkpoints."""
     seed: int = 0
     device: str = "cpu"
+    """On the command line "cuda" where there is a GPU."""
     threads: int = 0
     """CPU threads; 0 keeps torch's choice."""
     input: InputConfig = field(default_factory=InputConfig)
