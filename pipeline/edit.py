@@ -68,7 +68,7 @@ class EditRunConfig(BaseModel):
     attributes: str = "auto"
     """Attribute scorer: "auto" (the bundled one where it fits the generator), a path, "none"."""
     output: OutputConfig | None = None
-    """None: the pictures and the format that the edited run has stored."""
+    """None: the pictures and the format that the edited run has stored, and the inversion."""
     engine: EngineConfig = EngineConfig()
 
     def job(self, source: str) -> EditJobConfig:
@@ -84,7 +84,7 @@ class EditRunConfig(BaseModel):
         """
         made = _inversion_job(source)
         stored = made.output.pictures
-        pictures = tuple(p for p in ("input", "inversion") if p != "input" or p in stored)
+        pictures = stored if "inversion" in stored else (*stored, "inversion")
         output = self.output or OutputConfig(
             pictures=pictures, picture_format=made.output.picture_format
         )

@@ -19,14 +19,10 @@ from pipeline.edit import EditRunConfig, Wishes, load_edit_config
 from pipeline.flows import (
     GPU_LIMIT,
     RETRY_ON_OUTAGE,
-    IncompleteRun,
     ProgressBar,
-    publish,
-    run_shards,
+    finish_run,
     scheduled_day,
-    seal_and_verify,
     show_picture,
-    write_report,
 )
 from pipeline.run import Plan, Summary
 from tasks.adapt.config import AdaptConfig
@@ -60,14 +56,7 @@ def edit_dataset(
     day = scheduled_day()
     source, run_uri = source_uri.replace("{date}", day), output_uri.replace("{date}", day)
     stages.check_places(source, run_uri)
-    planned = plan_edit(source, run_uri, settings, limit)
-    outcome = run_shards(planned, settings.engine)
-    problems = seal_and_verify(run_uri)
-    summary = Summary(outcome=outcome, problems=problems, report_uri=write_report(run_uri))
-    publish(summary)
-    if not summary.is_clean:
-        raise IncompleteRun(summary)
-    return summary
+    return finish_run(plan_edit(source, run_uri, settings, limit), settings.engine)
 
 
 @task(name="plan-edit", **RETRY_ON_OUTAGE)

@@ -113,7 +113,17 @@ def invert_dataset(
     run_uri = output_uri.replace("{date}", scheduled_day())
     stages.check_places(input_uri, run_uri)
     planned = plan_run(input_uri, run_uri, settings, limit)
-    outcome = run_shards(planned, settings.engine)
+    return finish_run(planned, settings.engine)
+
+
+def finish_run(planned: Plan, engine: EngineConfig) -> Summary:
+    """All stages after the plan, inside a flow.
+
+    Raises:
+        IncompleteRun: shards were quarantined, or verification found problems.
+    """
+    run_uri = planned.run.uri
+    outcome = run_shards(planned, engine)
     problems = seal_and_verify(run_uri)
     report_uri = write_report(run_uri)
     summary = Summary(outcome=outcome, problems=problems, report_uri=report_uri)

@@ -29,7 +29,7 @@ from models.checkpoints.bundled import ASSETS
 from models.encoders.checkpoint import file_sha256
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
-from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.generator import Generator, check_made_for, weights_hash
 from models.stylegan2.residual import Residual
 from models.stylegan2.tokens import FACTORIZATIONS
 from models.stylegan2.weight_delta import TunedWeights, WeightDelta
@@ -90,13 +90,8 @@ class Domain:
         Raises:
             AssetError: the hashes differ.
         """
-        digest = weights_hash(generator)
-        if self.generator_hash != digest:
-            raise AssetError(
-                f"domain {self.name}: it was adapted from generator "
-                f"{self.generator_hash[:12]}..., this one is {digest[:12]}...; choose that "
-                "generator, or make the domain again with `refinery adapt`"
-            )
+        remedy = "choose that generator, or make the domain again with `refinery adapt`"
+        check_made_for(f"domain {self.name}", self.generator_hash, generator, remedy)
 
 
 def save_domain(domain: Domain, folder: str | Path) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.checkpoints.bundled import ASSETS
 from models.errors import AssetError
-from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.generator import Generator, check_made_for, weights_hash
 
 FORMAT = "style-refinery direction 1"
 
@@ -158,13 +158,8 @@ class Direction:
         Raises:
             AssetError: the hashes differ.
         """
-        digest = weights_hash(generator)
-        if self.generator_hash != digest:
-            raise AssetError(
-                f"direction {self.name}: it was fitted for generator "
-                f"{self.generator_hash[:12]}..., this one is {digest[:12]}...; fit it again with "
-                "`refinery directions fit`"
-            )
+        remedy = "fit it again with `refinery directions fit`"
+        check_made_for(f"direction {self.name}", self.generator_hash, generator, remedy)
 
 
 def save_direction(direction: Direction, path: str | Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.errors import AssetError
 from models.stylegan2.architecture import GeneratorArchitecture as GeneratorArchitecture
 from models.stylegan2.layers import EqualLinear, PixelNorm
 from models.stylegan2.modulated_conv import Form
@@ -378,3 +379,22 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name}{list(values.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_made_for(what: str, made_for: str, generator: Generator, remedy: str) -> None:
+    """Refuse what was made for another generator: it means nothing to this one.
+
+    Args:
+        what: its name, for the message: "direction age".
+        made_for: `weights_hash` of the generator it belongs to.
+        remedy: what to do instead.
+
+    Raises:
+        AssetError: the hashes differ.
+    """
+    digest = weights_hash(generator)
+    if made_for != digest:
+        raise AssetError(
+            f"{what}: it was made for generator {made_for[:12]}..., this one is {digest[:12]}...; "
+            f"{remedy}"
+        )

@@ -1,14 +1,14 @@
 """Commands that edit stored samples and make what edits need. Heavy imports wait inside."""
 
 import logging
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from models.errors import ConfigError
+from pipeline.commands.jobs import begin_server, run_job
 from pipeline.commands.terminal import (
     OK,
-    UNCLEAN,
     Config,
     Limit,
     Out,
@@ -17,6 +17,10 @@ from pipeline.commands.terminal import (
     console,
     error_console,
 )
+
+if TYPE_CHECKING:
+    from pipeline.run import Summary
+    from pipeline.tally import OnProgress
 
 directions = App(name="directions", help="Directions of the latent space: fit them, list them.")
 
@@ -67,16 +71,10 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
         engine: where the shards run; inline is a loop in this process, for debugging.
         flow: run as a Prefect flow, on the server of PREFECT_API_URL or a private one.
     """
-    server = None
-    if flow:
-        from pipeline.prefect_server import start_server
-
-        server = start_server()  # comes up while the rest is loading
+    server = begin_server(flow)
     from pipeline.edit import Wishes, load_edit_config
     from pipeline.edit import edit as edit_plainly
-    from pipeline.progress import progress_line
     from pipeline.run import check_places
-    from pipeline.screen import show_summary
 
     sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
     wishes = Wishes(
@@ -89,22 +87,16 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
     )
     settings = load_edit_config(config, sets, wishes)
     check_places(run, output)
-    with progress_line(error_console) as on_progress:
-        if not flow:
-            summary = edit_plainly(run, output, settings, limit=limit, on_progress=on_progress)
-        else:
-            if server is not None:
-                server.wait()
-            from pipeline.edit_flows import edit_dataset
-            from pipeline.flows import IncompleteRun, listening
 
-            try:
-                with listening(on_progress):
-                    summary = edit_dataset(run, output, config, sets, wishes, limit)
-            except IncompleteRun as incomplete:
-                summary = incomplete.summary
-    show_summary(console, summary)
-    return OK if summary.is_clean else UNCLEAN
+    def plainly(on_progress: "OnProgress") -> "Summary":
+        return edit_plainly(run, output, settings, limit=limit, on_progress=on_progress)
+
+    def in_flow() -> "Summary":
+        from pipeline.edit_flows import edit_dataset
+
+        return edit_dataset(run, output, config, sets, wishes, limit)
+
+    return run_job(plainly, in_flow if flow else None, server)
 
 
 def adapt(

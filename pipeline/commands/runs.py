@@ -1,7 +1,8 @@
 """Commands over runs. Heavy imports wait inside, so that --help is immediate."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from pipeline.commands.jobs import begin_server, run_job
 from pipeline.commands.terminal import (
     OK,
     UNCLEAN,
@@ -15,6 +16,10 @@ from pipeline.commands.terminal import (
     console,
     error_console,
 )
+
+if TYPE_CHECKING:
+    from pipeline.run import Summary
+    from pipeline.tally import OnProgress
 
 
 def demo(*, out: str = "runs") -> int:
@@ -74,34 +79,23 @@ def invert(  # noqa: PLR0913 - a command's options are its arguments
     sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
-    server = None
-    if flow:
-        from pipeline.prefect_server import start_server
-
-        server = start_server()  # comes up while the rest is loading
+    server = begin_server(flow)
     from pipeline.config import load_config
-    from pipeline.progress import progress_line
     from pipeline.run import check_places
     from pipeline.run import invert as invert_plainly
-    from pipeline.screen import show_summary
 
     settings = load_config(config, sets, methods or [])
     check_places(source, output)
-    with progress_line(error_console) as on_progress:
-        if not flow:
-            summary = invert_plainly(source, output, settings, limit=limit, on_progress=on_progress)
-        else:
-            if server is not None:
-                server.wait()
-            from pipeline.flows import IncompleteRun, invert_dataset, listening
 
-            try:
-                with listening(on_progress):
-                    summary = invert_dataset(source, output, config, sets, methods, limit)
-            except IncompleteRun as incomplete:
-                summary = incomplete.summary
-    show_summary(console, summary)
-    return OK if summary.is_clean else UNCLEAN
+    def plainly(on_progress: "OnProgress") -> "Summary":
+        return invert_plainly(source, output, settings, limit=limit, on_progress=on_progress)
+
+    def in_flow() -> "Summary":
+        from pipeline.flows import invert_dataset
+
+        return invert_dataset(source, output, config, sets, methods, limit)
+
+    return run_job(plainly, in_flow if flow else None, server)
 
 
 def _dry_run(

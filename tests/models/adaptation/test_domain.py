@@ -283,7 +283,7 @@ def test_find_by_name_and_by_folder(tiny_generator: Generator, tmp_path: Path) -
 def test_another_generator_is_refused(tiny_generator: Generator, tmp_path: Path) -> None:
     domain = replace(make_domain(tiny_generator), generator_hash="ab" * 32)
     save_domain(domain, tmp_path / "sepia")
-    with pytest.raises(AssetError, match=r"adapted from generator abababababab\.\.\., this one"):
+    with pytest.raises(AssetError, match=r"made for generator abababababab\.\.\., this one"):
         find_domain("sepia", tiny_generator, (tmp_path,))
 
 

@@ -157,7 +157,7 @@ def test_a_wrong_file_is_an_asset_error(fault: str, tmp_path: Path) -> None:
 
 
 def test_another_generator_is_refused(tiny_generator: Generator) -> None:
-    with pytest.raises(AssetError, match=r"fitted for generator abababababab\.\.\., this one is"):
+    with pytest.raises(AssetError, match=r"made for generator abababababab\.\.\., this one is"):
         direction(unit(1.0, 0.0)).check_generator(tiny_generator)
 
 

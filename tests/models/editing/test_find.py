@@ -64,5 +64,5 @@ def test_an_unknown_name_lists_what_is_known(tiny_generator: Generator, tmp_path
 def test_another_generators_direction_is_refused(tiny_generator: Generator, tmp_path: Path) -> None:
     path = save(load_generator("faces64"), tmp_path, "hat")
     for name in (str(path), "hat"):
-        with pytest.raises(AssetError, match="direction hat: it was fitted for generator"):
+        with pytest.raises(AssetError, match="direction hat: it was made for generator"):
             find_direction(name, tiny_generator, (tmp_path,))

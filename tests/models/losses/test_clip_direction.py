@@ -39,9 +39,7 @@ def test_the_mean_over_templates() -> None:
 
 
 def test_texts_and_templates_that_give_no_direction() -> None:
-    with pytest.raises(
-        ConfigError, match="'a b' and 'b a' have the same embedding in"
-    ):
+    with pytest.raises(ConfigError, match="'a b' and 'b a' have the same embedding in"):
         text_direction(Words(), "a b", "b a", ("{}",))
     with pytest.raises(ConfigError, match=r"texts with {} in each, found \['a photo'\]"):
         text_direction(Words(), "red", "green", ("{}", "a photo"))

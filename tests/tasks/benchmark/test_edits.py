@@ -214,5 +214,5 @@ def test_a_run_is_measured(
 
 def test_another_generators_direction_is_refused_first(tiny_generator: Generator) -> None:
     foreign = replace(reddest(tiny_generator), generator_hash="00" * 32)
-    with pytest.raises(AssetError, match="direction red: it was fitted for generator 000000000000"):
+    with pytest.raises(AssetError, match="direction red: it was made for generator 000000000000"):
         edit_response(codes(tiny_generator), tiny_generator, {"red": foreign}, Colours(), distance)

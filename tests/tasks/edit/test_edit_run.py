@@ -310,10 +310,10 @@ def test_what_belongs_to_another_generator_is_refused(
 ) -> None:
     other = make_tiny_generator(seed=9)
     stranger = write_direction(other, tmp_path / "turn.json")
-    with pytest.raises(AssetError, match="fitted for generator"):
+    with pytest.raises(AssetError, match="direction turn: it was made for generator"):
         Editor(make_edit_job(place["source"], variant("a", {stranger: 1.0})), "cpu")
     stranger = write_domain(other, tmp_path / "style")
-    with pytest.raises(AssetError, match="adapted from generator"):
+    with pytest.raises(AssetError, match="domain style: it was made for generator"):
         Editor(make_edit_job(place["source"], variant("a", domains={stranger: 1.0})), "cpu")
 
 
