@@ -42,6 +42,7 @@ def load_adapt_config(
     tables = read_toml(path) if path else {}
     if domains:
         tables["domain"] = [dict(table) for table in domains]
+    tables.setdefault("clips", [{"source": "refinery"}])  # so that clips.0.source can be set
     for item in sets:
         apply_set(tables, item)
     tables.setdefault("device", local_device())

@@ -294,8 +294,8 @@ def check_places(input_uri: str, run_uri: str) -> None:
     inside = run_uri.rstrip("/") + "/"
     if inside.startswith(input_uri.rstrip("/") + "/"):
         raise ConfigError(
-            f"OUT {run_uri} lies inside IN {input_uri}: its pictures would be found as input; "
-            "choose a folder outside"
+            f"OUT {run_uri} lies inside IN {input_uri}: what it writes would be found as "
+            "input; choose a folder outside"
         )
 
 

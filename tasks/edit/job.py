@@ -106,5 +106,5 @@ class EditJobConfig:
         ]
         output = dict(values.pop("output"))
         output["pictures"] = tuple(output["pictures"])
-        values["domain_folders"] = tuple(values["domain_folders"])
+        values["domain_folders"] = tuple(values.get("domain_folders", ()))
         return EditJobConfig(**values, variants=tuple(variants), output=OutputConfig(**output))

@@ -111,3 +111,13 @@ def test_adapt_hands_the_job_on(path: str, monkeypatch: pytest.MonkeyPatch) -> N
     config = load_adapt_config(path)
     monkeypatch.setattr(adapt_module, "run_job", lambda c, p: [Path(d.name) for d in c.domain])
     assert adapt(config) == [Path("ink"), Path("oil")]
+
+
+def test_the_clip_is_one_setting(tmp_path: Path) -> None:
+    wished = [{"name": "x", "guidance": "text", "target_text": "oil painting"}]
+    config = load_adapt_config(None, ["clips.0.source=some/clip"], domains=wished)
+    assert [clip.source for clip in config.clips] == ["some/clip"]
+    path = tmp_path / "adapt.toml"
+    path.write_text('[[clips]]\nsource = "a"\n[[clips]]\nsource = "b"\nweight = 0.5\n')
+    config = load_adapt_config(str(path), ["clips.1.weight=0.25"], domains=wished)
+    assert [(clip.source, clip.weight) for clip in config.clips] == [("a", 1.0), ("b", 0.25)]
