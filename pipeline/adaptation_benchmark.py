@@ -135,10 +135,12 @@ def benchmark_adaptation(
         rows = {row.name: bench.row(row) for row in rows_of(chosen)}
         ceiling = {style: bench.ceiling(style) for style in chosen}
         timing = bench.timing(chosen)
+        machine = describe_machine()
+        edits = None if run is None else run_response(run, generator, EDITS)
     result: dict[str, Any] = {
         "title": "Domain adaptation on the same portraits",
         "command": shlex.join(["refinery", *sys.argv[1:]]),
-        "machine": describe_machine(),
+        "machine": machine,
         "generator": generator_name,
         "data": Path(portraits).name,
         "held_out": {style: len(given[style].held_out) for style in chosen},
@@ -149,8 +151,8 @@ def benchmark_adaptation(
         "training_portraits": ceiling,
         "timing": timing,
     }
-    if run is not None:
-        result["edits"] = run_response(run, generator, EDITS)
+    if edits is not None:
+        result["edits"] = edits
     (place / "adaptation.json").write_text(json.dumps(result, indent=1) + "\n")
     bench.grid([row for row in rows_of(chosen) if not row.settings])
     page = place / "adaptation.md"

@@ -17,7 +17,7 @@ HEADS: tuple[tuple[str, str, str], ...] = (
 )
 GOALS = (("frechet", 0.6, -1), ("content", 0.8, 1), ("diversity", 0.7, 1))
 """Wanted of a domain from ten pictures: at most, or at least."""
-TIME_GOAL, RENDERING_GOAL, SIZE_GOAL = 1.6, 0.9, 300_000
+TIME_GOAL, RENDERING_GOAL, SIZE_GOAL, MONOTONE_GOAL = 1.6, 0.9, 300_000, 0.9
 LEGEND = """\
 {codes} codes (truncation 0.7) rendered in every domain. Frechet: distance to the held-out
 portraits of the style ({held_out}) over the same of the unadapted generator. Content: correlation
@@ -90,6 +90,10 @@ def goal_table(result: Mapping[str, Any]) -> list[str]:
         name = f"speed of rendering in a domain over plain, batch {batch}"
         is_met = ratio >= RENDERING_GOAL
         lines.append(_goal(name, f"at least {RENDERING_GOAL}", f"{ratio:.2f}", is_met))
+    for name, row in result.get("edits", {"rows": {}})["rows"].items():
+        share, wanted = row["monotone"], f"at least {100 * MONOTONE_GOAL:.0f} %"
+        title = f"edit {name}: pictures with a monotone response over -3..3"
+        lines.append(_goal(title, wanted, f"{100 * share:.1f} %", share >= MONOTONE_GOAL))
     return lines
 
 

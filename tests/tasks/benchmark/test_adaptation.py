@@ -164,6 +164,11 @@ def test_the_page() -> None:
     assert "largest tokens | at most 300 kB | 69 kB | met |" in goals
     assert "4 domains of 6 codes over one of 6 | at most 1.6 | 2.50 | **not met** |" in goals
     assert "plain, batch 16 | at least 0.9 | 0.93 | met |" in goals
+    edited = {**result(), "edits": {"rows": {"age": {"monotone": 0.875}}}}
+    assert (
+        "| edit age: pictures with a monotone response over -3..3 | at least 90 % | 87.5 % |"
+        in (goal_table(edited)[-1])
+    )
     page = markdown(result())
     assert "`refinery benchmark adaptation x`" in page
     assert "(impasto 22)" in page
