@@ -307,7 +307,7 @@ def seal(run_uri: str) -> str:
     if waiting:
         raise LedgerError(
             f"{run_uri}: cannot seal, {len(waiting)} of {record['num_shards']} shards are neither "
-            f"committed nor given up (first: {shard_name(waiting[0])}); run `refinery invert` again"
+            f"committed nor given up (first: {shard_name(waiting[0])}); run its command again"
         )
     sealed = {
         "run_id": record["run_id"],
@@ -342,8 +342,8 @@ def read_seal(run_uri: str) -> dict[str, Any] | None:
             sealed[key]
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(
-            f"{uri}: damaged ({type(error).__name__}: {error}); delete it and run `refinery "
-            "invert` again, which seals the run anew"
+            f"{uri}: damaged ({type(error).__name__}: {error}); delete it and run the "
+            "run's command again, which seals it anew"
         ) from error
     return sealed
 

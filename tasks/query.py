@@ -108,7 +108,7 @@ def _open(run_uri: str) -> Iterator[_Views]:
     if not parts:
         raise LedgerError(
             f"{run_uri}: nothing to query, {len(markers)} of {record['num_shards']} shards are "
-            "committed and none has a row; run `refinery invert` on it first"
+            "committed and none has a row; let it come to its first commit"
         )
     files = None
     # Without replacements: else a name in the SQL may mean a variable of this module.

@@ -128,7 +128,7 @@ def _check_missing(run_uri: str, done: set[int], report: VerifyReport) -> None:
     if missing:
         report.problems.append(
             f"{len(missing)} of {report.num_shards} shards are not committed yet "
-            f"({examples(map(shard_name, missing))}); run `refinery invert` again"
+            f"({examples(map(shard_name, missing))}); run its command again"
         )
     for shard in sorted(done):
         if shard >= report.num_shards:
@@ -188,7 +188,7 @@ def _check_seal(
         )
         report.problems.append(
             f"_SEALED.json and the markers disagree about {len(differing)} parts "
-            f"({examples(differing)}); run `refinery invert` again, which seals the run anew"
+            f"({examples(differing)}); run its command again, which seals the run anew"
         )
 
 
