@@ -97,9 +97,7 @@ def test_an_unfinished_run(small: SmallRun) -> None:
     Path(small.uri, "commits/00001.json").unlink()
     Path(small.uri, "_SEALED.json").unlink()
     report = verify(small.uri)
-    assert report.problems == [
-        "1 of 2 shards are not committed yet (00001); run its command again"
-    ]
+    assert report.problems == ["1 of 2 shards are not committed yet (00001); run its command again"]
     assert report.notes == [
         "the run is not sealed yet",
         "2 files belong to no commit (unfinished attempts); readers do not see them, and sealing "
