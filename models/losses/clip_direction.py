@@ -29,18 +29,24 @@ TEMPLATES = (
 text may ("a photo of an oil painting" contradicts itself)."""
 
 
-class Embeds(Protocol):
-    """What is needed of a CLIP: unit embeddings of pictures in [-1, 1] and of texts."""
+class EmbedsTexts(Protocol):
+    """Unit embeddings of texts."""
 
     name: str
-    hash: str
 
-    def images(self, images: Float[Tensor, "N 3 H W"], /) -> Float[Tensor, "N D"]: ...
     def texts(self, prompts: Sequence[str], /) -> Float[Tensor, "M D"]: ...
 
 
+class Embeds(EmbedsTexts, Protocol):
+    """What is needed of a CLIP: unit embeddings of pictures in [-1, 1] and of texts."""
+
+    hash: str
+
+    def images(self, images: Float[Tensor, "N 3 H W"], /) -> Float[Tensor, "N D"]: ...
+
+
 def text_direction(
-    clip: Embeds, source: str, target: str, templates: Sequence[str] = TEMPLATES
+    clip: EmbedsTexts, source: str, target: str, templates: Sequence[str] = TEMPLATES
 ) -> Float[Tensor, " D"]:
     """Unit `mean_t E_T(t(target)) - E_T(t(source))` over prompt templates (StyleGAN-NADA,
     arXiv 2108.00946; StyleCLIP, arXiv 2103.17249, section 6).

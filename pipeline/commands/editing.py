@@ -115,7 +115,7 @@ def adapt(
     same command again to resume. Several at once: [[domain]] tables in a config file.
 
     Args:
-        name: of the domain, the folder below OUT.
+        name: of the domain, the folder below OUT; what another job left there is replaced.
         text: what the generator shall make, "impasto painting of a face".
         source_text: what it makes now, "photo of a face".
         image: one reference picture.

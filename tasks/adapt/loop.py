@@ -97,7 +97,8 @@ class Descent:
         for row in self.rows:
             self.states[row].steps = self.step
         if not bool(is_finite.all()):
-            self._drop(~is_finite.cpu(), "diverged", f"loss or gradient not finite, {self.step=}")
+            note = f"loss or gradient not finite in step {self.step}"
+            self._drop(~is_finite.cpu(), "diverged", note)
 
     def finish(self) -> None:
         """The last score; active domains are finished."""
