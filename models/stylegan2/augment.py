@@ -9,6 +9,7 @@ Legend: N batch, H W image (square).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def augment(image: Float[Tensor, "N 3 H W"], p: float) -> Float[Tensor, "N 3 H W"]:
-    """Augment every image independently; `p = 0` returns the input itself.
+def augment(image: Float[Tensor, "N 3 H W"], p: float | Tensor) -> Float[Tensor, "N 3 H W"]:
+    """Augment every image independently.
 
-    Randomness comes from torch's global generator. Differentiable once with respect to the image.
+    Randomness comes from the generator of the image's device. Differentiable once with respect to
+    the image.
+
+    Args:
+        p: probability of each step. The number 0 returns the input itself; a tensor [] is never
+            looked at on the host, so that a CUDA graph can hold the call.
     """
-    if p <= 0:
+    if not isinstance(p, Tensor) and p <= 0:
         return image
-    n = image.shape[0]
-    plane, colour = sample_plane_maps(n, p), sample_colour_maps(n, p)
+    n, device = image.shape[0], image.device
+    plane, colour = sample_plane_maps(n, p, device), sample_colour_maps(n, p, device)
     grid = F.affine_grid(plane[:, :2].to(image), list(image.shape), align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
     colour = colour.to(image)
@@ -32,89 +38,97 @@ def augment(image: Float[Tensor, "N 3 H W"], p: float) -> Float[Tensor, "N 3 H W
     return flat.reshape(image.shape)
 
 
-def adjusted_strength(p: float, overfit_sign: float, target: float, step: float) -> float:
-    """One move of ADA's controller.
+def adjusted_strength(p: Tensor, overfit_sign: Tensor, target: float, step: float) -> Tensor:
+    """One move of ADA's controller, on the device.
 
     Args:
-        p: current probability.
+        p: current probability, [].
         overfit_sign: r_t = E[sign(D(real))], 0 = none, 1 = complete overfitting (ADA, equation 1).
         target: r_t to hold (0.6 in the paper).
         step: size of the move, images seen since the last one / images from p = 0 to p = 1.
     """
-    return min(max(p + math.copysign(step, overfit_sign - target), 0.0), 1.0)
+    return (p + step * torch.sign(overfit_sign - target)).clamp(0.0, 1.0)
 
 
-def sample_plane_maps(n: int, p: float) -> Float[Tensor, "N 3 3"]:
+def sample_plane_maps(
+    n: int, p: float | Tensor, device: torch.device | str = "cpu"
+) -> Float[Tensor, "N 3 3"]:
     """Inverse maps in [-1, 1] coordinates: flips, turns, shifts, scale, rotation, anisotropy."""
-    maps = torch.eye(3).repeat(n, 1, 1)
+    rand, randn = _draws(n, device)
+    unit = torch.eye(3, device=device)
+    maps = unit.repeat(n, 1, 1)
 
-    def apply(step: Tensor, probability: float) -> None:
+    def apply(step: Tensor, probability: float | Tensor) -> None:
         nonlocal maps
-        keep = torch.rand(n) >= probability
-        step[keep] = torch.eye(3)
-        maps = step @ maps
+        is_applied = rand() < probability
+        maps = torch.where(is_applied[:, None, None], step, unit) @ maps
 
-    apply(_scale(1.0 - 2.0 * torch.randint(2, (n,)), torch.ones(n)), p)
-    apply(_rotate(torch.randint(4, (n,)) * (math.pi / 2)), p)
-    apply(_shift((torch.rand(n, 2) * 2 - 1) * 0.25), p)
-    zoom = torch.exp2(torch.randn(n) * 0.2)
+    apply(_scale(1.0 - 2.0 * (rand() * 2).floor(), torch.ones(n, device=device)), p)
+    apply(_rotate((rand() * 4).floor() * (math.pi / 2)), p)
+    apply(_shift(rand(2) / 2 - 0.25), p)
+    zoom = torch.exp2(randn() * 0.2)
     apply(_scale(zoom, zoom), p)
-    p_rotate = 1 - math.sqrt(1 - p)  # two rotations: P(at least one) = p
-    apply(_rotate((torch.rand(n) * 2 - 1) * math.pi), p_rotate)
-    stretch = torch.exp2(torch.randn(n) * 0.2)
+    p_rotate = 1 - (1 - p) ** 0.5  # two rotations: P(at least one) = p
+    apply(_rotate((rand() * 2 - 1) * math.pi), p_rotate)
+    stretch = torch.exp2(randn() * 0.2)
     apply(_scale(stretch, 1 / stretch), p)
-    apply(_rotate((torch.rand(n) * 2 - 1) * math.pi), p_rotate)
-    apply(_shift(torch.randn(n, 2) * 0.25), p)
+    apply(_rotate((rand() * 2 - 1) * math.pi), p_rotate)
+    apply(_shift(randn(2) * 0.25), p)
     return maps
 
 
-def sample_colour_maps(n: int, p: float) -> Float[Tensor, "N 4 4"]:
+def sample_colour_maps(
+    n: int, p: float | Tensor, device: torch.device | str = "cpu"
+) -> Float[Tensor, "N 4 4"]:
     """Maps of homogeneous RGB: brightness, contrast, luma flip, hue, saturation."""
-    maps = torch.eye(4).repeat(n, 1, 1)
-    luma = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
-    along = torch.outer(luma, luma)
-    rgb = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    one = torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    rand, randn = _draws(n, device)
+    unit = torch.eye(4, device=device)
+    one = F.pad(unit[3:, 3:], (3, 0, 3, 0))  # the homogeneous coordinate stays
+    rgb = unit - one
+    along = F.pad(torch.full((3, 3), 1 / 3, device=device), (0, 1, 0, 1))  # the axis of the greys
+    maps = unit.repeat(n, 1, 1)
 
     def apply(step: Tensor) -> None:
         nonlocal maps
-        keep = torch.rand(n) >= p
-        step[keep] = torch.eye(4)
-        maps = step @ maps
+        maps = torch.where((rand() < p)[:, None, None], step, unit) @ maps
 
-    bright = torch.eye(4).repeat(n, 1, 1)
-    bright[:, :3, 3] = (torch.randn(n) * 0.2)[:, None]
-    apply(bright)
-    apply(rgb * torch.exp2(torch.randn(n) * 0.5)[:, None, None] + one)
-    apply(torch.eye(4) - 2 * along * torch.randint(2, (n,))[:, None, None])
-    apply(_hue((torch.rand(n) * 2 - 1) * math.pi))
-    apply(along + (rgb - along) * torch.exp2(torch.randn(n))[:, None, None] + one)
+    bright = (randn() * 0.2)[:, None, None] * (rgb.sum(1, keepdim=True) * unit[3])
+    apply(unit + bright)
+    apply(rgb * torch.exp2(randn() * 0.5)[:, None, None] + one)
+    apply(unit - 2 * along * (rand() * 2).floor()[:, None, None])
+    apply(_hue((rand() * 2 - 1) * math.pi))
+    apply(along + (rgb - along) * torch.exp2(randn())[:, None, None] + one)
     return maps
+
+
+def _draws(n: int, device: torch.device | str) -> tuple[Callable[..., Tensor], ...]:
+    """rand and randn of [N *shape]."""
+    return (
+        lambda *shape: torch.rand(n, *shape, device=device),
+        lambda *shape: torch.randn(n, *shape, device=device),
+    )
 
 
 def _scale(x: Tensor, y: Tensor) -> Tensor:
-    return torch.diag_embed(torch.stack([x.float(), y.float(), torch.ones_like(y).float()], 1))
+    return torch.diag_embed(torch.stack([x, y, torch.ones_like(y)], 1))
 
 
 def _shift(offset: Tensor) -> Tensor:
-    maps = torch.eye(3).repeat(len(offset), 1, 1)
-    maps[:, :2, 2] = offset
-    return maps
+    """[N 2] -> [N 3 3]."""
+    return torch.eye(3, device=offset.device) + F.pad(offset[:, :, None], (2, 0, 0, 1))
 
 
 def _rotate(angle: Tensor) -> Tensor:
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    maps = torch.eye(3).repeat(len(angle), 1, 1)
-    maps[:, 0, 0], maps[:, 0, 1], maps[:, 1, 0], maps[:, 1, 1] = cos, -sin, sin, cos
-    return maps
+    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    rows = [cos, -sin, zero, sin, cos, zero, zero, zero, torch.ones_like(angle)]
+    return torch.stack(rows, 1).reshape(-1, 3, 3)
 
 
 def _hue(angle: Tensor) -> Tensor:
     """Rotation about the grey axis (Rodrigues' formula)."""
-    k = 1 / math.sqrt(3)
-    cross = torch.tensor([[0.0, -k, k], [k, 0.0, -k], [-k, k, 0.0]])
-    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
-    rotation = cos * torch.eye(3) + sin * cross + (1 - cos) * torch.full((3, 3), 1 / 3)
-    maps = torch.eye(4).repeat(len(angle), 1, 1)
-    maps[:, :3, :3] = rotation
-    return maps
+    a, b = torch.cos(angle), torch.sin(angle) / math.sqrt(3)
+    c = (1 - a) / 3
+    x, y, z = a + c, c - b, c + b
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    rows = [x, y, z, zero, z, x, y, zero, y, z, x, zero, zero, zero, zero, one]
+    return torch.stack(rows, 1).reshape(-1, 4, 4)

@@ -4,6 +4,8 @@ Legend: N batch, C channels, H W image. Every function keeps the dtype and the m
 input. `upfirdn2d` is the slow twin: the textbook definition that tests hold the fast forms against.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None
+"""It comes with PyTorch's GPU builds."""
 TAPS = (1.0, 3.0, 3.0, 1.0)
 """The 1-D resampling filter of StyleGAN2, before normalisation."""
 
@@ -46,7 +50,14 @@ def upfirdn2d(
 
 
 def _depthwise(channels: int, x: Tensor, gain: float) -> Tensor:
-    return filter_2d(gain, x.dtype, x.device)[None, None].expand(channels, 1, 4, 4)
+    return _kept_filter(gain, x.dtype, x.device)[None, None].expand(channels, 1, 4, 4)
+
+
+@cache
+def _kept_filter(gain: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, since a copy from the host stops the stream, and a CUDA graph cannot hold one.
+    with torch.inference_mode(False):
+        return filter_2d(gain, dtype, device)
 
 
 def blur(
@@ -66,6 +77,10 @@ class _Blur(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, padding: int, gain: float, stride: int) -> Tensor:
         ctx.settings = (padding, gain, stride, x.shape[2:])
+        if x.is_cuda and HAS_TRITON:
+            from models.stylegan2.blur_gpu import blur_gpu
+
+            return blur_gpu(x, padding, gain, stride)
         channels = x.shape[1]
         kernel = _depthwise(channels, x, gain)
         return F.conv2d(x, kernel, padding=padding, stride=stride, groups=channels)

@@ -1,8 +1,9 @@
 """Train a StyleGAN2 generator: one plain `fit(config)` that runs in a bare Python process.
 
 Non-saturating loss, lazy R1, lazy path-length regularisation, EMA, adaptive discriminator
-augmentation (StyleGAN2, arXiv 1912.04958; ADA, arXiv 2006.06676). One batch of fakes serves the
-losses of both networks, which are updated together: a pass of each network fewer a step.
+augmentation (StyleGAN2, arXiv 1912.04958; ADA, arXiv 2006.06676), or R3GAN's relativistic loss with
+R1 and R2 (arXiv 2501.05441). One batch of fakes serves the losses of both networks, which are
+updated together: a pass of each network fewer a step.
 
 Legend: N batch, H W image.
 """
@@ -12,9 +13,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,13 @@ from tasks.training.distributed import (
 )
 from tasks.training.generator_state import FitGeneratorConfig, GeneratorState
 from tasks.training.grids import save_grid
+from tasks.training.replay import Replayed
+from tasks.training.trainer import use_device
 
 logger = logging.getLogger(__name__)
+
+ADA_INTERVAL = 4
+"""Steps between two moves of the augmentation's strength."""
 
 
 def fit(config: FitGeneratorConfig) -> Path:
@@ -48,17 +53,17 @@ def fit(config: FitGeneratorConfig) -> Path:
     Raises:
         AssetError: no pictures, or a checkpoint of another architecture.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_device(config.device, config.threads)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     pictures = load_pictures(config.data, config.resolution)
     state = _start(config, checkpoint)
+    training = GeneratorTraining(state, config, pictures)
     journal = _Journal(config, pictures, state.images) if is_main_process() else None
     started, is_last = time.monotonic(), state.images >= config.images
     while not is_last:
-        losses = training_step(state, config, pictures)
+        losses = training.step()
         is_late = time.monotonic() - started > config.time_limit_s
         is_last = is_late or state.images >= config.images
         if journal is not None:
@@ -114,7 +119,7 @@ class _Journal:
             "images": state.images,
             "images_per_s": round(rate, 2),
             "eta_s": round(max(self.config.images - state.images, 0) / rate),
-            "ada_p": round(state.ada_p, 4),
+            "ada_p": round(float(state.ada_p), 4),
             **{name: round(float(value), 4) for name, value in self.losses.items()},
         }
         with (self.out / "log.jsonl").open("a") as file:
@@ -142,86 +147,138 @@ class _Frechet:
         return torch.tensor(frechet_distance(fake, self.real))
 
 
-def training_step(
-    state: GeneratorState, config: FitGeneratorConfig, pictures: UInt8[Tensor, "M 3 H W"]
-) -> dict[str, Tensor]:
-    """One update of both networks, the lazy regularisers when they are due, and of the average."""
-    g, d = state.g, state.d
-    g.requires_grad_(True)
-    d.requires_grad_(True)
-    real = augment(_draw(pictures, config.batch, config.device), state.ada_p)
-    w_plus = _draw_codes(g, config)
-    fake = g.synthesis(w_plus, noise="random")
-    logits_fake, logits_real = d(augment(fake, state.ada_p)), d(real)
-    loss_g = F.softplus(-logits_fake).mean()
-    loss_d = F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
-    _set_gradients(g.parameters(), loss_g, retain_graph=True)
-    _set_gradients(d.parameters(), loss_d)
-    _step(state.optimizer_g)
-    _step(state.optimizer_d)
-    losses = {"loss_g": loss_g.detach(), "loss_d": loss_d.detach()}
-    state.real_sign.append(logits_real.detach().sign().mean())
+class GeneratorTraining:
+    """The updates of one run, in pieces of fixed shape that a GPU replays as CUDA graphs.
 
-    if config.r1_interval and state.step % config.r1_interval == 0:
-        penalty = _r1(d, real.detach())
-        _set_gradients(d.parameters(), penalty * (config.r1_gamma / 2 * config.r1_interval))
-        _step(state.optimizer_d)
-        losses["r1"] = penalty.detach()
-    if config.path_length_weight and state.step % config.path_length_interval == 0:
-        penalty, lengths = _path_length(state, config)
-        weight = config.path_length_weight * config.path_length_interval
-        _set_gradients(g.parameters(), penalty * weight)
+    Args:
+        pictures: the training set as bytes; it moves to the device as a whole.
+    """
+
+    def __init__(
+        self, state: GeneratorState, config: FitGeneratorConfig, pictures: UInt8[Tensor, "M 3 H W"]
+    ) -> None:
+        self.state, self.config = state, config
+        self.pictures = pictures.to(config.device)
+        is_recorded = self.pictures.is_cuda and world_size() == 1
+        self.both = Replayed(self._update_both, is_recorded)
+        self.gradient_penalty = Replayed(self._update_gradient_penalty, is_recorded)
+        self.path_length = Replayed(self._update_path_length, is_recorded)
+        self.augmentation = Replayed(self._update_augmentation, is_recorded)
+        state.g.requires_grad_(True)
+        state.d.requires_grad_(True)
+
+    def step(self) -> dict[str, Tensor]:
+        """One update of both networks, the lazy regularisers when they are due, and of the average.
+
+        Returns:
+            Losses by name, valid until the next step.
+        """
+        state, config = self.state, self.config
+        losses = self.both()
+        if config.r1_interval and state.step % config.r1_interval == 0:
+            losses = losses | self.gradient_penalty()
+        if config.path_length_weight and state.step % config.path_length_interval == 0:
+            losses = losses | self.path_length()
+        state.step += 1
+        state.images += config.batch * world_size()
+        _update_average(state, config)
+        if config.ada_images and state.step % ADA_INTERVAL == 0:
+            losses = losses | self.augmentation()
+        return losses
+
+    # ------------------------------------------------------------------ the pieces
+
+    def _update_both(self) -> dict[str, Tensor]:
+        state, config = self.state, self.config
+        g, d = state.g, state.d
+        real = self._real()
+        fake = g.synthesis(self._codes(config.batch), noise=self._noise)
+        logits_fake, logits_real = d(self._augmented(fake)), d(real)
+        if config.loss == "logistic":
+            loss_g = F.softplus(-logits_fake).mean()
+            loss_d = F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
+            told_apart = logits_real
+        else:
+            told_apart = logits_real - logits_fake
+            loss_g, loss_d = F.softplus(told_apart).mean(), F.softplus(-told_apart).mean()
+        _set_gradients(g.parameters(), loss_g, retain_graph=True)
+        _set_gradients(d.parameters(), loss_d)
         _step(state.optimizer_g)
-        losses["path_length"] = lengths.mean().detach()
+        _step(state.optimizer_d)
+        state.real_sign.add_(told_apart.detach().sign().mean() / ADA_INTERVAL)
+        return {"loss_g": loss_g.detach(), "loss_d": loss_d.detach()}
 
-    state.step += 1
-    state.images += config.batch * world_size()
-    _update_average(state, config)
-    if config.ada_images and state.step % 4 == 0:
-        overfit = float(average(torch.stack(state.real_sign).mean()))
-        move = 4 * config.batch * world_size() / config.ada_images
-        state.ada_p = adjusted_strength(state.ada_p, overfit, config.ada_target, move)
-        state.real_sign.clear()
-        losses["real_sign"] = torch.tensor(overfit)
-    return losses
+    def _update_gradient_penalty(self) -> dict[str, Tensor]:
+        """Lazy R1, and for the relativistic loss R2 too."""
+        state, config = self.state, self.config
+        found = {"r1": _squared_gradient(state.d, self._real())}
+        if config.loss == "relativistic":
+            with torch.no_grad():
+                fake = state.g.synthesis(self._codes(config.batch), noise=self._noise)
+            found["r2"] = _squared_gradient(state.d, self._augmented(fake))
+        penalty = torch.stack(list(found.values())).sum()
+        _set_gradients(state.d.parameters(), penalty * (config.r1_gamma / 2 * config.r1_interval))
+        _step(state.optimizer_d)
+        return {name: value.detach() for name, value in found.items()}
+
+    def _update_path_length(self) -> dict[str, Tensor]:
+        """Path-length penalty on half a batch (StyleGAN2, equation 4), with its moving average."""
+        state, config = self.state, self.config
+        w_plus = self._codes(max(config.batch // 2, 1))
+        image = state.g.synthesis(w_plus, noise=self._noise)
+        noise = torch.randn_like(image) / math.sqrt(image.shape[2] * image.shape[3])
+        (gradient,) = torch.autograd.grad((image * noise).sum(), w_plus, create_graph=True)
+        lengths = gradient.square().sum(2).mean(1).sqrt()
+        mean = state.path_length_mean
+        mean.lerp_(lengths.detach().mean(), 0.01)
+        penalty = (lengths - mean.clone()).square().mean()
+        weight = config.path_length_weight * config.path_length_interval
+        _set_gradients(state.g.parameters(), penalty * weight)
+        _step(state.optimizer_g)
+        return {"path_length": lengths.mean().detach()}
+
+    def _update_augmentation(self) -> dict[str, Tensor]:
+        state, config = self.state, self.config
+        overfit = average(state.real_sign)
+        move = ADA_INTERVAL * config.batch * world_size() / config.ada_images
+        state.ada_p.copy_(adjusted_strength(state.ada_p, overfit, config.ada_target, move))
+        found = {"real_sign": overfit.clone()}
+        state.real_sign.zero_()
+        return found
+
+    # ------------------------------------------------------------------ what they draw
+
+    @property
+    def _noise(self) -> Literal["random", "none"]:
+        return "random" if self.config.has_noise else "none"
+
+    def _augmented(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
+        return augment(images, self.state.ada_p if self.config.ada_images else 0.0)
+
+    def _real(self) -> Float[Tensor, "N 3 H W"]:
+        """Random pictures with random flips, in [-1, 1], augmented."""
+        batch, device = self.config.batch, self.pictures.device
+        images = self.pictures[torch.randint(len(self.pictures), (batch,), device=device)]
+        is_flipped = torch.rand(batch, device=device)[:, None, None, None] < 0.5
+        images = torch.where(is_flipped, images.flip(3), images)
+        return self._augmented(images.float().div_(127.5).sub_(1))
+
+    def _codes(self, count: int) -> Float[Tensor, "N L D"]:
+        """w+ of fresh samples; with style mixing, rows from a random one on are a second one's."""
+        g, device = self.state.g, self.pictures.device
+        z = torch.randn(2 * count, g.z_dim, device=device)
+        w_plus, other = g.mapping(z).chunk(2)
+        cut = torch.rand(count, 1, device=device) * (g.num_ws - 1)
+        is_mixed = torch.rand(count, 1, device=device) < self.config.mixing_probability
+        is_other = is_mixed & (torch.arange(g.num_ws, device=device) > cut)
+        return torch.where(is_other[:, :, None], other, w_plus)
 
 
-def _draw(pictures: UInt8[Tensor, "M 3 H W"], batch: int, device: str) -> Float[Tensor, "N 3 H W"]:
-    """Random pictures with random flips, in [-1, 1]."""
-    rows = torch.randint(len(pictures), (batch,))
-    images = pictures[rows]
-    flip = torch.rand(batch) < 0.5
-    images[flip] = images[flip].flip(3)
-    return images.to(device).float().div_(127.5).sub_(1)
-
-
-def _draw_codes(g: Generator, config: FitGeneratorConfig) -> Float[Tensor, "N L D"]:
-    """w+ of fresh samples; with style mixing, rows from a random one on are a second sample's."""
-    z = torch.randn(2, config.batch, config.z_dim).to(config.device)
-    w_plus = g.mapping(z[0])
-    if float(torch.rand(())) < config.mixing_probability:
-        cut = int(torch.randint(1, g.num_ws, ()))
-        w_plus = torch.cat([w_plus[:, :cut], g.mapping(z[1])[:, cut:]], dim=1)
-    return w_plus
-
-
-def _r1(d: Discriminator, real: Float[Tensor, "N 3 H W"]) -> Tensor:
-    """R1: squared gradient of the logits at the (augmented) real images, mean over the batch."""
-    real = real.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(d(real).sum(), real, create_graph=True)
+def _squared_gradient(d: Discriminator, images: Float[Tensor, "N 3 H W"]) -> Tensor:
+    """R1 or R2: squared gradient of the logits at (augmented) images, mean over the batch."""
+    images = images.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(d(images).sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
-
-
-def _path_length(state: GeneratorState, config: FitGeneratorConfig) -> tuple[Tensor, Tensor]:
-    """Path-length penalty on half a batch (StyleGAN2, equation 4), with its moving average."""
-    half = replace(config, batch=max(config.batch // 2, 1))
-    w_plus = _draw_codes(state.g, half)
-    image = state.g.synthesis(w_plus, noise="random")
-    noise = torch.randn_like(image) / math.sqrt(image.shape[2] * image.shape[3])
-    (gradient,) = torch.autograd.grad((image * noise).sum(), w_plus, create_graph=True)
-    lengths = gradient.square().sum(2).mean(1).sqrt()
-    state.path_length_mean = state.path_length_mean.lerp(lengths.detach().mean(), 0.01)
-    return (lengths - state.path_length_mean).square().mean(), lengths
 
 
 def _set_gradients(
@@ -246,8 +303,7 @@ def _update_average(state: GeneratorState, config: FitGeneratorConfig) -> None:
     # Early on, average over the last twentieth of the run only (ADA's ramp-up 0.05).
     half_life = min(config.ema_half_life, state.images * 0.05)
     keep = 0.5 ** (config.batch * world_size() / max(half_life, 1e-8))
-    for kept, current in zip(state.ema.parameters(), state.g.parameters(), strict=True):
-        kept.lerp_(current, 1 - keep)
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.g.parameters()), 1 - keep)
 
 
 @torch.no_grad()

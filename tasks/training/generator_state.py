@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from models.errors import AssetError, ConfigError
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture
 
+LOSSES = ("logistic", "relativistic")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -49,6 +50,12 @@ class FitGeneratorConfig:
     path_length_weight: float = 2.0
     path_length_interval: int = 4
     mixing_probability: float = 0.9
+    loss: Literal["logistic", "relativistic"] = "logistic"
+    """"logistic" is StyleGAN2's non-saturating loss with R1. "relativistic" compares each fake with
+    a real picture of the batch, with R1 and R2 (R3GAN, arXiv 2501.05441)."""
+    has_noise: bool = True
+    """Feed noise to the 3x3 layers. Where it is off their strengths stay 0, and "const", "random"
+    and "none" render alike, as in StyleGAN3; at small sizes noise becomes grain."""
     ema_half_life: int = 10_000
     """Images after which an old weight counts half in the average that is shipped."""
     ada_target: float = 0.6
@@ -74,6 +81,8 @@ class FitGeneratorConfig:
             raise ConfigError(
                 f"precision: expected one of {sorted(DTYPES)}, found {self.precision!r}"
             )
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss: expected one of {sorted(LOSSES)}, found {self.loss!r}")
         if self.batch % 4 and self.batch > 4:
             raise ConfigError(
                 "batch: expected a multiple of 4 (minibatch standard deviation), "
@@ -107,9 +116,8 @@ class GeneratorState:
         self.optimizer_d = _adam(self.d, config.learning_rate, config.r1_interval)
         self.images = 0
         self.step = 0
-        self.ada_p = 0.0
-        self.path_length_mean = torch.zeros((), device=config.device)
-        self.real_sign: list[Tensor] = []
+        # What a recorded step reads and changes, in place: tensors [] on the device.
+        self.ada_p, self.real_sign, self.path_length_mean = torch.zeros(3, device=config.device)
 
     def save(self, path: Path, config: FitGeneratorConfig) -> None:
         temporary = path.with_suffix(".tmp")
@@ -124,9 +132,9 @@ class GeneratorState:
                 "optimizer_d": self.optimizer_d.state_dict(),
                 "images": self.images,
                 "step": self.step,
-                "ada_p": self.ada_p,
-                "path_length_mean": self.path_length_mean,
-                "real_sign": self.real_sign,
+                "ada_p": self.ada_p.clone(),
+                "path_length_mean": self.path_length_mean.clone(),
+                "real_sign": self.real_sign.clone(),
                 "rng": torch.get_rng_state(),
                 "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             },
@@ -144,11 +152,16 @@ class GeneratorState:
         self.g.load_state_dict(saved["g"])
         self.d.load_state_dict(saved["d"])
         self.ema.load_state_dict(saved["g_ema"])
-        self.optimizer_g.load_state_dict(saved["optimizer_g"])
-        self.optimizer_d.load_state_dict(saved["optimizer_d"])
-        self.images, self.step, self.ada_p = saved["images"], saved["step"], saved["ada_p"]
-        self.path_length_mean = saved["path_length_mean"].to(device)
-        self.real_sign = [sign.to(device) for sign in saved["real_sign"]]
+        for optimizer, key in (
+            (self.optimizer_g, "optimizer_g"),
+            (self.optimizer_d, "optimizer_d"),
+        ):
+            for group in saved[key]["param_groups"]:  # of the machine that wrote it
+                group["capturable"] = _is_cuda(device)
+            optimizer.load_state_dict(saved[key])
+        self.images, self.step = saved["images"], saved["step"]
+        for name in ("ada_p", "path_length_mean", "real_sign"):
+            getattr(self, name).copy_(torch.as_tensor(saved[name]))
         torch.set_rng_state(saved["rng"])
         if saved["rng_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(saved["rng_cuda"])
@@ -172,8 +185,13 @@ class GeneratorState:
             else:
                 shifted[name] = value
         _load_overlap(self.d, shifted)
-        self.images, self.step, self.ada_p = saved["images"], saved["step"], saved["ada_p"]
-        self.path_length_mean = saved["path_length_mean"].to(self.path_length_mean.device)
+        self.images, self.step = saved["images"], saved["step"]
+        for name in ("ada_p", "path_length_mean"):
+            getattr(self, name).copy_(torch.as_tensor(saved[name]))
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def _load_overlap(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -186,5 +204,9 @@ def _adam(module: nn.Module, learning_rate: float, lazy_interval: int) -> torch.
     # Lazy regularisation adds a step every `lazy_interval`; StyleGAN2, appendix B, keeps the pace.
     ratio = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
     return torch.optim.Adam(
-        module.parameters(), lr=learning_rate * ratio, betas=(0.0, 0.99**ratio), eps=1e-8
+        module.parameters(),
+        lr=learning_rate * ratio,
+        betas=(0.0, 0.99**ratio),
+        eps=1e-8,
+        capturable=next(module.parameters()).is_cuda,
     )

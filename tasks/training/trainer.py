@@ -129,7 +129,7 @@ def train(objective: Objective, config: TrainingConfig) -> Path:
     checkpoint = out / "checkpoint.pt"
     pictures = held_out = torch.empty(0, 3, objective.resolution, objective.resolution).byte()
     if objective.needs_pictures:
-        pictures = load_pictures(config.data, objective.resolution)
+        pictures = load_pictures(config.data, objective.resolution).to(config.device)
         held_out = (
             load_pictures(config.validation, pictures.shape[2]) if config.validation else None
         )
@@ -164,9 +164,8 @@ def train(objective: Objective, config: TrainingConfig) -> Path:
 
 
 def set_up(config: TrainingConfig) -> None:
-    """Threads and seed; call it before the networks are built."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """Device, threads and seed; call it before the networks are built."""
+    use_device(config.device, config.threads)
     torch.manual_seed(config.seed)
     is_slow = config.device == "cpu" and not has_bfloat16_instructions()
     if config.precision == "bfloat16" and is_slow:
@@ -174,6 +173,15 @@ def set_up(config: TrainingConfig) -> None:
             "precision = bfloat16: this CPU has no instructions for it (AVX-512 BF16 or AMX) and "
             "emulates them; set precision = float32, which was ten times as fast on such a one"
         )
+
+
+def use_device(device: str, threads: int) -> None:
+    """What a training process asks of its machine; shapes are fixed, and TF32 is exact enough."""
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def has_bfloat16_instructions() -> bool:
@@ -185,11 +193,10 @@ def draw(pictures: UInt8[Tensor, "M 3 H W"], batch: int, device: str) -> Float[T
     """Random pictures with random flips, in [-1, 1], channels last; none where there are none."""
     if not len(pictures):
         return to_images(pictures, device)
-    rows = torch.randint(len(pictures), (batch,))
+    rows = torch.randint(len(pictures), (batch,), device=pictures.device)
     images = pictures[rows]
-    is_flipped = torch.rand(batch) < 0.5
-    images[is_flipped] = images[is_flipped].flip(3)
-    return to_images(images, device)
+    is_flipped = torch.rand(batch, 1, 1, 1, device=pictures.device) < 0.5
+    return to_images(torch.where(is_flipped, images.flip(3), images), device)
 
 
 def to_images(pictures: UInt8[Tensor, "N 3 H W"], device: str) -> Float[Tensor, "N 3 H W"]:

@@ -89,4 +89,5 @@ def test_pictures_are_augmented_independently():
     [(0.2, 0.9, 0.3), (0.2, 0.1, 0.1), (0.95, 1.0, 1.0), (0.05, 0.0, 0.0), (0.5, 0.7, 0.6)],
 )
 def test_controller(p, sign, expected):
-    assert adjusted_strength(p, sign, 0.6, 0.1) == pytest.approx(expected)
+    moved = adjusted_strength(torch.tensor(p), torch.tensor(sign), 0.6, 0.1)
+    assert float(moved) == pytest.approx(expected)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from models.errors import AssetError, ConfigError
 from models.stylegan2.resample import upsample2x
-from tasks.training.generator import fit, training_step
+from tasks.training.generator import GeneratorTraining, fit
 from tasks.training.generator_state import FitGeneratorConfig, GeneratorState
 
 
@@ -102,9 +102,8 @@ def test_growing_keeps_the_image(data: tuple[str], tmp_path: Path) -> None:
     torch.testing.assert_close(
         grown.d.state_dict()["convs.2.conv1.0.weight"], saved["d"]["convs.1.conv1.0.weight"]
     )
-    losses = training_step(
-        grown, config(data, tmp_path, resolution=32), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    )
+    pictures = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    losses = GeneratorTraining(grown, config(data, tmp_path, resolution=32), pictures).step()
     assert torch.isfinite(losses["loss_g"])
     assert grown.images == 72
 
