@@ -4,6 +4,7 @@ Legend: N batch, C channels, H W image. Every function keeps the dtype and the m
 input. `upfirdn2d` is the slow twin: the textbook definition that tests hold the fast forms against.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,8 +46,16 @@ def upfirdn2d(
     return F.conv2d(x, weight, groups=c)[:, :, ::down, ::down]
 
 
+@cache
+def _kept_filter(gain: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "4 4"]:
+    """`filter_2d`, made once: its values come from the host, which a GPU would wait for in every
+    layer, and which the capture of a CUDA graph refuses."""
+    with torch.inference_mode(False):  # autograd refuses to save what inference mode made
+        return filter_2d(gain, dtype, device)
+
+
 def _depthwise(channels: int, x: Tensor, gain: float) -> Tensor:
-    return filter_2d(gain, x.dtype, x.device)[None, None].expand(channels, 1, 4, 4)
+    return _kept_filter(gain, x.dtype, x.device)[None, None].expand(channels, 1, 4, 4)
 
 
 def blur(
