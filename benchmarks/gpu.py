@@ -14,14 +14,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import gpu_page, gpu_rows
-from benchmarks.gpu_rows import Bench, Row
+from benchmarks.gpu_rows import BASIC, SEARCHED, Bench, Row
 from tasks.machine import describe_machine
 
 HERE = Path(__file__).parent
@@ -30,66 +31,70 @@ Group = tuple[str, float, Callable[[], list[Row]]]
 
 
 def groups(bench: Bench) -> list[Group]:
-    """Every group, the most wanted first; graphs before the profiler, compilation last."""
-    sizes, cuda = bench.sizes, bench.is_cuda
-    exact = bench.precisions
-    searched = [p for p in ("fp32", "tf32", "bf16", "bf16 + tf32") if cuda or "tf32" not in p]
-    graph = ["graph"] if cuda else []
-    orders = ["eager", "eager, contiguous"]
-    graphs = ["graph", "graph, contiguous"] if cuda else []
-    cudnn = ["eager, deterministic"] if cuda else []
-    some = [p for p in exact if p in ("fp32", "bf16")]
-    middle = sizes.step_batches[1]
-    found: list[Group] = [("ceilings", 0, lambda: gpu_rows.ceilings(bench))]
+    """Every group, the most wanted first; graphs before the profiler, long ones last."""
+    sizes = bench.sizes
+    first, *others = sizes.batches
+    main = sizes.batches[first][0]
+    small, middle, large = sizes.step_batches
+    published, bundled = sizes.encoder_batches
+    orders = ("eager", "eager, contiguous")
+    graphs = (*orders, "graph", "graph, contiguous")
+    stepped = ("eager", "graph")
+    encoded = ("eager, contiguous", "eager", "graph")
+    found: list[Group] = []
 
     def add(name: str, needs: float, measure: Callable[..., list[Row]], *arguments: Any) -> None:
-        found.append((name, needs, lambda: measure(bench, *arguments)))
+        found.append((name, needs, partial(measure, bench, *arguments)))
 
-    def add_synthesis(resolution: int, batch: int, modes: list[str]) -> None:
+    def add_synthesis(resolution: int, batch: int, modes: Sequence[str]) -> None:
         name = f"synthesis, {resolution} px, batch {batch}"
-        add(name, 5, gpu_rows.synthesis, resolution, batch, modes, exact)
+        add(name, 5, gpu_rows.synthesis, resolution, batch, modes, BASIC)
 
-    first, *others = sizes.batches
+    def add_step(method: str, batch: int, modes: Sequence[str]) -> None:
+        name = f"{method}, batch {batch}"
+        add(name, 5, gpu_rows.search_step, method, batch, modes, SEARCHED)
+
+    def add_encoder(which: str, batch: int) -> None:
+        add(f"e4e, {which}, batch {batch}", 5, gpu_rows.encoder, which, batch, encoded)
+
+    def add_compiled(name: str, measure: Callable[..., list[Row]], *arguments: Any) -> None:
+        add(f"compile: {name}", 40, measure, *arguments)
+
+    add("ceilings", 0, gpu_rows.ceilings)
     for batch in sizes.batches[first][:2]:
-        add_synthesis(first, batch, orders + graphs + cudnn)
-    add("wplus", 5, gpu_rows.search_step, "wplus", middle, ["eager", *graph], searched)
-    large, small = sizes.encoder_batches
-    all_orders = ["eager, contiguous", "eager", *graph]
-    add("e4e, published sizes", 5, gpu_rows.encoder, "published", large[0], all_orders)
-    add("e4e, faces64", 5, gpu_rows.encoder, "faces64", small[0], all_orders)
-    for resolution in reversed(others):
-        for batch in sizes.batches[resolution][:2]:
-            add_synthesis(resolution, batch, orders + graphs)
-    add("residuals", 5, gpu_rows.residuals, first, sizes.batches[first][0])
-    for batch in (sizes.step_batches[0], sizes.step_batches[2]):
-        name = f"wplus, batch {batch}"
-        add(name, 5, gpu_rows.search_step, "wplus", batch, ["eager", *graph], searched)
-    batch = sizes.refine_batch
-    add("refine_opt", 5, gpu_rows.search_step, "refine_opt", batch, ["eager", *graph], searched)
+        add_synthesis(first, batch, (*graphs, "eager, deterministic"))
+    add_step("wplus", middle, stepped)
+    add_encoder("published", published[0])
+    add("residuals", 5, gpu_rows.residuals, first, main)
+    for resolution in others[-1:]:
+        add_synthesis(resolution, sizes.batches[resolution][1], graphs)
+        add_synthesis(resolution, sizes.batches[resolution][0], orders)
+    add_step("wplus", small, stepped)
+    add_step("wplus", large, ("eager",))  # graphs of this size would fill the memory
+    add_step("refine_opt", sizes.refine_batch, ("eager",))
     add("pti", 5, gpu_rows.pti_step)
+    add_encoder("faces64", bundled[0])
+    if bench.is_cuda:
+        some = ("fp32", "bf16")
+        watched = (gpu_rows.synthesis, first)
+        add("busy: synthesis", 8, *watched, main, orders, some, True)
+        add("busy: wplus", 8, gpu_rows.search_step, "wplus", middle, ("eager",), some, True)
+        add("busy: e4e", 8, gpu_rows.encoder, "published", published[0], ("eager",), True)
+        add("busy: synthesis, batch 1", 8, *watched, 1, ("eager",), some, True)
+    pair = ("eager", "compile")
+    add_compiled("synthesis, bf16", gpu_rows.synthesis, first, main, pair, ("bf16",))
+    for resolution in others[:-1]:
+        for batch in sizes.batches[resolution][:2]:
+            add_synthesis(resolution, batch, orders)
+    add_compiled("synthesis, fp32", gpu_rows.synthesis, first, main, pair, ("fp32",))
     for resolution, batches in sizes.batches.items():
         for batch in batches[2:]:
             add_synthesis(resolution, batch, orders)
-    for which, sequence in (("published", large[1:]), ("faces64", small[1:])):
-        for batch in sequence:
-            add(f"e4e, {which}, batch {batch}", 5, gpu_rows.encoder, which, batch, all_orders)
-    if cuda:
-        batch = sizes.batches[first][0]
-        for name, arguments in {
-            "synthesis": (gpu_rows.synthesis, first, batch, orders, some),
-            "synthesis, batch 1": (gpu_rows.synthesis, first, 1, ["eager"], some),
-            "wplus": (gpu_rows.search_step, "wplus", middle, ["eager"], some),
-            "e4e": (gpu_rows.encoder, "published", large[0], ["eager"]),
-        }.items():
-            add(f"busy: {name}", 8, *arguments, True)
-    for precision in some:
-        name = f"compile: synthesis, {precision}"
-        batch = sizes.batches[first][0]
-        modes = ["eager", "compile"]
-        add(name, 40, gpu_rows.synthesis, first, batch, modes, [precision])
-    add(
-        "compile: wplus", 60, gpu_rows.search_step, "wplus", middle, ["eager", "compile"], some[-1:]
-    )
+    for batch in published[1:]:
+        add_encoder("published", batch)
+    for batch in bundled[1:]:
+        add_encoder("faces64", batch)
+    add_compiled("wplus", gpu_rows.search_step, "wplus", middle, pair, ("bf16",))
     return found
 
 

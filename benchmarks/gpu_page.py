@@ -10,14 +10,14 @@ INTRODUCTION = """# Speed on a GPU
 
 `make bench-gpu` measures all of this and writes it here. Generators are StyleGAN2 config f with
 random weights, scaled so that pictures have a root mean square of 0.5. Times are medians of rounds
-that run every form of a group once; the spread is (largest - smallest) / median. fp32 is exact
-float32 (no TF32), tf32 lets float32 products use it, bf16 and fp16 are the generator's convolutions
-(the rest is float32), "bf16 + tf32" is both. cuDNN searches its algorithms, except where a form says
-"deterministic": that is what the pipeline sets. Layouts are the project's own choice (channels-last
-on a GPU), except where a form says "contiguous". "graph" replays a CUDA graph; of a search's step,
-the loss and its gradient are graphs and the bookkeeping is not. Errors are relative L2 and largest
-difference, in pictures' units ([-1, 1] is the range of a picture). Other implementations are not
-measured here.
+that run every form of a group; the spread is (largest - smallest) / median. fp32 is exact float32
+(no TF32), tf32 lets float32 products use it, bf16 and fp16 are the convolutions alone (the rest is
+float32), "bf16 + tf32" is both. cuDNN picks the fastest of the 4 algorithms that it thinks best,
+except where a form says "deterministic": that is what the pipeline sets. Layouts are the project's
+own choice (channels-last on a GPU), except where a form says "contiguous". "graph" replays a CUDA
+graph; of a search's step, the loss and its gradient are graphs and the bookkeeping is not. Errors
+are relative L2 and the largest difference, of pictures in their own units (white is 1, black -1),
+of codes in those of W. Other implementations are not measured here.
 """
 
 

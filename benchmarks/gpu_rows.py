@@ -42,6 +42,13 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
 }
 """Type of the generator's convolutions (None: float32), and whether float32 products are TF32."""
 
+BASIC = ("fp32", "tf32", "bf16", "fp16")
+SEARCHED = ("fp32", "tf32", "bf16", "bf16 + tf32")
+ENCODED = ("fp32", "tf32", "bf16")
+
+PLANS = 4
+"""How many of its algorithms cuDNN tries for a convolution, the most promising by its own guess."""
+
 STEPS = 1000
 """Length of a search's schedule."""
 
@@ -75,7 +82,7 @@ class Sizes:
 
 
 GPU = Sizes(
-    batches={256: (8, 1, 32, 64), 512: (8, 1, 32), 1024: (8, 1, 32)},
+    batches={256: (8, 1, 32, 64), 512: (8, 1, 32), 1024: (8, 1, 16)},
     step_resolution=256,
     step_batches=(1, 8, 32),
     refine_batch=16,
@@ -162,10 +169,14 @@ class Bench:
 
     # ------------------------------------------------------------------ forms
 
-    @property
-    def precisions(self) -> list[str]:
-        """Those that the device has."""
-        return ["fp32", "tf32", "bf16", "fp16"] if self.is_cuda else ["fp32", "bf16"]
+    def forms(self, precisions: Sequence[str], modes: Sequence[str]) -> list[tuple[str, str]]:
+        """Every pair that the device has: a CPU has no TF32, no fast fp16, no CUDA graphs."""
+        gpu_only = ("tf32", "fp16", "graph", "deterministic")
+        return [
+            (precision, mode)
+            for precision, mode in itertools.product(precisions, modes)
+            if self.is_cuda or not any(word in f"{precision}, {mode}" for word in gpu_only)
+        ]
 
     def set(self, generator: Generator | None, precision: str, mode: str) -> None:
         """Put every switch where a form has it.
@@ -177,6 +188,7 @@ class Bench:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_tf32
         torch.backends.cudnn.deterministic = "deterministic" in mode
         torch.backends.cudnn.benchmark = "deterministic" not in mode
+        torch.backends.cudnn.benchmark_limit = PLANS
         if generator is not None:
             generator.compute_dtype = dtype
             generator.memory_format = torch.contiguous_format if "contiguous" in mode else None
@@ -235,7 +247,7 @@ class Bench:
                 attempt(key, lambda key=key: measure(key))
         for key, (_, *values) in times.items():
             middle = statistics.median(values)
-            spread = (max(values) - min(values)) / middle
+            spread = (max(values) - min(values)) / middle if len(values) > 1 else None
             found[key][1].update(seconds=middle, spread=spread, timed=len(values))
         return found
 
@@ -272,7 +284,8 @@ class Bench:
         kernels = {
             event.key: event.self_device_time_total / 1e6 / calls
             for event in profile.key_averages()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
         }
         total = sum(kernels.values())
         if not total:
@@ -339,7 +352,7 @@ def ceilings(bench: Bench) -> list[Row]:
 
         return make
 
-    makers |= {f"{n}^3 product, {p}": product(p) for p in bench.precisions}
+    makers |= {f"{n}^3 product, {p}": product(p) for p, _ in bench.forms(BASIC, [""])}
     rows = []
     for name, (_, row) in bench.timed(makers).items():
         if "seconds" in row:
@@ -381,8 +394,7 @@ def synthesis(
 
         return make
 
-    forms = itertools.product(precisions, modes)
-    timed = bench.timed({form: maker(*form) for form in forms})
+    timed = bench.timed({form: maker(*form) for form in bench.forms(precisions, modes)})
     bench.set(generator, "fp32", "eager")
     exact = task().clone()
     with FlopCounterMode(display=False) as counter:
@@ -429,8 +441,7 @@ def residuals(bench: Bench, resolution: int, batch: int, rank: int = 4) -> list[
         return lambda: task
 
     modes = ["plain", "refined", "refined, contiguous", "refined, grouped twin"]
-    forms = list(itertools.product(bench.precisions, modes))
-    timed = bench.timed({form: maker(*form) for form in forms})
+    timed = bench.timed({form: maker(*form) for form in bench.forms(BASIC, modes)})
     exact = timed["fp32", "refined, grouped twin"][0]().clone()
     rows = []
     for (precision, mode), (task, row) in timed.items():
@@ -482,8 +493,7 @@ def search_step(
 
         return make
 
-    forms = list(itertools.product(precisions, modes))
-    timed = bench.timed({form: maker(*form) for form in forms})
+    timed = bench.timed({form: maker(*form) for form in bench.forms(precisions, modes)})
     if ("fp32", "eager") not in gradients:
         maker("fp32", "eager")()  # leaves its gradient there
     rows = []
@@ -542,7 +552,7 @@ def pti_step(bench: Bench, steps: int = 5) -> list[Row]:
 
         return lambda: task
 
-    names = [p for p in bench.precisions if p != "fp16"]
+    names = [p for p, _ in bench.forms(ENCODED, ["eager"])]
     forms = itertools.product(names, (1, 1 + steps))
     timed = bench.timed({form: maker(*form) for form in forms})
     rows = []
@@ -595,8 +605,7 @@ def encoder(
 
         return make
 
-    names = [p for p in bench.precisions if p != "fp16"]
-    timed = bench.timed({form: maker(*form) for form in itertools.product(names, modes)})
+    timed = bench.timed({form: maker(*form) for form in bench.forms(ENCODED, modes)})
     exact = maker("fp32", "eager, contiguous")()().clone()
     rows = []
     for form, (task, row) in timed.items():
