@@ -37,7 +37,7 @@ class PictureLosses:
     Args:
         weights: by row of the table, "mse", "perceptual", "identity"; 0 or absent leaves a row out.
         perceptual: name for `load_perceptual`, or "none".
-        identity: file of ArcFace weights, or None.
+        identity: name or file for `load_identity`, or None.
         device, dtype: where the networks run, and in which precision (None is float32).
     """
 

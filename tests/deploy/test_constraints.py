@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"pip", "setuptools"}
+# Of the optional extras, which `make venv` leaves out.
+EXTRAS = {"face-recognition-models"}
 # Held back for a reason that the head of the file gives.
 BELOW = {"fastapi": "0.151", "sqlalchemy": "2.1", "prefect": "3.9"}
 
@@ -64,7 +67,19 @@ def test_no_pin_is_left_over() -> None:
         installed = installed_closure()
     except importlib.metadata.PackageNotFoundError as missing:
         pytest.skip(f"not an environment of `make venv`: {missing}")
-    assert pins().keys() - installed.keys() <= TOOLS
+    assert pins().keys() - installed.keys() <= TOOLS | EXTRAS
+
+
+def test_pins_of_extras_satisfy_them() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = [
+        Requirement(text)
+        for extra, texts in project["optional-dependencies"].items()
+        if extra != "dev"
+        for text in texts
+    ]
+    assert {canonicalize_name(requirement.name) for requirement in optional} == EXTRAS
+    assert all(r.specifier.contains(pins()[canonicalize_name(r.name)]) for r in optional)
 
 
 @pytest.mark.parametrize("name", sorted(BELOW))
