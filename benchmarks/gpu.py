@@ -4,7 +4,7 @@ Needs torch, numpy, safetensors and jaxtyping alone. Without a GPU the same code
 sizes on the CPU. Writes a JSON file after every group of rows, and the same as a Markdown page
 beside it. A group that the time does not allow is left out and says so.
 
-Run: python -m benchmarks.gpu [--seconds 240] [--out benchmarks/gpu.json] [--quick]
+Run: python -m benchmarks.gpu [--seconds N] [--out benchmarks/gpu.json] [--quick]
 """
 
 import argparse
@@ -164,7 +164,9 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json")
-    parser.add_argument("--seconds", type=float, default=240.0, help="begin no group after these")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no group after these (240 on a GPU, else 900)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny networks: does it run?")
     parser.add_argument("--page-only", action="store_true", help="write the page from the JSON")
@@ -187,7 +189,8 @@ def main() -> None:
         os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
         full = gpu_rows.GPU if device.type == "cuda" else gpu_rows.CPU
         bench = Bench(device, gpu_rows.QUICK if args.quick else full)
-        left = args.seconds - state.get("seconds", 0.0)
+        seconds = args.seconds or (240.0 if bench.is_cuda else 900.0)
+        left = seconds - state.get("seconds", 0.0)
         if not measure(bench, state, left, save):
             # An error that the device does not recover from ends with the process: a new one.
             command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]

@@ -93,12 +93,12 @@ GPU = Sizes(
     product=8192,
 )
 CPU = Sizes(
-    batches={64: (8, 1), 128: (8, 1)},
+    batches={64: (4, 1), 128: (4, 1)},
     step_resolution=64,
-    step_batches=(1, 4, 8),
+    step_batches=(1, 2, 4),
     refine_batch=4,
     encoder=EncoderArchitecture(num_ws=14, input_size=64),
-    encoder_batches=((4,), (64,)),
+    encoder_batches=((4,), (16,)),
     copied=1 << 27,
     product=1024,
     rounds=3,
