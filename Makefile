@@ -4,6 +4,7 @@
 #   make test     the tests; ARGS are passed on: make test ARGS="tests/tasks -x"
 #   make lint     ruff, codespell, pyright
 #   make bench    the figures of the README
+#   make bench-gpu  speed of synthesis, searches and encoders on a GPU, else on the CPU
 #
 # Settings: PYTHON (an interpreter, 3.11 or newer), VENV (where to install), TORCH_INDEX (URL of an index
 # with PyTorch's CPU wheels, for a machine without a GPU whose own index has only the CUDA build).
@@ -31,7 +32,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -70,6 +71,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: $(STAMP)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build dist

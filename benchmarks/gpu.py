@@ -4,10 +4,11 @@ Needs torch, numpy, safetensors and jaxtyping alone. Without a GPU the same code
 sizes on the CPU. Writes a JSON file after every group of rows, and the same as a Markdown page
 beside it. A group that the time does not allow is left out and says so.
 
-Run: python -m benchmarks.gpu [--seconds 240] [--out benchmarks/gpu.json] [--quick]
+Run: python -m benchmarks.gpu [--seconds N] [--out benchmarks/gpu.json] [--quick]
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -30,72 +31,82 @@ Group = tuple[str, float, Callable[[], list[Row]]]
 """Its name, the seconds that must be left to begin it, and what measures it."""
 
 
+class Plan:
+    """The groups to come, in order."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.groups: list[Group] = []
+
+    def add(
+        self, name: str, needs: float, measure: Callable[..., list[Row]], *arguments: Any
+    ) -> None:
+        self.groups.append((name, needs, partial(measure, self.bench, *arguments)))
+
+    def synthesis(self, resolution: int, batch: int, modes: Sequence[str]) -> None:
+        name = f"synthesis, {resolution} px, batch {batch}"
+        self.add(name, 5, gpu_rows.synthesis, resolution, batch, modes, BASIC)
+
+    def step(self, method: str, batch: int, modes: Sequence[str]) -> None:
+        name = f"{method}, batch {batch}"
+        self.add(name, 5, gpu_rows.search_step, method, batch, modes, SEARCHED)
+
+    def encoder(self, which: str, batch: int) -> None:
+        modes = ("eager, contiguous", "eager", "graph")
+        self.add(f"e4e, {which}, batch {batch}", 5, gpu_rows.encoder, which, batch, modes)
+
+    def compiled(self, name: str, measure: Callable[..., list[Row]], *arguments: Any) -> None:
+        if self.bench.sizes.is_compiled:
+            self.add(f"compile: {name}", 40, measure, *arguments)
+
+    def busy(self, name: str, measure: Callable[..., list[Row]], *arguments: Any) -> None:
+        if self.bench.is_cuda:  # the profiler watches a GPU's kernels
+            self.add(f"busy: {name}", 8, measure, *arguments, True)
+
+
 def groups(bench: Bench) -> list[Group]:
-    """Every group, the most wanted first; graphs before the profiler, long ones last."""
-    sizes = bench.sizes
+    """Every group, the most wanted first; most graphs before the profiler, long ones last."""
+    plan, sizes = Plan(bench), bench.sizes
     first, *others = sizes.batches
-    main = sizes.batches[first][0]
+    main, single = sizes.batches[first][:2]
     small, middle, large = sizes.step_batches
-    published, bundled = sizes.encoder_batches
+    (published, *larger), (bundled, *largest) = sizes.encoder_batches
     orders = ("eager", "eager, contiguous")
     graphs = (*orders, "graph", "graph, contiguous")
-    stepped = ("eager", "graph")
-    encoded = ("eager, contiguous", "eager", "graph")
-    found: list[Group] = []
+    pair, some = ("eager", "compile"), ("fp32", "bf16")
 
-    def add(name: str, needs: float, measure: Callable[..., list[Row]], *arguments: Any) -> None:
-        found.append((name, needs, partial(measure, bench, *arguments)))
-
-    def add_synthesis(resolution: int, batch: int, modes: Sequence[str]) -> None:
-        name = f"synthesis, {resolution} px, batch {batch}"
-        add(name, 5, gpu_rows.synthesis, resolution, batch, modes, BASIC)
-
-    def add_step(method: str, batch: int, modes: Sequence[str]) -> None:
-        name = f"{method}, batch {batch}"
-        add(name, 5, gpu_rows.search_step, method, batch, modes, SEARCHED)
-
-    def add_encoder(which: str, batch: int) -> None:
-        add(f"e4e, {which}, batch {batch}", 5, gpu_rows.encoder, which, batch, encoded)
-
-    def add_compiled(name: str, measure: Callable[..., list[Row]], *arguments: Any) -> None:
-        add(f"compile: {name}", 40, measure, *arguments)
-
-    add("ceilings", 0, gpu_rows.ceilings)
-    for batch in sizes.batches[first][:2]:
-        add_synthesis(first, batch, (*graphs, "eager, deterministic"))
-    add_step("wplus", middle, stepped)
-    add_encoder("published", published[0])
-    add("residuals", 5, gpu_rows.residuals, first, main)
+    plan.add("ceilings", 0, gpu_rows.ceilings)
+    plan.synthesis(first, main, (*graphs, "eager, deterministic"))
+    plan.synthesis(first, single, (*graphs, "eager, deterministic"))
+    plan.step("wplus", middle, ("eager", "graph"))
+    plan.encoder("published", published)
+    plan.add("residuals", 5, gpu_rows.residuals, first, main)
     for resolution in others[-1:]:
-        add_synthesis(resolution, sizes.batches[resolution][1], graphs)
-        add_synthesis(resolution, sizes.batches[resolution][0], orders)
-    add_step("wplus", small, stepped)
-    add_step("wplus", large, ("eager",))  # graphs of this size would fill the memory
-    add_step("refine_opt", sizes.refine_batch, ("eager",))
-    add("pti", 5, gpu_rows.pti_step)
-    add_encoder("faces64", bundled[0])
-    if bench.is_cuda:
-        some = ("fp32", "bf16")
-        watched = (gpu_rows.synthesis, first)
-        add("busy: synthesis", 8, *watched, main, orders, some, True)
-        add("busy: wplus", 8, gpu_rows.search_step, "wplus", middle, ("eager",), some, True)
-        add("busy: e4e", 8, gpu_rows.encoder, "published", published[0], ("eager",), True)
-        add("busy: synthesis, batch 1", 8, *watched, 1, ("eager",), some, True)
-    pair = ("eager", "compile")
-    add_compiled("synthesis, bf16", gpu_rows.synthesis, first, main, pair, ("bf16",))
+        plan.synthesis(resolution, single, graphs)
+        plan.synthesis(resolution, main, orders)
+    plan.step("wplus", small, ("eager", "graph"))
+    plan.step("wplus", large, ("eager",))  # the graphs of this size would fill the memory
+    plan.step("refine_opt", sizes.refine_batch, ("eager",))
+    plan.add("pti", 5, gpu_rows.pti_step)
+    plan.encoder("faces64", bundled)
+    plan.busy("synthesis", gpu_rows.synthesis, first, main, orders, some)
+    plan.busy("wplus", gpu_rows.search_step, "wplus", middle, ("eager",), some)
+    plan.busy("e4e", gpu_rows.encoder, "published", published, ("eager",))
+    plan.busy("synthesis, batch 1", gpu_rows.synthesis, first, single, ("eager",), some)
+    plan.compiled("synthesis, bf16", gpu_rows.synthesis, first, main, pair, ("bf16",))
     for resolution in others[:-1]:
-        for batch in sizes.batches[resolution][:2]:
-            add_synthesis(resolution, batch, orders)
-    add_compiled("synthesis, fp32", gpu_rows.synthesis, first, main, pair, ("fp32",))
-    for resolution, batches in sizes.batches.items():
-        for batch in batches[2:]:
-            add_synthesis(resolution, batch, orders)
-    for batch in published[1:]:
-        add_encoder("published", batch)
-    for batch in bundled[1:]:
-        add_encoder("faces64", batch)
-    add_compiled("wplus", gpu_rows.search_step, "wplus", middle, pair, ("bf16",))
-    return found
+        plan.synthesis(resolution, main, orders)
+        plan.synthesis(resolution, single, orders)
+    plan.compiled("synthesis, fp32", gpu_rows.synthesis, first, main, pair, ("fp32",))
+    for resolution in (first, *others):
+        for batch in sizes.batches[resolution][2:]:
+            plan.synthesis(resolution, batch, orders)
+    for batch in larger:
+        plan.encoder("published", batch)
+    for batch in largest:
+        plan.encoder("faces64", batch)
+    plan.compiled("wplus", gpu_rows.search_step, "wplus", middle, pair, ("bf16",))
+    return plan.groups
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -134,6 +145,7 @@ def measure(bench: Bench, state: dict[str, Any], seconds: float, save: Callable[
                 found = [{"error": gpu_rows.message(error)}]
             try:
                 bench.sync()
+                gc.collect()
                 bench.release()
             except RuntimeError:
                 is_broken = True
@@ -152,7 +164,9 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json")
-    parser.add_argument("--seconds", type=float, default=240.0, help="begin no group after these")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no group after these (240 on a GPU, else 900)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny networks: does it run?")
     parser.add_argument("--page-only", action="store_true", help="write the page from the JSON")
@@ -171,9 +185,12 @@ def main() -> None:
         page.write_text(gpu_page.page(state))
 
     if not args.page_only:
+        # CUDA graphs and a profiler that comes back do not go together (CUPTI).
+        os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
         full = gpu_rows.GPU if device.type == "cuda" else gpu_rows.CPU
         bench = Bench(device, gpu_rows.QUICK if args.quick else full)
-        left = args.seconds - state.get("seconds", 0.0)
+        seconds = args.seconds or (240.0 if bench.is_cuda else 900.0)
+        left = seconds - state.get("seconds", 0.0)
         if not measure(bench, state, left, save):
             # An error that the device does not recover from ends with the process: a new one.
             command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]

@@ -115,7 +115,7 @@ def page(state: Mapping[str, Any]) -> str:
     section("Share of the time in which the GPU computes", busy, watched)
     for row in watched:
         name = f"{busy['what'](row)}, {row['resolution']} px, batch {row['batch']}, {form(row)}"
-        kernels = [{"kernel": f"`{k}`", "share": v} for k, v in row["kernels"].items()]
+        kernels = [{"kernel": f"`{k[:100]}`", "share": v} for k, v in row["kernels"].items()]
         columns: Columns = {"share": number("share", 2), "kernel": text("kernel")}
         lines += ["", f"Longest kernels of {name}:", "", *table(columns, kernels)]
     section("Every form of synthesis", {**PLACE, **RATE, **flop, **ERRORS, **PEAK}, ordered)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.stylegan2.resample import blur, filter_2d, upfirdn2d, upsample2x
+from models.stylegan2.resample import _kept_filter, blur, filter_2d, upfirdn2d, upsample2x
 
 
 @pytest.fixture
@@ -85,3 +85,16 @@ def test_blur_is_its_own_adjoint(padding: int, stride: int, size: int) -> None:
     x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: blur(t, padding, 4.0, stride), x)
     assert torch.autograd.gradgradcheck(lambda t: blur(t, padding, 4.0, stride), x)
+
+
+def test_a_filter_that_inference_mode_made_first_serves_autograd() -> None:
+    _kept_filter.cache_clear()
+    x = torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        upsample2x(x)
+        blur(x, padding=1, gain=3.0)
+    x.requires_grad_()
+    (upsample2x(x).sum() + blur(x, padding=1, gain=3.0).sum()).backward()
+    assert x.grad is not None
+    # Away from the edges a pixel gives what the filters' gains are, 4 and 3.
+    assert torch.allclose(x.grad[:, :, 3:5, 3:5], torch.full((2, 2), 7.0, dtype=torch.float64))
