@@ -154,7 +154,7 @@ class EncoderObjective(Objective):
             total = total + self.config.code_weight * logged["code"].mean()
         shrunk = progress(share, self.config.shrink_start, self.config.shrink_end)
         if deltas.shape[1] and self.config.delta_weight:
-            logged["delta"] = delta_penalty(deltas)
+            logged["delta"] = delta_penalty(deltas, self.generator.num_ws, self.spread)
             weight = self.config.delta_weight * self.config.delta_growth ** min(shrunk, 1.0)
             total = total + weight * logged["delta"].mean()
         if self.config.nscd_weight:

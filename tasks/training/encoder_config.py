@@ -67,8 +67,9 @@ class FitEncoderConfig(TrainingConfig):
     identity: str | None = None
     """File of ArcFace weights for the identity loss."""
     identity_weight: float = 0.1
-    delta_weight: float = 2e-4
-    """Of the summed norms of the offsets."""
+    delta_weight: float = 0.03
+    """Of the mean norm of the offsets in units of W's spread; 0.03 is the published 2e-4 of their
+    sum (`delta_penalty`), whatever L and D."""
     adversarial_weight: float = 0.1
     """Of the latent discriminator's verdict on the codes; 0 trains without it."""
     discriminator_learning_rate: float = 2e-4
@@ -124,6 +125,11 @@ class FitEncoderConfig(TrainingConfig):
         if self.close_start < self.open_end:
             raise ConfigError(
                 f"close_start: expected at least open_end {self.open_end}, got {self.close_start}"
+            )
+        if self.close_end < 1 and self.anneal > 1 - self.close_end + 1e-9:
+            raise ConfigError(
+                f"anneal: expected at most 1 - close_end = {1 - self.close_end:.3g}, got "
+                f"{self.anneal}: the rate must not fall before only w is left"
             )
         if not self.delta_growth > 0 or not 0 < self.adversarial_decay <= 1:
             raise ConfigError(

@@ -24,6 +24,7 @@ from models.errors import AssetError, ConfigError
 from models.inversion.base import SampleRng
 from models.inversion.e4e import E4e, E4eConfig
 from models.optim import Ranger
+from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import Residual
 from models.stylegan2.tokens import Factorization, kernel_channels, relative_energy
@@ -108,8 +109,8 @@ class FitRefineConfig(TrainingConfig):
     """Weight of the identity loss."""
     token_weight: float = 1e-4
     """Of the residual's mean square relative to the modulated kernel's; keeps edits stable."""
-    delta_weight: float = 2e-4
-    """Of the summed norms of the offsets, in the one-stage form."""
+    delta_weight: float = 0.03
+    """Of the mean norm of the offsets in units of W's spread, in the one-stage form."""
 
     terms: str = "as the training data's"
     """For the card: on what terms the weights may be used."""
@@ -147,7 +148,7 @@ class RefineObjective(Objective):
     def __init__(self, config: FitRefineConfig, generator: Generator) -> None:
         self.config, self.dtype = config, PRECISIONS[config.precision]
         self.generator_hash = weights_hash(generator)
-        self.edit = example_edit(generator)
+        self.spread, self.edit = statistics_for(generator).w_std, example_edit(generator)
         self.first: E4e | None = None
         if config.stages == "two":
             self.first = E4e(generator, E4eConfig(checkpoint=config.first_stage))
@@ -202,7 +203,11 @@ class RefineObjective(Objective):
         if first is not None:
             return first[0], found.residual, {}
         w_plus = self.generator.latent_avg + found.offsets()
-        return w_plus, found.residual, {"delta": delta_penalty(found.deltas)}
+        return (
+            w_plus,
+            found.residual,
+            {"delta": delta_penalty(found.deltas, self.generator.num_ws, self.spread)},
+        )
 
     @torch.no_grad()
     def _first_stage(

@@ -8,11 +8,12 @@ Legend: N pictures.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoints.load import load_generator
@@ -23,6 +24,7 @@ from models.statistics import compute_statistics, save_statistics
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.training.data import load_pictures
 from tasks.training.generator import save_samples
+from tasks.training.judge import Judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class ReleaseConfig:
     """What the pictures are and where they come from."""
     training_note: str = ""
     """How it was trained: machine, phases."""
+    judge: str | None = None
+    """File of SqueezeNet v1.1 (ImageNet), for scores by a network that no loss saw."""
     frechet_images: int = 5_000
     """Samples for the Frechet trunk distance."""
     anchor_samples: int = 100_000
@@ -85,6 +89,7 @@ def fit(config: ReleaseConfig) -> Path:
     )
     save_statistics(statistics, out / "statistics.safetensors")
     save_samples(generator, out / "samples.png", rows=6, columns=10, truncation_psi=1.0)
+    _save_discriminator(saved, out / "discriminator.safetensors")
     scores = _scores(generator, config)
     card = json.loads((out / "generator.json").read_text())
     card["scores"] = scores
@@ -107,6 +112,8 @@ _TOLD = (
     "ada_target",
     "ada_images",
     "precision",
+    "loss",
+    "has_noise",
     "seed",
 )
 
@@ -133,6 +140,7 @@ def _scores(generator: Generator, config: ReleaseConfig) -> dict[str, float]:
     of_train = features.moments(_images(train))
     count = len(held_out)
     part = features.moments([samples[at : at + 50] for at in range(0, count, 50)])
+    judged = _judged(samples, train, config)
     nearest_sample = _nearest(samples[:100], train)
     nearest_held_out = _nearest(torch.cat(list(_images(held_out)))[:100], train)
     return {
@@ -143,9 +151,39 @@ def _scores(generator: Generator, config: ReleaseConfig) -> dict[str, float]:
         f"frechet_trunk_distance_{count}_held_out_real": frechet_distance(
             features.moments(_images(held_out)), of_train
         ),
+        **judged,
         "nearest_training_picture_of_sample": nearest_sample,
         "nearest_training_picture_of_held_out_real": nearest_held_out,
     }
+
+
+def _judged(samples: Tensor, train: Tensor, config: ReleaseConfig) -> dict[str, float]:
+    """Samples against one half of the training pictures, beside the other half against it."""
+    if config.judge is None:
+        return {}
+    judge = Judge(config.judge)
+    rng = torch.Generator().manual_seed(config.seed)
+    real = judge.features(
+        torch.cat(list(_images(train[torch.randperm(len(train), generator=rng)])))
+    )
+    first, second = real.chunk(2)
+    found = {}
+    for suffix, features in (
+        ("", judge.features(samples[: len(first)])),
+        ("_of_real_halves", first),
+    ):
+        verdict = asdict(judge.verdict(features, second))
+        found |= {f"squeezenet_{name}{suffix}": value for name, value in verdict.items()}
+    return found
+
+
+def _save_discriminator(saved: dict[str, Any], path: Path) -> None:
+    """Kept in half precision: who goes on training needs the judge that knows this generator."""
+    state = {name: value.half().contiguous() for name, value in saved["d"].items()}
+    settings = json.loads(saved["config"])
+    widths = {k: v for k, v in settings["widths"].items() if int(k) <= settings["resolution"]}
+    about = {"resolution": str(settings["resolution"]), "widths": json.dumps(widths)}
+    save_file(state, path, metadata=about)
 
 
 def _nearest(images: Tensor, train: Tensor) -> float:
@@ -198,7 +236,12 @@ Frechet trunk distance has the formula of FID in the bundled perceptual trunk: i
 row of real held-out pictures is what faces that were never shown reach with as few pictures, so it
 is the floor for the row above it. The last two rows are medians of the trunk distance to the
 nearest training picture (and its mirror): samples that were copies would be far below unseen
-pictures.
+pictures. Rows of SqueezeNet are by ImageNet features that no loss saw (128 px, averaged over
+places): Frechet distance, precision and recall (k = 3), and what two halves of the training
+pictures have to each other.
+
+`discriminator.safetensors` is the discriminator of the same moment: to go on training, start from
+both.
 
 Made by `refinery train release`.
 """

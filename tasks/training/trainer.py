@@ -43,6 +43,8 @@ class TrainingConfig:
     """Folder for checkpoint, log, grids and the finished weights."""
     validation: tuple[str, ...] = ()
     """Parquet files with pictures that are never trained on; empty skips validation."""
+    validation_last: int = 0
+    """Instead of `validation`: so many pictures at the end of `data` that are never trained on."""
     images: int = 120_000
     """Budget: stop after so many pictures shown. Schedules are shares of it."""
     batch: int = 16
@@ -64,6 +66,11 @@ class TrainingConfig:
         for name in ("images", "batch", "log_images", "checkpoint_images", "validation_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.validation_last < 0 or (self.validation_last and self.validation):
+            raise ConfigError(
+                f"validation_last: expected 0, or pictures of `data` where `validation` is empty; "
+                f"got {self.validation_last} with {len(self.validation)} files of validation"
+            )
         if self.precision not in PRECISIONS:
             raise ConfigError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
@@ -129,10 +136,8 @@ def train(objective: Objective, config: TrainingConfig) -> Path:
     checkpoint = out / "checkpoint.pt"
     pictures = held_out = torch.empty(0, 3, objective.resolution, objective.resolution).byte()
     if objective.needs_pictures:
-        pictures = load_pictures(config.data, objective.resolution).to(config.device)
-        held_out = (
-            load_pictures(config.validation, pictures.shape[2]) if config.validation else None
-        )
+        pictures, held_out = _pictures(config, objective.resolution)
+        pictures = pictures.to(config.device)
     shown = 0
     if checkpoint.exists():
         shown = load_checkpoint(checkpoint, objective)
@@ -263,6 +268,19 @@ def load_checkpoint(path: Path, objective: Objective) -> int:
     if saved["rng_cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["rng_cuda"])
     return int(saved["images"])
+
+
+def _pictures(config: TrainingConfig, resolution: int) -> tuple[Tensor, Tensor | None]:
+    """[M 3 H W] to train on, and those to validate with, as bytes."""
+    pictures = load_pictures(config.data, resolution)
+    if config.validation:
+        return pictures, load_pictures(config.validation, resolution)
+    last = config.validation_last
+    if not last:
+        return pictures, None
+    if last >= len(pictures):
+        raise ConfigError(f"validation_last: {last} of {len(pictures)} pictures leave none")
+    return pictures[:-last], pictures[-last:]
 
 
 class _Progress:

@@ -90,9 +90,9 @@ def test_rate_falls_along_a_cosine_at_the_end() -> None:
     assert annealed(1.0, 0.0) == 1.0
 
 
-def test_delta_penalty_is_a_sum_of_norms_with_a_gradient_at_zero() -> None:
+def test_delta_penalty_is_a_mean_of_relative_norms_with_a_gradient_at_zero() -> None:
     deltas = torch.tensor([[[3.0, 4.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
-    penalty = delta_penalty(deltas)
+    penalty = delta_penalty(deltas, num_ws=5, spread=0.25)
     torch.testing.assert_close(penalty, torch.tensor([7.0, 0.0]), atol=1e-5, rtol=0)
     penalty.sum().backward()
     assert deltas.grad is not None
