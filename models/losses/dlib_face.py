@@ -7,12 +7,9 @@ Legend: N batch, H W image, C channels.
 """
 
 import argparse
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,10 +21,11 @@ from torch import Tensor, nn
 
 from models.encoders.checkpoint import check_layout
 from models.errors import AssetError
+from models.losses.face_chip import FaceChip
+from models.losses.face_packages import packaged
 
 PACKAGE = "face_recognition_models"
 FILE = "models/dlib_face_recognition_resnet_model_v1.dat"
-INSTALL = "pip install -c constraints.txt 'style-refinery[identity]'"
 MEAN = Path(__file__).parents[1] / "assets/identity/dlib_mean.json"
 """The mean descriptor of 4,990 aligned faces, with its provenance."""
 SIDE = 150
@@ -94,62 +92,25 @@ class DlibFace(nn.Module):
         return F.normalize(self.descriptor(face) - self.mean, dim=1)
 
 
-@dataclass(frozen=True)
-class FaceChip:
-    """The square of an aligned picture that the network sees, in parts of the picture's side.
+FACE_CHIP = FaceChip(left=-0.0454, top=-0.0378, side=1.0937, pixels=SIDE)
+"""What dlib shows the network of a face on the bundled template.
 
-    dlib turns and scales the eyes' corners and the nose's base onto a template, with a quarter of
-    the face around. `dlib.shape_predictor` finds these points on 595 training faces at, in the
-    median, (.764,.303) (.611,.311) (.225,.303) (.377,.311) (.494,.600); their least-squares
-    similarity turns by 0.01 degrees, so it is a square.
-    """
-
-    left: float = -0.0454
-    top: float = -0.0378
-    side: float = 1.0937
-
-    def __call__(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 150 150"]:
-        """Resampled with a triangle filter, as wide as a pixel of the smaller density; what lies
-        outside of the picture is its nearest pixel."""
-        with torch.autocast(images.device.type, enabled=False):
-            down = _resampling(images.shape[2], self.top, self.side, images.device)
-            across = _resampling(images.shape[3], self.left, self.side, images.device)
-            return down @ images.float() @ across.T
-
-
-FACE_CHIP = FaceChip()
-FFHQ_CHIP = FaceChip(0.1546, 0.2650, 0.6993)
+dlib turns and scales the eyes' corners and the nose's base onto a template, with a quarter of the
+face around. `dlib.shape_predictor` finds these points on 595 training faces at, in the median,
+(.764,.303) (.611,.311) (.225,.303) (.377,.311) (.494,.600); their least-squares similarity turns by
+0.01 degrees, so what it shows is a square.
+"""
+FFHQ_CHIP = FaceChip(left=0.1546, top=0.2650, side=0.6993, pixels=SIDE)
 """The same square of a face where the crop of the FFHQ data set puts it."""
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _resampling(
-    size: int, start: float, side: float, device: torch.device
-) -> Float[Tensor, "150 S"]:
-    """What each of 150 samples takes of a row of `size` pixels."""
-    scale = max(1.0, side * size / SIDE)
-    centres = (start + (torch.arange(SIDE, dtype=torch.float64) + 0.5) * side / SIDE) * size - 0.5
-    margin = int(size * side + 2 * scale)
-    places = torch.arange(-margin, size + margin)
-    weights = (1 - (places - centres[:, None]).abs() / scale).clamp(min=0)
-    weights = weights / weights.sum(1, keepdim=True)
-    inside = places.clamp(0, size - 1).expand_as(weights)
-    rows = torch.zeros(SIDE, size, dtype=torch.float64).scatter_add_(1, inside, weights)
-    return rows.float().to(device)
-
-
 def find_dlib() -> Path:
-    """The weights inside the installed package, which is not imported.
+    """The weights in the installed package.
 
     Raises:
         AssetError: it is not installed.
     """
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (path := Path(folder) / FILE).is_file():
-            return path
-    raise AssetError(f'identity "dlib": package {PACKAGE} is not installed; {INSTALL}')
+    return packaged(PACKAGE, FILE, 'identity "dlib"')
 
 
 def load_dlib(path: str | Path) -> DlibFace:

@@ -1,4 +1,7 @@
-"""Structural similarity, per picture, on pictures in [-1, 1].
+"""Structural similarity, per picture. Takes pictures in [-1, 1], measures them in [0, 1].
+
+The luminance term depends on where zero is, so [-1, 1] itself would give other values than the
+field's programs, which measure [0, 1] or 0..255.
 
 Legend: N batch, C channels, H W image, M scales.
 """
@@ -11,8 +14,8 @@ from torch import Tensor
 WINDOW = 11
 """Side of the Gaussian window, px."""
 SIGMA = 1.5
-C1, C2 = (0.01 * 2.0) ** 2, (0.03 * 2.0) ** 2
-"""Wang's stabilisers (K L)^2 with K1 = 0.01, K2 = 0.03 and the range L = 2 of [-1, 1]."""
+C1, C2 = 0.01**2, 0.03**2
+"""Wang's stabilisers (K L)^2 with K1 = 0.01, K2 = 0.03 and the range L = 1 of [0, 1]."""
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, finest first (Wang, Simoncelli, Bovik 2003)."""
 
@@ -21,13 +24,17 @@ def ssim(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[Tens
     """Structural similarity (Wang et al. 2004): 1 for equal pictures, higher is better.
 
     Gaussian window of 11x11, sigma 1.5, biased (population) variances, per channel, averaged over
-    the places where the window fits whole. Equals `skimage.metrics.structural_similarity` with
-    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2`.
+    the places where the window fits whole. Equals `skimage.metrics.structural_similarity` of the
+    pictures in [0, 1] with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    data_range=1`.
+
+    Args:
+        a, b: in [-1, 1].
 
     Raises:
         ValueError: a picture is smaller than the window.
     """
-    luminance, contrast = _maps(a, b)
+    luminance, contrast = _maps(_from_zero(a), _from_zero(b))
     return (luminance * contrast).mean(dim=(1, 2, 3))
 
 
@@ -49,9 +56,13 @@ def ms_ssim(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[T
     divided by their sum, so values at 64 px (three scales) are not comparable with those at 256 px.
     Scales are made by 2x2 average pooling; a negative factor counts as 0 (its power is undefined).
 
+    Args:
+        a, b: in [-1, 1].
+
     Raises:
         ValueError: a picture is smaller than the window.
     """
+    a, b = _from_zero(a), _from_zero(b)
     scales = num_scales(*a.shape[2:])
     weights = torch.tensor(SCALE_WEIGHTS[:scales], dtype=a.dtype, device=a.device)
     weights = weights / weights.sum()
@@ -65,6 +76,10 @@ def ms_ssim(a: Float[Tensor, "N C H W"], b: Float[Tensor, "N C H W"]) -> Float[T
         if not last:
             a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return result.mean(1)
+
+
+def _from_zero(images: Tensor) -> Tensor:
+    return (images + 1) / 2
 
 
 def _maps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

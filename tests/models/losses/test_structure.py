@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import correlate1d
+from skimage.data import astronaut
 from skimage.metrics import structural_similarity
 
 from models.losses.structure import C1, C2, SCALE_WEIGHTS, ms_ssim, num_scales, ssim
@@ -21,12 +22,12 @@ def test_ssim_equals_scikit_image(size):
     b = (a + 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
     expected = [
         structural_similarity(
-            p.permute(1, 2, 0).numpy(),
-            q.permute(1, 2, 0).numpy(),
+            p.permute(1, 2, 0).numpy() / 2 + 0.5,
+            q.permute(1, 2, 0).numpy() / 2 + 0.5,
             gaussian_weights=True,
             sigma=1.5,
             use_sample_covariance=False,
-            data_range=2,
+            data_range=1,
             channel_axis=2,
         )
         for p, q in zip(a.double(), b.double(), strict=True)
@@ -34,9 +35,30 @@ def test_ssim_equals_scikit_image(size):
     np.testing.assert_allclose(ssim(a, b).numpy(), expected, atol=2e-6)
 
 
+def test_photographs_score_as_scikit_image_scores_their_bytes():
+    """As anybody would call it on 8-bit pictures, without converting anything."""
+    face = astronaut()[:128, 160:288]
+    noisy = np.clip(face + np.random.default_rng(0).normal(0, 12, face.shape), 0, 255)
+    noisy = noisy.astype(np.uint8)
+    expected = structural_similarity(
+        face,
+        noisy,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        channel_axis=2,
+        data_range=255,
+    )
+    a, b = (
+        torch.from_numpy(x.copy()).permute(2, 0, 1)[None].double() / 127.5 - 1
+        for x in (face, noisy)
+    )
+    assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-6)
+
+
 def test_flat_pictures_have_a_closed_form():
     a, b = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), -0.25)
-    expected = (2 * 0.5 * -0.25 + C1) / (0.5**2 + 0.25**2 + C1)
+    expected = (2 * 0.75 * 0.375 + C1) / (0.75**2 + 0.375**2 + C1)
     assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-3)
 
 
@@ -49,7 +71,8 @@ def test_number_of_scales(side, scales):
 
 
 def slow_ms_ssim(a: np.ndarray, b: np.ndarray, scales: int) -> float:
-    """Textbook MS-SSIM of two [C H W] pictures."""
+    """Textbook MS-SSIM of two [C H W] pictures in [-1, 1]."""
+    a, b = (a + 1) / 2, (b + 1) / 2
     taps = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
     taps /= taps.sum()
 
