@@ -1,10 +1,13 @@
-"""`refinery benchmark inversion`: the command's table, with and without face networks."""
+"""Identity through the door: a run's column, and the table of `refinery benchmark inversion`."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from models.errors import AssetError
@@ -12,6 +15,7 @@ from models.losses.dlib_face import DlibFace
 from models.losses.identity import load_identity
 from pipeline.cli import run_app
 from tasks.benchmark import faces
+from tasks.query import query
 from tests.tasks.small_run import write_pictures
 
 pytestmark = pytest.mark.slow
@@ -74,3 +78,30 @@ def test_a_network_trained_with_an_identity_loss_says_so(
     note = "e4e was trained with an identity loss (dlib_face.safetensors)"
     assert note in found["notes"]["e4e"]
     assert note in found["notes"]["refine"]  # begins with e4e
+
+
+def test_a_run_has_the_column_that_the_setting_asks_for(
+    tmp_path: Path, face_bytes: list[bytes]
+) -> None:
+    torch.manual_seed(0)
+    network = tmp_path / "face.safetensors"
+    save_file(DlibFace().state_dict(), network)
+    pictures = write_pictures(tmp_path / "in", face_bytes[:3], broken=0)
+    flags = ["--engine", "inline", "--no-flow", "--set", f"identity={network}"]
+    flags += ["--set", "perceptual=none"]
+    assert run_app(["invert", str(pictures), str(tmp_path / "run"), *flags]) == 0
+    rows = query(
+        str(tmp_path / "run"),
+        "SELECT identity, input, inversion FROM latents JOIN images USING (sample_key)",
+    ).to_pylist()
+    identity = load_identity(network)
+    for row in rows:
+        before, after = (pixels(row[name]["bytes"]) for name in ("input", "inversion"))
+        assert row["identity"] == pytest.approx(float(identity(before, after)), abs=1e-5)
+        assert row["identity"] < 0.9999
+    assert len(rows) == 3
+
+
+def pixels(data: bytes) -> torch.Tensor:
+    image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
