@@ -33,8 +33,8 @@ def half_width(values: Sequence[float]) -> float | None:
 def costs(run_uri: str, inverter: Inverter, inputs: Float[Tensor, "N 3 H W"]) -> dict[str, object]:
     """Parameters, speed in batch and alone, bytes kept of each picture besides its code.
 
-    `*_ci` is the half width of the interval of the mean: over shards for images/s, over pictures
-    for seconds.
+    `*_ci` is the half width of the interval of the mean: over shards for images/s (of the clock on
+    the wall), over pictures for seconds (of the CPU).
 
     Args:
         inverter: of the chain, with as many threads as the times are to be of.
@@ -63,15 +63,16 @@ def costs(run_uri: str, inverter: Inverter, inputs: Float[Tensor, "N 3 H W"]) ->
 def seconds_alone(
     inverter: Inverter, inputs: Float[Tensor, "N 3 H W"], count: int = TIMED
 ) -> list[float]:
-    """Of inverting and scoring one picture, for each of `count` pictures, after a warm-up."""
+    """CPU time of inverting and scoring one picture, for each of `count`, after a warm-up: with one
+    thread on an idle machine the time itself, and hardly another with other work beside it."""
     pixels = inputs[: count + 1].add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     pictures = pixels.permute(0, 2, 3, 1).numpy()
     seconds = []
     for index in range(count + 1):
         row = index % len(pictures)
-        started = time.perf_counter()
+        started = time.process_time()
         inverter.invert(pictures[row : row + 1], [f"timing-{index}"])
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return seconds[1:]
 
 

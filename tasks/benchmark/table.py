@@ -47,8 +47,8 @@ from the generator's own styles. LEC: latent editing consistency in units of the
 where the chain begins with an optimisation. Under edit: mean over {edits}; age and smile: change of
 the edited attribute in the edit's direction, by the bundled scorer, against the reconstruction;
 identity of the edited against the input picture. Drift: perceptual distance outside the edit's
-place. images/s per worker with one thread, batch {batch}; s/image alone on one thread, mean of
-{timed} pictures after a warm-up; ± is the 95 % confidence interval of the mean (Student's t), over
+place. images/s per worker with one thread, batch {batch}; s/image: CPU time alone on one thread,
+mean of {timed} pictures after a warm-up; ± is the 95 % confidence interval of the mean (Student's t), over
 shards for images/s. kB kept: beside the code, per picture."""
 
 
@@ -77,7 +77,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         line for part in HEADS for line in ("", f"## {part}", "", *method_table(result, part))
     ]
     notes = [f"- {name}: {note}" for name, note in result["notes"].items() if note]
-    return "\n".join([*head, *about, *tables[1:], "", *notes, *claims, legend, ""])
+    notes = ["", *notes] if notes else []
+    return "\n".join([*head, *about, *tables[1:], *notes, *claims, legend, ""])
 
 
 def method_table(result: Mapping[str, Any], part: str) -> list[str]:
