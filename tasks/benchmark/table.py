@@ -48,8 +48,8 @@ where the chain begins with an optimisation. Under edit: mean over {edits}; age 
 the edited attribute in the edit's direction, by the bundled scorer, against the reconstruction;
 identity of the edited against the input picture. Drift: perceptual distance outside the edit's
 place. images/s per worker with one thread, batch {batch}; s/image: CPU time alone on one thread,
-mean of {timed} pictures after a warm-up; ± is the 95 % confidence interval of the mean (Student's t), over
-shards for images/s. kB kept: beside the code, per picture."""
+mean of {timed} pictures after a warm-up; ± is the 95 % confidence interval of the mean (Student's
+t), over shards for images/s. kB kept: beside the code, per picture."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
