@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.attributes import load_attributes
 from models.checkpoints.load import load_generator
 from models.editing.direction import bundled_directions
 from models.errors import AssetError, RefineryError
@@ -23,6 +24,7 @@ from pipeline.config import EngineConfig, RunConfig, validate
 from pipeline.progress import progress_line
 from pipeline.run import plan, run, seal
 from tasks.benchmark.chains import Chain, chosen_chains
+from tasks.benchmark.faces import face_networks
 from tasks.benchmark.figures import grid, scatter
 from tasks.benchmark.scoring import (
     Edit,
@@ -70,16 +72,21 @@ def benchmark_inversion(
     generator = load_generator(generator_name)
     digest = weights_hash(generator)
     edits = edits_for(bundled_directions(generator))
+    # Directions of age and smile are what tells that a generator makes faces.
+    faces, missing_faces = face_networks() if edits else ((), {})
     judges = Judges(
         generator=generator,
         perceptual=load_perceptual("auto"),
         features=FrechetFeatures(),
         edits=edits,
         w_std=statistics_for(generator).w_std,
+        faces=faces,
+        attributes=load_attributes() if edits else None,
     )
     chains = chosen_chains(methods)
     rows: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
+    notes: dict[str, str] = {}
     pictures: dict[str, list[torch.Tensor]] = {}
     inputs = None
     with _ray(engine), progress_line(console) as on_progress:
@@ -101,6 +108,7 @@ def benchmark_inversion(
             with fixed_threads(config.engine.threads):
                 has_reencoder = chain.reencoder is not None
                 rows[chain.name] = score_run(place, judges, inverter, has_reencoder)
+                notes[chain.name] = _note(chain, config)
                 stored = read_stored(place, generator)
                 inputs = stored.inputs[:SHOWN]
                 shown = [edit for edit in edits if edit.name in SHOWN_EDITS]
@@ -115,11 +123,13 @@ def benchmark_inversion(
         "pictures": max((row["pictures"] for row in rows.values()), default=0),
         "batch": BATCH,
         "perceptual": judges.perceptual.name,
+        "faces": {face.name: face.hash for face in faces},
+        "missing_faces": missing_faces,
         "edits": [edit.name for edit in edits],
         "order": [chain.name for chain in chains],
         "rows": rows,
         "missing": missing,
-        "notes": {chain.name: _note(chain) for chain in chains if chain.name in rows},
+        "notes": notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
     return _write(Path(out), result, inputs, pictures, edits)
@@ -157,9 +167,19 @@ def _ray(engine: str) -> Any:
     return ray_session()
 
 
-def _note(chain: Chain) -> str:
+def _note(chain: Chain, config: RunConfig) -> str:
     settings = [f"{link.method} {dict(link.settings)}" for link in chain.links if link.settings]
-    return "; ".join(filter(None, [chain.note, *settings]))
+    losses = [_identity_loss(str(m.settings.get("checkpoint") or "")) for m in config.method]
+    return "; ".join(filter(None, [chain.note, *settings, *losses]))
+
+
+def _identity_loss(checkpoint: str) -> str:
+    """Whether a network was trained with an identity loss, as its card says."""
+    card = Path(checkpoint).with_suffix(".json")
+    if not checkpoint or not card.is_file():
+        return ""
+    used = json.loads(card.read_text())["provenance"].get("settings", {}).get("identity")
+    return f"{card.stem} was trained with an identity loss ({used})" if used else ""
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""What the papers claim, held against what was measured."""
+"""What the papers claim, held against what was measured; and that what reconstructs still edits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,7 +87,15 @@ CLAIMS: tuple[_Ratio, ...] = (
         _below(0.9999),
     ),
     _claim("CLCAE: MSE against e4e", "<= 0.5 x", ("clcae", "e4e"), "mse", _below(0.5)),
+    _claim("CLCAE: an edit ages as far", ">= 0.8 x", ("clcae", "e4e"), "age_change", _above(0.8)),
     _claim("RefineStyle two-stage: MSE", "<= 0.5 x", ("refine", "e4e"), "mse", _below(0.5)),
+    _claim(
+        "RefineStyle two-stage: an edit ages as far",
+        ">= 0.85 x",
+        ("refine", "e4e"),
+        "age_change",
+        _above(0.85),
+    ),
     _claim("RefineStyle one-stage: MSE", "<= 1 x", ("refine-one-stage", "e4e"), "mse", _below(1.0)),
     _claim(
         "refine_opt: perceptual distance of PTI",

@@ -6,25 +6,29 @@ Legend: N pictures, L num_ws, D w_dim, H W image, E edits.
 """
 
 import io
+import math
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.attributes import AttributeScorer
 from models.editing.direction import Direction
 from models.inversion.base import Inversion, Method, SampleRng
 from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.losses.perceptual import Perceptual
 from models.stylegan2.generator import Generator
+from tasks.benchmark.costs import costs
+from tasks.benchmark.faces import FaceNetwork, attribute_changes
 from tasks.inverter import Inverter
-from tasks.ledger import read_markers
 from tasks.query import query
 from tasks.stored import read_inversions
 
@@ -41,6 +45,7 @@ EDITED_SHARE = 0.5
 """Share of the pixels that counts as the place of the edit: those that change most."""
 BLUR = 5
 """Side of the box that smooths the change before its largest pixels are taken, px of 64."""
+BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,20 @@ class Edit:
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """What all chains are measured with."""
+    """What all chains are measured with.
+
+    Attributes:
+        faces: compare persons; a column each. Empty for a generator of something else.
+        attributes: measures what an edit changed; None for a generator of something else.
+    """
 
     generator: Generator
     perceptual: Perceptual
     features: FrechetFeatures
     edits: tuple[Edit, ...]
     w_std: float
+    faces: tuple[FaceNetwork, ...] = ()
+    attributes: AttributeScorer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,23 +157,44 @@ def score_run(run_uri: str, judges: Judges, inverter: Inverter, has_reencoder: b
     stored = read_stored(run_uri, judges.generator)
     found: dict[str, object] = {"pictures": len(stored.inputs), **column_means(run_uri)}
     reconstruction = _render(stored.inversion, judges.generator)
-    real = judges.features(stored.inputs)
-    found["frechet_reconstruction"] = frechet_distance(judges.features(reconstruction), real)
-    edits = {e.name: _score_edit(e, stored, reconstruction, real, judges) for e in judges.edits}
+    known = _Known(
+        reconstruction=reconstruction,
+        real=_batched(judges.features, stored.inputs),
+        persons={face.name: _batched(face.features, stored.inputs) for face in judges.faces},
+    )
+    found["frechet_reconstruction"] = _frechet(reconstruction, known, judges)
+    found |= _identities(reconstruction, known, judges)
+    edits = {e.name: _score_edit(e, stored, known, judges) for e in judges.edits}
     found["edits"] = edits
-    for name in ("frechet", "drift"):
+    for name in ("frechet", "drift", *known.persons):
         values = [edit[name] for edit in edits.values()]
         found[f"{name}_edited"] = statistics.fmean(values) if values else None
+    found |= edit_strengths(judges.edits, edits)
     found["lec"] = None
     if has_reencoder and judges.edits:
         first = inverter.methods[0]
         values = [
-            editing_consistency(stored.inversion, e, judges.generator, first, judges.w_std)
+            editing_consistency(part, e, judges.generator, first, judges.w_std)
             for e in judges.edits
+            for part in _parts(stored.inversion)
         ]
         found["lec"] = trimmed_mean(torch.cat(values))
     found |= costs(run_uri, inverter, stored.inputs)
     return found
+
+
+def edit_strengths(
+    edits: Sequence[Edit], scores: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """`<attribute>_change`: how far an edit moves the attribute that it is of, in its direction;
+    mean over the edits both ways. 0 for a method whose pictures do not follow the code."""
+    found: dict[str, list[float]] = {}
+    for edit in edits:
+        change = scores[edit.name].get("change", {}).get(edit.direction.name)
+        if change is not None:
+            towards = math.copysign(1.0, edit.strength) * change
+            found.setdefault(f"{edit.direction.name}_change", []).append(towards)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def column_means(run_uri: str) -> dict[str, float]:
@@ -174,65 +207,66 @@ def column_means(run_uri: str) -> dict[str, float]:
     }
 
 
-def costs(run_uri: str, inverter: Inverter, inputs: Float[Tensor, "N 3 H W"]) -> dict[str, object]:
-    """Parameters, speed in batch and alone, bytes kept of each picture besides its code."""
-    markers = read_markers(run_uri).values()
-    rows = sum(marker.rows - marker.failed for marker in markers)
-    busy = sum(marker.seconds["invert"] for marker in markers)
-    kept = sum(m.parts["residuals"].bytes for m in markers if "residuals" in m.parts)
-    pixels = inputs[:3].add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    pictures = pixels.permute(0, 2, 3, 1).numpy()
-    seconds = []
-    for index in range(len(pictures)):  # the first one warms up
-        started = time.perf_counter()
-        inverter.invert(pictures[index : index + 1], [f"timing-{index}"])
-        seconds.append(time.perf_counter() - started)
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What all edits of a run are compared with.
+
+    Attributes:
+        real: Frechet features of the inputs.
+        persons: embeddings of the inputs by column.
+    """
+
+    reconstruction: Float[Tensor, "N 3 H W"]
+    real: Tensor
+    persons: dict[str, Tensor]
+
+
+def _parts(found: Inversion) -> list[Inversion]:
+    return [found[i : i + BATCH] for i in range(0, len(found), BATCH)]
+
+
+def _batched(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Row-wise functions, so many rows at a time: memory does not grow with the pictures."""
+    parts = zip(*(value.split(BATCH) for value in inputs), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
+def _render(found: Inversion, generator: Generator) -> Float[Tensor, "N 3 H W"]:
+    """Clamped pictures."""
+    return torch.cat([part.render(generator).clamp(-1, 1) for part in _parts(found)])
+
+
+def _frechet(pictures: Tensor, known: _Known, judges: Judges) -> float:
+    return frechet_distance(_batched(judges.features, pictures), known.real)
+
+
+def _identities(pictures: Tensor, known: _Known, judges: Judges) -> dict[str, float]:
+    """Mean similarity to the input pictures, by column."""
     return {
-        "parameters": sum(
-            network_parameters(method, is_first=index == 0)
-            for index, method in enumerate(inverter.methods)
-        ),
-        "images_per_s": rows / busy if busy else None,
-        "seconds_per_image": statistics.median(seconds[1:] or seconds),
-        "bytes_per_picture": kept / rows if rows else None,
+        face.name: float(
+            face.compare(_batched(face.features, pictures), known.persons[face.name]).mean()
+        )
+        for face in judges.faces
     }
 
 
-def network_parameters(method: Method, *, is_first: bool = True) -> int:
-    """Numbers in the networks that a method runs, the generator and the losses left out.
-
-    Args:
-        is_first: it has no method before it: an inner method that would stand in for one counts.
-    """
-    own = [
-        value
-        for value in vars(method).values()
-        if isinstance(value, nn.Module)
-        and value is not method.generator
-        and not isinstance(value, Perceptual)
-    ]
-    inner = [v for v in vars(method).values() if isinstance(v, Method) and is_first]
-    count = sum(p.numel() for module in own for p in module.parameters())
-    return count + sum(network_parameters(m) for m in inner)
-
-
-def _render(found: Inversion, generator: Generator, batch: int = 32) -> Float[Tensor, "N 3 H W"]:
-    """Clamped pictures, so many at a time."""
-    parts = [found[i : i + batch] for i in range(0, len(found), batch)]
-    return torch.cat([part.render(generator).clamp(-1, 1) for part in parts])
-
-
-def _score_edit(
-    edit: Edit, stored: Stored, reconstruction: Tensor, real: Tensor, judges: Judges
-) -> dict[str, float]:
+def _score_edit(edit: Edit, stored: Stored, known: _Known, judges: Judges) -> dict[str, Any]:
     generator, codes = judges.generator, stored.inversion.w_plus
     edited = _render(stored.inversion.edited(generator, edit(codes)), generator)
-    mask = edit_mask(generator.synthesis(codes), generator.synthesis(edit(codes)))
-    drift = drift_outside(reconstruction, edited, mask, judges.perceptual)
-    return {
-        "frechet": frechet_distance(judges.features(edited), real),
+    plain, moved = (_batched(generator.synthesis, w_plus) for w_plus in (codes, edit(codes)))
+    mask = edit_mask(plain, moved)
+    drift = _batched(
+        partial(drift_outside, perceptual=judges.perceptual), known.reconstruction, edited, mask
+    )
+    found: dict[str, Any] = {
+        "frechet": _frechet(edited, known, judges),
         "drift": float(drift.mean()),
+        **_identities(edited, known, judges),
     }
+    if judges.attributes is not None:
+        scores = [judges.attributes.logits(x) for x in (known.reconstruction, edited)]
+        found["change"] = attribute_changes(*scores)
+    return found
 
 
 def edits_for(directions: dict[str, Direction]) -> tuple[Edit, ...]:

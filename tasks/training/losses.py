@@ -99,8 +99,11 @@ class PictureLosses:
     def scores(
         self, renders: Float[Tensor, "N 3 H W"], pictures: Float[Tensor, "N 3 H W"]
     ) -> dict[str, Float[Tensor, " N"]]:
-        """The table as metrics: the perceptual row under the name of its distance."""
+        """The table as metrics: the perceptual row under the name of its distance, identity as the
+        cosine that columns of that name hold (the loss is 1 - it)."""
         table = self(renders, pictures)
+        if "identity" in table:
+            table["identity"] = 1 - table["identity"]
         return {self.perceptual_name if k == "perceptual" else k: v for k, v in table.items()}
 
     def total(self, table: Mapping[str, Tensor]) -> Tensor:

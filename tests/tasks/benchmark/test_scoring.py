@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from models.attributes import load_attributes
 from models.editing.direction import Direction
 from models.inversion.base import Inversion, Method, SampleRng
 from models.losses.frechet import FrechetFeatures
@@ -13,14 +14,15 @@ from models.losses.perceptual import load_perceptual
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
+from tasks.benchmark import scoring
 from tasks.benchmark.scoring import (
     Edit,
     Judges,
     drift_outside,
     edit_mask,
+    edit_strengths,
     editing_consistency,
     edits_for,
-    network_parameters,
     read_stored,
     score_run,
     trimmed_mean,
@@ -35,6 +37,24 @@ def make_edit(generator: Generator, strength: float = 3.0, name: str = "age") ->
         name=name, vector=vector, unit=0.2, generator_hash=weights_hash(generator)
     )
     return Edit(direction=direction, strength=strength)
+
+
+class Colours:
+    """A face network that knows a person by the mean colours of a 4 x 4 grid."""
+
+    name, hash = "identity", "0" * 64
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        assert len(images) <= scoring.BATCH
+        small = torch.nn.functional.adaptive_avg_pool2d(images, 4)
+        return torch.nn.functional.normalize(small.flatten(1), dim=1)
+
+    def compare(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * b).sum(1)
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return Colours().compare(Colours().features(a), Colours().features(b))
 
 
 class Remembers(Method):
@@ -103,15 +123,6 @@ def test_drift_counts_what_is_outside_only() -> None:
     assert found[1] == pytest.approx(float(perceptual(picture, outside)[1]), rel=1e-5)
 
 
-def test_parameters_are_the_networks_own(tiny_generator: Generator) -> None:
-    method = Remembers(tiny_generator, torch.zeros(1), 0.0)
-    method.perceptual = load_perceptual("refinery")
-    assert network_parameters(method) == 3 * 4 + 4
-    method.first = Remembers(tiny_generator, torch.zeros(1), 0.0)
-    assert network_parameters(method) == 2 * (3 * 4 + 4)
-    assert network_parameters(method, is_first=False) == 3 * 4 + 4
-
-
 def test_a_run_is_scored_from_what_it_stored(
     tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
 ) -> None:
@@ -125,6 +136,8 @@ def test_a_run_is_scored_from_what_it_stored(
         features=FrechetFeatures(),
         edits=(make_edit(tiny_generator), make_edit(tiny_generator, -3.0)),
         w_std=statistics_for(tiny_generator).w_std,
+        faces=(Colours(),),
+        attributes=load_attributes(),
     )
     found = score_run(run.uri, judges, inverter, has_reencoder=False)
     stored = read_stored(run.uri, tiny_generator)
@@ -140,6 +153,57 @@ def test_a_run_is_scored_from_what_it_stored(
     assert (found["lec"], found["parameters"], found["bytes_per_picture"]) == (None, 0, 0.0)
     assert found["images_per_s"] > 0
     assert found["seconds_per_image"] > 0
+
+    assert found["identity"] == pytest.approx(float(cosines(render, stored.inputs).mean()))
+    edited, aged = [], []
+    for edit in judges.edits:
+        after = stored.inversion.edited(tiny_generator, edit(stored.inversion.w_plus))
+        pictures = after.render(tiny_generator).clamp(-1, 1)
+        edited.append(cosines(pictures, stored.inputs).mean())
+        ages = (judges.attributes.logits(x)["age"].mean() for x in (render, pictures))
+        aged.append(float(torch.stack([*ages]).diff()) * (1 if edit.strength > 0 else -1))
+    assert found["identity_edited"] == pytest.approx(float(sum(edited)) / 2)
+    assert found["age_change"] == pytest.approx(sum(aged) / 2, abs=1e-4)
+    assert found["edits"]["age-3"]["change"]["age"] == pytest.approx(-aged[1], abs=1e-4)
+    assert "smile_change" not in found  # no edit of it was asked for
+
+
+def test_scores_do_not_depend_on_how_many_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_generator: Generator,
+    tmp_path: Path,
+    face_bytes: list[bytes],
+) -> None:
+    job = make_job(tiny_generator, tmp_path, perceptual="refinery")
+    inverter = Inverter(job, "cpu")
+    judges = Judges(
+        generator=inverter.generator,
+        perceptual=load_perceptual("refinery"),
+        features=FrechetFeatures(),
+        edits=(make_edit(tiny_generator),),
+        w_std=statistics_for(tiny_generator).w_std,
+        faces=(Colours(),),
+        attributes=load_attributes(),
+    )
+    pictures = write_pictures(tmp_path / "in", face_bytes, broken=0)
+    run = begin(str(tmp_path / "out"), str(pictures), job, inverter).finish()
+    wanted = score_run(run.uri, judges, inverter, has_reencoder=True)
+    monkeypatch.setattr(scoring, "BATCH", 3)
+    found = score_run(run.uri, judges, inverter, has_reencoder=True)
+    names = ("identity", "identity_edited", "age_change", "frechet_edited", "drift_edited")
+    assert [found[n] for n in names] == pytest.approx([wanted[n] for n in names], rel=1e-3)
+
+
+def test_a_strong_edit_is_one_in_its_own_direction(tiny_generator: Generator) -> None:
+    edits = [make_edit(tiny_generator, s) for s in (3.0, -3.0)]
+    edits.append(make_edit(tiny_generator, 3.0, "smile"))
+    changes = ({"age": 10.0, "smile": 0.1}, {"age": -6.0, "smile": 9.0}, {"age": 1.0, "smile": 2.0})
+    scores = {edit.name: {"change": c} for edit, c in zip(edits, changes, strict=True)}
+    assert edit_strengths(edits, scores) == {"age_change": 8.0, "smile_change": 2.0}
+    # Both edits making older is no control of age.
+    scores["age-3"]["change"] = {"age": 10.0}
+    assert edit_strengths(edits[:2], scores) == {"age_change": 0.0}
+    assert edit_strengths(edits[:1], {"age+3": {}}) == {}
 
 
 def test_drift_sees_a_residual_that_an_edit_wakes(tiny_generator: Generator) -> None:

@@ -32,6 +32,9 @@ def test_identity_is_one_minus_the_cosine(weights: str, dtype: torch.dtype | Non
     wanted = 1 - (a * b).sum(1)
     found = losses(others.requires_grad_(), pictures)
     torch.testing.assert_close(found["identity"], wanted, atol=2e-3 if dtype else 1e-6, rtol=0.05)
+    with torch.no_grad():
+        scores = losses.scores(others, pictures)
+    torch.testing.assert_close(scores["identity"], 1 - found["identity"].detach())
     losses.total(found).backward()
     assert others.grad is not None
     assert float(others.grad.abs().sum()) > 0
