@@ -347,13 +347,10 @@ def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[Vari
     return tuple(
         VariantConfig(
             name=table.name,
-            edits=tuple(
-                StrengthConfig(name=direction(k), strength=v) for k, v in table.edits.items()
-            ),
-            domains=tuple(
-                StrengthConfig(name=domain(k), strength=v) for k, v in table.domains.items()
-            ),
+            edits=strengths(table.edits, direction),
+            domains=strengths(table.domains, domain),
             blends=table.blends,
+            assigned=None if table.assigned is None else _place_of(table.assigned),
             residual=table.residual,
         )
         for table in tables

@@ -1,5 +1,6 @@
 """Edit runs on every engine, killed at any point: the same rows and bytes."""
 
+import hashlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from pipeline.cli import run_app
 from pipeline.edit import EditRunConfig, Wishes, edit, load_edit_config
 from pipeline.run import Summary, verify
 from tasks.crash import EXIT_CODE, POINTS
-from tasks.ledger import committed
+from tasks.ledger import committed, read_run
 from tasks.query import query
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import NUM_SHARDS, fingerprint, rows
@@ -158,6 +159,27 @@ def test_the_command(
     assert run_app(other) == 2
     error = capsys.readouterr().err
     assert "config.variants.0.edits.0.strength: 2.0 in the run, 3.0 now" in error
+
+
+def test_a_table_of_domains_is_obeyed(
+    undisturbed: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"sample_key,domain,strength\nface-00.png,{place}/oil,0.8\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["edit", undisturbed, "out", "--assigned", "table.csv", "--engine", "inline"]
+    command += ["--no-flow", "--set", "attributes=none", "--set", "perceptual=none"]
+    assert run_app(command) == 0
+    pictures = query("out", "SELECT sample_key, inversion, assigned FROM images").to_pylist()
+    changed = [
+        p["sample_key"] for p in pictures if p["inversion"]["bytes"] != p["assigned"]["bytes"]
+    ]
+    assert (len(pictures), changed) == (11, ["face-00.png"])
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    assert digest in read_run("out")["weights"].values()
+    # Another table at the same place is another run.
+    table.write_text(f"sample_key,domain,strength\nface-00.png,{place}/oil,0.4\n")
+    assert run_app(command) == 2
 
 
 @pytest.mark.parametrize(
