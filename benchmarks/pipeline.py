@@ -24,13 +24,13 @@ import torch
 from models.errors import SampleError
 from pipeline.config import RunConfig, load_config
 from pipeline.run import plan, run
-from tasks.decode import decode
-from tasks.inverter import Inverter
-from tasks.ledger import read_markers
-from tasks.machine import describe_machine
-from tasks.manifest import plan_shards
-from tasks.marker import STAGES
-from tasks.read import RawSample, read_shard
+from tasks.benchmark.machine import describe_machine
+from tasks.input.decode import decode
+from tasks.input.read import RawSample, read_shard
+from tasks.run.ledger import read_markers
+from tasks.run.manifest import plan_shards
+from tasks.run.marker import STAGES
+from tasks.work.invert import Inverter
 
 
 def default_data() -> Path:

@@ -24,6 +24,7 @@ from pipeline.progress import progress_line
 from pipeline.run import plan, run, seal
 from tasks.benchmark.chains import Chain, chosen_chains
 from tasks.benchmark.figures import grid, scatter
+from tasks.benchmark.machine import describe_machine
 from tasks.benchmark.scoring import (
     Edit,
     Judges,
@@ -33,9 +34,8 @@ from tasks.benchmark.scoring import (
     score_run,
 )
 from tasks.benchmark.table import markdown
-from tasks.device import fixed_threads
-from tasks.inverter import Inverter
-from tasks.machine import describe_machine
+from tasks.work.device import fixed_threads
+from tasks.work.invert import Inverter
 
 BATCH, ACTORS, SHOWN = 16, 2, 6
 SHOWN_EDITS = ("age+3", "smile-3")

@@ -40,9 +40,9 @@ def run_demo(
         0 when every stage did what it should.
     """
     from models.checkpoints.load import load_generator
+    from pipeline.demo_data import write_demo_shard
     from pipeline.run import invert
-    from tasks.demo_data import write_demo_shard
-    from tasks.query import query
+    from tasks.run.query import query
 
     folder = Path(out) / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     _say(console, "A sample: pictures drawn by the generator, one photograph, three broken files")
@@ -86,7 +86,7 @@ def _edit(
     from models.editing.find import known_directions
     from pipeline.adapt import adapt, load_adapt_config
     from pipeline.edit import Wishes, edit, load_edit_config
-    from tasks.query import query
+    from tasks.run.query import query
 
     sets = [f"steps={ADAPT_STEPS}", f"out={folder}/domains"]
     _say(

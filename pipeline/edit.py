@@ -24,9 +24,9 @@ from pipeline import run as stages
 from pipeline.config import EngineConfig, apply_set, read_toml, validated
 from pipeline.run import Plan, Summary
 from pipeline.tally import OnProgress, ignore_progress
-from tasks import ledger
-from tasks.edit.job import BlendConfig, EditJobConfig, StrengthConfig, VariantConfig
+from tasks.edit_job import BlendConfig, EditJobConfig, StrengthConfig, VariantConfig
 from tasks.job import JobConfig, OutputConfig
+from tasks.run import ledger
 
 MAX_VARIANTS = 64
 """Pictures of one sample; more is a mistyped sweep rather than a wish."""
@@ -166,7 +166,7 @@ def plan(source: str, run_uri: str, config: EditRunConfig, *, limit: int | None 
         AssetError, ConfigError: a direction, domain or weight file is missing or wrong.
         LedgerError: no such source, one that is not finished, or OUT holds another run.
     """
-    from tasks.edit.plan import plan_edits
+    from tasks.run.source import plan_edits
 
     job = config.job(source)
     shards = plan_edits(source, limit)
@@ -323,7 +323,7 @@ def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[Vari
     from models.adaptation.domain import find_domain
     from models.checkpoints.load import load_generator
     from models.editing.find import find_direction
-    from tasks.device import local_copy
+    from tasks.work.device import local_copy
 
     generator = load_generator(local_copy(generator_name))
 

@@ -11,9 +11,9 @@ from pipeline.config import RunConfig
 from pipeline.progress import duration
 from pipeline.run import local_device
 from pipeline.screen import pairs, size
+from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
-from tasks.manifest import plan_shards
-from tasks.read import read_shard
+from tasks.run.manifest import plan_shards
 
 SAMPLED = 64
 """Pictures of the first tar whose mean size stands for all, where only reading would count them."""
@@ -89,7 +89,7 @@ def estimate(source: str, config: RunConfig, *, limit: int | None, count: int) -
 
 
 def _probed(source: str, config: RunConfig, found: Listing, count: int) -> dict[str, str]:
-    from tasks.probe import probe
+    from tasks.work.probe import probe
 
     device = local_device()
     result = probe(config.job(), source, count, device)

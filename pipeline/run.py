@@ -16,12 +16,12 @@ from pipeline.config import EngineConfig, RunConfig
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
-from tasks import ledger, manifest
 from tasks.job import ShardSpec
-from tasks.work import load_machine
+from tasks.run import ledger, manifest
+from tasks.work.kinds import load_machine
 
 if TYPE_CHECKING:
-    from tasks.verify import VerifyReport
+    from tasks.verify.run import VerifyReport
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def verify(run_uri: str, *, deep: bool = True) -> "VerifyReport":
     Raises:
         LedgerError: there is no run.
     """
-    from tasks.verify import verify as verify_run
+    from tasks.verify.run import verify as verify_run
 
     return verify_run(run_uri, deep=deep)
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from models.errors import AssetError, ConfigError, LedgerError, RefineryError
 from pipeline.faults import is_cuda_error, is_passing, is_refused
 from pipeline.schedule import Failure
-from tasks.sources.sample import CorruptFileError
-from tasks.work import do_shard, load_machine
+from tasks.input.sample import CorruptFileError
+from tasks.work.kinds import do_shard, load_machine
 
 if TYPE_CHECKING:
-    from tasks.ledger import Job, RunHandle
-    from tasks.work import Machine
+    from tasks.run.ledger import Job, RunHandle
+    from tasks.work.kinds import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class ShardWorker:
 
         A CUDA error ends the process: its context is unusable from then on.
         """
-        from tasks.manifest import read_shard_spec
+        from tasks.run.manifest import read_shard_spec
 
         started = time.monotonic()
         try:

@@ -13,7 +13,7 @@ from models.inversion.base import Inversion, SampleRng
 from models.stylegan2.generator import Generator
 from pipeline.cli import app
 from pipeline.config import RunConfig, validated
-from tasks.directions import WAYS
+from tasks.directions.ways import WAYS
 from tasks.training.encoder import FitEncoderConfig
 from tasks.training.generator import FitGeneratorConfig
 from tasks.training.release import ReleaseConfig

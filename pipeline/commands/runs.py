@@ -152,8 +152,8 @@ def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
         sql: e.g. "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10".
         out: write the result to a .csv, .json or .parquet file instead of printing it.
     """
-    from tasks.query import export
-    from tasks.query import query as run_query
+    from tasks.run.query import export
+    from tasks.run.query import query as run_query
 
     found = run_query(run, sql)
     if out is not None:

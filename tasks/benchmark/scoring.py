@@ -23,10 +23,10 @@ from models.inversion.base import Inversion, Method, SampleRng
 from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.losses.perceptual import Perceptual
 from models.stylegan2.generator import Generator
-from tasks.inverter import Inverter
-from tasks.ledger import read_markers
-from tasks.query import query
-from tasks.stored import read_inversions
+from tasks.run.ledger import read_markers
+from tasks.run.query import query
+from tasks.run.stored import read_inversions
+from tasks.work.invert import Inverter
 
 EDITS: tuple[tuple[str, float], ...] = (
     ("age", 3.0),

@@ -9,9 +9,6 @@ import duckdb
 import pyarrow as pa
 
 from models.errors import LedgerError
-from tasks import ledger
-from tasks.marker import EDIT_STAGES, STAGES, Marker
-from tasks.query import open_views
 from tasks.report.aggregates import (
     Metric,
     PairGroup,
@@ -22,6 +19,9 @@ from tasks.report.aggregates import (
 )
 from tasks.report.edits import EditData, gather_edits
 from tasks.report.timeline import Timeline, timeline
+from tasks.run import ledger
+from tasks.run.marker import EDIT_STAGES, STAGES, Marker
+from tasks.run.query import open_views
 
 NOTES_SHOWN = 20
 

@@ -11,8 +11,8 @@ from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
 from pipeline.config import load_config
 from pipeline.run import Summary, invert
-from tasks.ledger import read_markers
-from tasks.query import query
+from tasks.run.ledger import read_markers
+from tasks.run.query import query
 
 NUM_SHARDS = 6
 SHARD_SIZE = 2

@@ -11,12 +11,12 @@ from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
 from pipeline.edit import EditRunConfig, Wishes, edit, load_edit_config
 from pipeline.run import Summary, verify
-from tasks.crash import EXIT_CODE, POINTS
-from tasks.ledger import committed, read_run
-from tasks.query import query
+from tasks.run.ledger import committed, read_run
+from tasks.run.query import query
+from tasks.storage.crash import EXIT_CODE, POINTS
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import NUM_SHARDS, fingerprint, rows
-from tests.tasks.edit.small_edit import write_direction, write_domain
+from tests.tasks.small_edit import write_direction, write_domain
 
 REACHED = tuple(point for point in POINTS if point != "in_decode")
 
@@ -72,7 +72,7 @@ def test_what_an_edit_run_holds(edited: str) -> None:
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.edit.shard"])
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.edit_shard"])
     return context
 
 
@@ -125,7 +125,7 @@ def test_actors_killed_at_each_point(
 def test_from_s3_to_s3(
     undisturbed: str, edited: str, place: Path, s3: str, tiny_generator: Generator
 ) -> None:
-    from tasks.storage import write_bytes
+    from tasks.storage.files import write_bytes
 
     source = f"{s3}/run"
     for path in Path(undisturbed).rglob("*"):

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.run import invert
-from tasks.crash import POINTS
-from tasks.ledger import read_markers
+from tasks.run.ledger import read_markers
+from tasks.storage.crash import POINTS
 from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline
 
 
@@ -46,7 +46,7 @@ def test_two_actors_writing_to_s3(dataset: Dataset, undisturbed: str, s3: str) -
 def test_pictures_from_s3(
     dataset: Dataset, undisturbed: str, s3: str, face_bytes: list[bytes]
 ) -> None:
-    from tasks.storage import write_bytes
+    from tasks.storage.files import write_bytes
 
     for path in sorted(Path(dataset.source).iterdir()):
         write_bytes(f"{s3}/in/{path.name}", path.read_bytes())

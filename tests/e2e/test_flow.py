@@ -26,7 +26,7 @@ from pipeline.config import EngineConfig, load_config
 from pipeline.edit_flows import fit_directions, nightly_domains
 from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening
 from pipeline.tally import Snapshot
-from tasks.query import query
+from tasks.run.query import query
 from tests.e2e.small_dataset import Dataset, fingerprint, write_tars
 
 

@@ -15,8 +15,8 @@ from pipeline.cli import run_app
 from pipeline.config import load_config
 from pipeline.run import invert, plan, verify
 from pipeline.status import read_status
-from tasks.crash import EXIT_CODE, POINTS
-from tasks.ledger import committed
+from tasks.run.ledger import committed
+from tasks.storage.crash import EXIT_CODE, POINTS
 from tests.e2e.small_dataset import (
     NUM_SHARDS,
     Dataset,
@@ -35,7 +35,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 def processes() -> multiprocessing.context.ForkServerContext:
     """Children of one process that has loaded PyTorch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.run_shard"])
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.shard"])
     return context
 
 

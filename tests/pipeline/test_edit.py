@@ -7,8 +7,8 @@ import pytest
 from models.errors import ConfigError
 from models.stylegan2.generator import Generator
 from pipeline.edit import EditRunConfig, Wishes, load_edit_config
-from tasks.edit.job import StrengthConfig
-from tests.tasks.edit.small_edit import make_source, write_direction, write_domain
+from tasks.edit_job import StrengthConfig
+from tests.tasks.small_edit import make_source, write_direction, write_domain
 
 
 def asked(**wishes: object) -> dict[str, tuple[dict[str, float], dict[str, float]]]:

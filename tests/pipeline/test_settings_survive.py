@@ -15,11 +15,11 @@ import pytest
 from models.stylegan2.generator import Generator
 from pipeline.config import load_config, validate
 from pipeline.edit import load_edit_config
-from tasks import ledger
-from tasks.edit.job import EditJobConfig, VariantConfig
+from tasks.edit_job import EditJobConfig, VariantConfig
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
-from tasks.manifest import ManifestInfo
-from tests.tasks.edit.small_edit import make_source, write_direction, write_domain
+from tasks.run import ledger
+from tasks.run.manifest import ManifestInfo
+from tests.tasks.small_edit import make_source, write_direction, write_domain
 
 INFO = ManifestInfo(num_shards=1, num_samples=1, num_bytes=1, sha256="m" * 64)
 

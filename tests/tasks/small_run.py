@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
-from tasks.inverter import Inverter
 from tasks.job import JobConfig, MethodConfig
-from tasks.ledger import RunHandle, create_run, pending
-from tasks.manifest import plan_shards, read_shard_spec, write_manifest
-from tasks.marker import Marker
-from tasks.run_shard import run_shard
+from tasks.run.ledger import RunHandle, create_run, pending
+from tasks.run.manifest import plan_shards, read_shard_spec, write_manifest
+from tasks.run.marker import Marker
+from tasks.work.invert import Inverter
+from tasks.work.shard import run_shard
 
 BROKEN = b"\x89PNG not a picture"
 
