@@ -29,7 +29,6 @@ from tasks.input.decode import decode
 from tasks.input.read import RawSample, read_shard
 from tasks.run.ledger import read_markers
 from tasks.run.manifest import plan_shards
-from tasks.run.marker import STAGES
 from tasks.work.invert import Inverter
 
 
@@ -76,9 +75,9 @@ def pipeline_run(source: str, config: RunConfig, limit: int, out: str) -> dict[s
     """One run of the engine; its own clock starts when the first worker is ready."""
     plan(source, out, config, limit=limit)
     outcome = run(out, config.engine)
-    stages = dict.fromkeys(STAGES, 0.0)
+    stages = dict.fromkeys(Inverter.stages, 0.0)
     for marker in read_markers(out).values():
-        for stage in STAGES:
+        for stage in Inverter.stages:
             stages[stage] += marker.seconds[stage]
     return {
         "images": outcome.rows_now,

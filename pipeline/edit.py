@@ -25,8 +25,9 @@ from pipeline.config import EngineConfig, apply_set, read_toml, validated
 from pipeline.run import Plan, Summary
 from pipeline.tally import OnProgress, ignore_progress
 from tasks.edit_job import BlendConfig, EditJobConfig, StrengthConfig, VariantConfig
-from tasks.job import JobConfig, OutputConfig
+from tasks.job import OutputConfig
 from tasks.run import ledger
+from tasks.run.source import check_has_codes
 
 MAX_VARIANTS = 64
 """Pictures of one sample; more is a mistyped sweep rather than a wish."""
@@ -82,11 +83,13 @@ class EditRunConfig(BaseModel):
             ConfigError: it holds edits itself, or has no input pictures although they are asked
                 for; an unknown direction or domain.
         """
-        made = _inversion_job(source)
-        stored = made.output.pictures
+        check_has_codes(source)
+        record = ledger.read_run(source)
+        made = record["config"]
+        stored = made["output"]["pictures"]
         pictures = stored if "inversion" in stored else (*stored, "inversion")
         output = self.output or OutputConfig(
-            pictures=pictures, picture_format=made.output.picture_format
+            pictures=tuple(pictures), picture_format=made["output"]["picture_format"]
         )
         if "input" in output.pictures and "input" not in stored:
             raise ConfigError(
@@ -95,13 +98,13 @@ class EditRunConfig(BaseModel):
             )
         return EditJobConfig(
             source=source,
-            source_run=ledger.read_run(source)["run_id"],
-            generator=made.generator,
-            method="+".join(method.name for method in made.methods),
-            variants=_resolved(self.variant, made.generator),
+            source_run=record["run_id"],
+            generator=made["generator"],
+            method=ledger.read_declared(source).method,
+            variants=_resolved(self.variant, made["generator"]),
             output=output,
             batch=self.batch,
-            precision=self.precision or made.precision,
+            precision=self.precision or made["precision"],
             perceptual=self.perceptual,
             identity=self.identity,
             attributes=self.attributes,
@@ -166,11 +169,7 @@ def plan(source: str, run_uri: str, config: EditRunConfig, *, limit: int | None 
         AssetError, ConfigError: a direction, domain or weight file is missing or wrong.
         LedgerError: no such source, one that is not finished, or OUT holds another run.
     """
-    from tasks.run.source import plan_edits
-
-    job = config.job(source)
-    shards = plan_edits(source, limit)
-    return stages.write_plan(run_uri, job, stages.resolve_weights(job), shards)
+    return stages.plan_job(config.job(source), source, run_uri, config.engine.shard_size, limit)
 
 
 def edit(
@@ -306,16 +305,6 @@ def _rows(text: str, where: str) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- names to places
-
-
-def _inversion_job(source: str) -> JobConfig:
-    made = ledger.load_job(source)
-    if isinstance(made, EditJobConfig):
-        raise ConfigError(
-            f"{source} holds edited pictures, not codes to edit; edit the run they were made from, "
-            f"{made.source}, with all the edits together"
-        )
-    return made
 
 
 def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[VariantConfig, ...]:

@@ -1,12 +1,12 @@
-"""What one edit job is: plain frozen values that travel to every worker.
+"""What a job of edits is: plain frozen values, as in `tasks.job`.
 
-`pipeline.edit` makes them from the command line or a TOML file; `edit_shard` reads nothing else.
+`pipeline.edit` makes them from the command line or a TOML file.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from tasks.job import OutputConfig
+from tasks.job import StoredJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,56 +55,16 @@ class VariantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditJobConfig:
-    """Everything that decides the bytes of an edit run, and nothing else (no engine settings)."""
+class EditJobConfig(StoredJob):
+    """Edits of a run's samples. `perceptual` and `identity` score the drift from the inversion."""
 
-    source: str
-    """The run whose samples are edited."""
-    source_run: str
-    """Its run id."""
-    generator: str
-    """The generator of that run."""
-    method: str
-    """Its method chain, e.g. "e4e+wplus"."""
+    kind: ClassVar[str] = "edit"
+
     variants: tuple[VariantConfig, ...]
-    output: OutputConfig = field(default_factory=OutputConfig)
-    batch: int = 16
-    """Samples rendered together. It never changes a result by more than rounding."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    perceptual: str = "auto"
-    """Perceptual distance of the drift, as in an inversion job; "none" for no drift."""
-    identity: str | None = None
-    """Path or URL of ArcFace IR-SE50 weights; adds the drift of identity."""
     attributes: str = "auto"
     """Attribute scorer: "auto" (the bundled one where it fits the generator), a path, or "none"."""
     domain_folders: tuple[str, ...] = ()
     """Where the names of domains in `assigned` tables are looked for, before the bundled ones."""
-    kind: Literal["edit"] = "edit"
-    """Tells run.json of an edit run from that of an inversion."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values, the part of run.json that is hashed."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "EditJobConfig":
-        """The inverse of `to_dict`, after JSON has made lists of tuples."""
-        values = dict(values)
-        variants = [
-            VariantConfig(
-                **{
-                    **variant,
-                    "edits": tuple(StrengthConfig(**edit) for edit in variant["edits"]),
-                    "domains": tuple(StrengthConfig(**domain) for domain in variant["domains"]),
-                    "blends": tuple(
-                        BlendConfig(**{**blend, "rows": tuple(blend["rows"])})
-                        for blend in variant["blends"]
-                    ),
-                }
-            )
-            for variant in values.pop("variants")
-        ]
-        output = dict(values.pop("output"))
-        output["pictures"] = tuple(output["pictures"])
-        values["domain_folders"] = tuple(values.get("domain_folders", ()))
-        return EditJobConfig(**values, variants=tuple(variants), output=OutputConfig(**output))
+        return {**super().to_dict(), "kind": self.kind}

@@ -1,10 +1,10 @@
-"""What one inversion job is: plain frozen values that travel to every worker.
+"""What a job is: plain frozen values that travel to every worker.
 
-`pipeline.config` validates a TOML file into these; `run_shard` reads nothing else.
+`pipeline.config` validates a TOML file into these; the stations of `tasks.work` read nothing else.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +53,52 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
-    """Everything that decides the bytes of a run, and nothing else (no engine settings)."""
+class Job:
+    """What every kind of job says: everything that decides the bytes of a run, and nothing else (no
+    engine settings)."""
+
+    kind: ClassVar[str]
+    """The job's line in `tasks.work.kinds.KINDS`."""
 
     generator: str
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
-    methods: tuple[MethodConfig, ...]
-    input: InputConfig = field(default_factory=InputConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     batch: int = 16
-    """Pictures inverted together. It never changes a result by more than rounding."""
-    seed: int = 0
+    """Samples worked on together. It never changes a result by more than rounding."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
     perceptual: str = "auto"
     """Perceptual distance to score with: "auto" (LPIPS where its weights are cached, else ours),
     "refinery" (the bundled trunk), "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     identity: str | None = None
-    """Path or URL of ArcFace IR-SE50 weights; adds the `identity` column."""
+    """Path or URL of ArcFace IR-SE50 weights; adds a column of identity."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, the part of run.json that is hashed."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(Job):
+    """An inversion."""
+
+    kind: ClassVar[str] = "invert"
+
+    methods: tuple[MethodConfig, ...]
+    input: InputConfig = field(default_factory=InputConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredJob(Job):
+    """Work on the stored samples of a finished run."""
+
+    source: str
+    """The run."""
+    source_run: str
+    """Its run id."""
+    method: str
+    """Its method chain, e.g. "e4e+wplus"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 
 from models.errors import ShardError
 from tasks.input.sample import RawSample, failed
-from tasks.job import ShardSpec
+from tasks.job import InputConfig, ShardSpec
 from tasks.storage.errors import error_code, explain, is_missing
 from tasks.storage.files import is_local, local_path, open_filesystem
 
@@ -20,7 +20,7 @@ MACHINE_ERRORS = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, err
 """Errors of the machine or mount, not of the file: the shard is tried again."""
 
 
-def read_files(spec: ShardSpec) -> Iterator[RawSample]:
+def read_files(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
     """The members in order. One that is missing or unreadable comes out with its error.
 
     Raises:

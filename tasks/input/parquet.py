@@ -46,6 +46,25 @@ def read_parquet(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
             yield _sample(key, f"{spec.uri}#row={row}", values, config)
 
 
+def parquet_keys(spec: ShardSpec, config: InputConfig) -> list[str]:
+    """The sample keys of a shard; pictures are not read.
+
+    Raises:
+        ShardError: the file cannot be read.
+    """
+    name = spec.members[0] if spec.members else spec.uri.rsplit("/", 1)[-1]
+    stop = spec.row_stop
+    if config.key_column is None and stop:
+        return [f"{name}:{row}" for row in range(spec.row_start, stop)]
+    with ExitStack() as stack, parquet_errors(spec.uri):
+        file = open_parquet(spec.uri, stack)
+        stop = stop or file.metadata.num_rows
+        if config.key_column is None:
+            return [f"{name}:{row}" for row in range(spec.row_start, stop)]
+        column = file.read([config.key_column]).column(0)[spec.row_start : stop]
+        return [str(value) for value in column.to_pylist()]
+
+
 def open_parquet(uri: str, stack: ExitStack) -> pq.ParquetFile:
     """The file, its footer read; closed with `stack`.
 

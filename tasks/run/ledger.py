@@ -18,15 +18,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from models.errors import LedgerError
-from tasks.edit_job import EditJobConfig
-from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
+from tasks.job import Job
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.storage.files import exists, join, list_files, read_bytes, remove, write_bytes
 
 logger = logging.getLogger(__name__)
 
-Job = JobConfig | EditJobConfig
 PART_KINDS = ("latents", "images", "residuals")
 _READERS = 16  # markers are fetched by so many threads: a GET is mostly waiting
 
@@ -38,6 +36,28 @@ class RunHandle:
     uri: str
     run_id: str
     code_version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What the kind of work says of its run, for those who read the run.
+
+    Attributes:
+        kind: line of `tasks.work.kinds.KINDS`.
+        stages: of an attempt, in order: the keys of `Marker.seconds`.
+        stores_doors: the run is the home of its codes, and other kinds of job can start from it.
+        method: chain of methods that made the codes, e.g. "e4e+wplus".
+        metrics, pictures: columns of latents/ and of images/.
+        variants: those pictures that are edits of "inversion".
+    """
+
+    kind: str
+    stages: tuple[str, ...]
+    stores_doors: bool
+    method: str
+    metrics: tuple[str, ...]
+    pictures: tuple[str, ...]
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +95,13 @@ def create_run(
     manifest_info: ManifestInfo,
     hashes: Mapping[str, str],
     code_version: str,
+    declared: Declared,
 ) -> RunHandle:
     """Write run.json, or recognise the run that is already there and go on with it.
 
     Args:
-        hashes: sha256 of all weights by name (`Inverter.hashes`).
+        hashes: sha256 of all weights by name (`Station.hashes`).
+        declared: kept for readers, not hashed: job and weights decide it.
 
     Raises:
         LedgerError: the directory holds another run; the message lists every difference.
@@ -102,6 +124,7 @@ def create_run(
     record = {
         "run_id": run_id,
         **identity,
+        "declared": asdict(declared),
         "num_shards": manifest_info.num_shards,
         "num_samples": manifest_info.num_samples,
         "num_bytes": manifest_info.num_bytes,
@@ -123,8 +146,8 @@ def open_run(run_uri: str) -> RunHandle:
 
 
 def read_run(run_uri: str) -> dict[str, Any]:
-    """The content of run.json: run_id, config, manifest, weights, num_shards, num_samples,
-    num_bytes, code_version, created_at.
+    """The content of run.json: run_id, config, manifest, weights, declared, num_shards,
+    num_samples, num_bytes, code_version, created_at.
 
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
@@ -144,19 +167,46 @@ def read_run(run_uri: str) -> dict[str, Any]:
             f"{uri}: damaged ({type(error).__name__}: {error}); restore it from a copy, or start "
             "again in another output folder"
         ) from error
+    record.setdefault("declared", None)
     return record
 
 
-def load_job(run_uri: str) -> Job:
-    """The job that a run was started with: an inversion, or edits of one."""
-    config = dict(read_run(run_uri)["config"])
-    if config.get("kind") == "edit":
-        return EditJobConfig.from_dict(config)
-    config["methods"] = tuple(MethodConfig(**method) for method in config["methods"])
-    config["input"] = InputConfig(**config["input"])
-    output = dict(config["output"])
-    output["pictures"] = tuple(output["pictures"])
-    return JobConfig(**{**config, "output": OutputConfig(**output)})
+def read_declared(run_uri: str) -> Declared:
+    """What the run's kind of work has declared.
+
+    Raises:
+        LedgerError: there is no run at this place, or its run.json is damaged.
+    """
+    record = read_run(run_uri)
+    found: dict[str, Any] | None = record["declared"]
+    if found is None:
+        return _declared_before(record["config"])
+    listed = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return Declared(**{**found, **listed})
+
+
+def _declared_before(config: Mapping[str, Any]) -> Declared:
+    """Runs of version 0.1 did not say it, and were of two kinds."""
+    pictures = tuple(config["output"]["pictures"])
+    if config.get("kind") != "edit":
+        return Declared(
+            kind="invert",
+            stages=("read", "decode", "invert", "score", "write"),
+            stores_doors=True,
+            method="+".join(method["name"] for method in config["methods"]),
+            metrics=(),
+            pictures=pictures,
+        )
+    variants = tuple(variant["name"] for variant in config["variants"])
+    return Declared(
+        kind="edit",
+        stages=("read", "edit", "score", "write"),
+        stores_doors=False,
+        method=config["method"],
+        metrics=(),
+        pictures=(*pictures, *variants),
+        variants=variants,
+    )
 
 
 def _identity(job: Job, manifest_info: ManifestInfo, hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -10,11 +10,6 @@ from typing import Any
 
 from models.errors import LedgerError
 
-STAGES = ("read", "decode", "invert", "score", "write")
-"""Stages of a shard in order: the keys of `Marker.seconds`."""
-EDIT_STAGES = ("read", "edit", "score", "write")
-"""Those of a shard of edits."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -44,7 +39,7 @@ class Marker:
         rows: samples in the shard, failed ones included.
         failed: samples with `status = "failed"`.
         parts: by kind, "latents", "images", "residuals"; a kind without rows has no part.
-        seconds: busy time by stage (`STAGES` or `EDIT_STAGES`); waiting for the accelerator is in
+        seconds: busy time by stage (`Declared.stages`); waiting for the accelerator is in
             none of them.
         wall_s: from the start of the attempt to its commit.
         failures: number of failed samples by `error_kind`.

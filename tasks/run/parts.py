@@ -30,13 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import ShardError
-from tasks.job import JobConfig, OutputConfig
+from tasks.job import OutputConfig
 from tasks.run.ledger import RunHandle, shard_name
 from tasks.run.marker import Part
 from tasks.run.rows import SUFFIX, Row
 from tasks.storage.crash import crash_point
 from tasks.storage.files import join, write_bytes
-from tasks.work.invert import Inverter
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -62,15 +61,6 @@ class Layout:
     def pictures(self) -> tuple[str, ...]:
         """The columns of images/."""
         return (*self.output.pictures, *self.variants)
-
-    @staticmethod
-    def of(job: JobConfig, inverter: Inverter) -> "Layout":
-        return Layout(
-            method="+".join(method.name for method in job.methods),
-            metrics=inverter.metric_names,
-            shape=(inverter.generator.num_ws, inverter.generator.w_dim),
-            output=job.output,
-        )
 
 
 # ---------------------------------------------------------------------------- tables

@@ -35,8 +35,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
-from tasks.run.ledger import PART_KINDS, read_markers, read_run
-from tasks.run.marker import EDIT_STAGES, STAGES, Marker
+from tasks.run.ledger import PART_KINDS, read_declared, read_markers, read_run
+from tasks.run.marker import Marker
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import file_info, is_local, join, local_path, write_bytes
 from tasks.storage.part_files import PROTOCOL, PartFile, PartFiles
@@ -104,6 +104,7 @@ class _Views:
 @contextmanager
 def _open(run_uri: str) -> Iterator[_Views]:
     record, markers = read_run(run_uri), read_markers(run_uri)
+    stages = read_declared(run_uri).stages
     parts = [part for marker in markers.values() for part in marker.parts.values()]
     if not parts:
         raise LedgerError(
@@ -116,7 +117,7 @@ def _open(run_uri: str) -> Iterator[_Views]:
         if not is_local(run_uri):
             files = PartFiles(run_uri, {part.path: part.bytes for part in parts})
             connection.register_filesystem(files)
-        connection.from_arrow(commits_table(markers)).create_view("commits")
+        connection.from_arrow(commits_table(markers, stages)).create_view("commits")
         views = _Views(connection=connection, names=["commits"], files=files)
         for kind in PART_KINDS:
             paths = [m.parts[kind].path for m in markers.values() if kind in m.parts]
@@ -137,10 +138,8 @@ def _unreadable(run_uri: str, error: duckdb.Error) -> LedgerError:
     )
 
 
-def commits_table(markers: dict[int, Marker]) -> pa.Table:
+def commits_table(markers: dict[int, Marker], stages: Sequence[str]) -> pa.Table:
     """One row per commit: the marker's fields, its seconds by stage, the bytes of its parts."""
-    is_edit = any("edit" in marker.seconds for marker in markers.values())
-    stages = EDIT_STAGES if is_edit else STAGES
     rows = [
         {
             "shard": marker.shard,

@@ -1,42 +1,62 @@
-"""Cutting a finished run into shards of edits: one for each of its committed shards."""
+"""A finished run as the input of another: each of its committed shards becomes a shard."""
 
 import hashlib
 from collections.abc import Iterator
 
+import pyarrow.parquet as pq
+
 from models.errors import ConfigError, LedgerError, ShardError
-from tasks.edit_job import EditJobConfig
 from tasks.job import ShardSpec
-from tasks.run.ledger import load_job, read_marker, read_markers, read_seal, shard_name
+from tasks.run.ledger import (
+    read_declared,
+    read_marker,
+    read_markers,
+    read_run,
+    read_seal,
+    shard_name,
+)
 from tasks.run.marker import Marker
+from tasks.run.rows import Row
+from tasks.storage.files import join
+from tasks.storage.part_files import PartFile, part_errors
 
 
-def plan_edits(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec]:
-    """Shards of an edit run, in the order of the source's.
+def check_has_codes(source_uri: str) -> None:
+    """Refuse a run whose codes are those of another.
+
+    Raises:
+        LedgerError: there is no such run.
+        ConfigError: it was made from another run.
+    """
+    if not read_declared(source_uri).stores_doors:
+        raise ConfigError(
+            f"{source_uri} holds pictures made from the codes of another run; start from that one, "
+            f"{read_run(source_uri)['config']['source']}"
+        )
+
+
+def plan_source(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec]:
+    """Shards of a run over another's samples, in the order of the source's.
 
     Args:
-        source_uri: a sealed run of inversions.
+        source_uri: a sealed run.
         limit: stop after so many samples.
 
     Raises:
         LedgerError: no run, one that is not finished, or one without a committed sample.
-        ConfigError: the run holds edits itself, or the limit is below 1.
+        ConfigError: the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; expected at least 1, or none")
-    job = load_job(source_uri)
-    if isinstance(job, EditJobConfig):
-        raise ConfigError(
-            f"{source_uri} holds edited pictures, not codes to edit; edit the run they were made "
-            f"from, {job.source}, with all the edits together"
-        )
+    read_run(source_uri)
     if read_seal(source_uri) is None:
         raise LedgerError(
             f"{source_uri}: the run is not finished, so its samples may still change; run "
-            "`refinery invert` on it again, which finishes it"
+            "its command again, which finishes it"
         )
     markers = [marker for marker in read_markers(source_uri).values() if marker.rows]
     if not markers:
-        raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to edit")
+        raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to work on")
     return _shards(source_uri, markers, limit)
 
 
@@ -60,7 +80,7 @@ def _shards(source_uri: str, markers: list[Marker], limit: int | None) -> Iterat
 
 
 def source_marker(spec: ShardSpec) -> Marker:
-    """The commit that a shard of edits reads.
+    """The commit that a shard reads.
 
     Raises:
         ShardError: it is gone, or is not the one that was planned with.
@@ -70,10 +90,25 @@ def source_marker(spec: ShardSpec) -> Marker:
     if marker is None or _etag(marker) != spec.etag:
         found = "gone" if marker is None else "not the same"
         raise ShardError(
-            f"{spec.uri}: shard {shard_name(shard)} is {found} since these edits were planned; "
-            "restore the run, or edit it into a new output"
+            f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
+            "restore the run, or start again with a new output"
         )
     return marker
+
+
+def read_rows(run_uri: str, marker: Marker) -> list[Row]:
+    """What one shard knows of its samples besides codes and pictures, failed ones included, in
+    order of their keys.
+
+    Raises:
+        LedgerError: the part is missing or damaged.
+    """
+    names = ["sample_key", "image_uri", "image_sha256", "seed", "error_kind", "error"]
+    part = marker.parts["latents"]
+    uri = join(run_uri, part.path)
+    with part_errors(uri):
+        table = pq.ParquetFile(PartFile(uri, part.bytes)).read(columns=names)
+    return [Row(**values) for values in table.to_pylist()]
 
 
 def _etag(marker: Marker) -> str:

@@ -9,8 +9,7 @@ give the stored pictures again.
 """
 
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +24,8 @@ from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.run.ledger import read_markers, read_run, shard_name
 from tasks.run.marker import Marker, Part
-from tasks.run.rows import Row
-from tasks.storage.errors import storage_errors
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile
+from tasks.storage.part_files import PartFile, part_errors
 
 _CODES = ["sample_key", "status", "w_plus"]
 
@@ -40,20 +37,17 @@ class StoredBatch:
     Attributes:
         sample_keys: one for each row of `inversion`.
         inversion: float32 (changes of weights stay 8-bit), on the CPU.
-        inputs: the encoded input pictures, where they were asked for.
+        pictures: encoded, by column, where they were asked for.
     """
 
     sample_keys: tuple[str, ...]
     inversion: Inversion
-    inputs: tuple[bytes, ...] | None = None
+    pictures: dict[str, tuple[bytes, ...]]
 
-    def __getitem__(self, rows: slice) -> "StoredBatch":
-        """The same for a range of rows (step 1)."""
-        return StoredBatch(
-            sample_keys=self.sample_keys[rows],
-            inversion=self.inversion[rows],
-            inputs=None if self.inputs is None else self.inputs[rows],
-        )
+    @property
+    def inputs(self) -> tuple[bytes, ...] | None:
+        """The encoded input pictures, where they were asked for."""
+        return self.pictures.get("input")
 
 
 def read_inversions(
@@ -85,7 +79,9 @@ def read_inversions(
         found
         for marker in markers.values()
         if "latents" in marker.parts
-        for found in read_shard_inversions(run_uri, marker, batch, with_inputs)
+        for found in read_shard_inversions(
+            run_uri, marker, batch, ("input",) if with_inputs else ()
+        )
     )
 
 
@@ -104,21 +100,6 @@ def check_run_generator(run_uri: str, generator: Generator) -> None:
             "and codes of one generator mean nothing to another; load the generator that "
             f"run.json names ({record['config'].get('generator')})"
         )
-
-
-def read_rows(run_uri: str, marker: Marker) -> list[Row]:
-    """What one shard knows of its samples besides codes and pictures, failed ones included, in
-    order of their keys.
-
-    Raises:
-        LedgerError: the part is missing or damaged.
-    """
-    names = ["sample_key", "image_uri", "image_sha256", "seed", "error_kind", "error"]
-    part = marker.parts["latents"]
-    uri = join(run_uri, part.path)
-    with _read_errors(uri):
-        table = pq.ParquetFile(PartFile(uri, part.bytes)).read(columns=names)
-    return [Row(**values) for values in table.to_pylist()]
 
 
 def read_codes(run_uri: str, sample_keys: Collection[str]) -> dict[str, Float[Tensor, "L D"]]:
@@ -146,15 +127,25 @@ def read_codes(run_uri: str, sample_keys: Collection[str]) -> dict[str, Float[Te
 
 
 def read_shard_inversions(
-    run_uri: str, marker: Marker, batch: int, with_inputs: bool
+    run_uri: str,
+    marker: Marker,
+    batch: int,
+    columns: Sequence[str] = (),
+    *,
+    with_doors: bool = True,
 ) -> Iterator[StoredBatch]:
-    """The inverted samples of one committed shard; see `read_inversions`."""
+    """The inverted samples of one committed shard; see `read_inversions`.
+
+    Args:
+        columns: pictures to read too.
+        with_doors: read what is stored beside the codes; without, the batches hold codes alone.
+    """
     parts = marker.parts
     others: list[Iterator[pa.Table]] = []
-    if "residuals" in parts:
+    if with_doors and "residuals" in parts:
         others.append(_slices(run_uri, parts["residuals"], None, batch))
-    if with_inputs and "images" in parts:
-        others.append(_slices(run_uri, parts["images"], ["sample_key", "input"], batch))
+    if columns and "images" in parts:
+        others.append(_slices(run_uri, parts["images"], ["sample_key", *columns], batch))
     for codes in _slices(run_uri, parts["latents"], _CODES, batch):
         keys = codes["sample_key"].to_pylist()
         tables = [next(other, None) for other in others]
@@ -163,25 +154,25 @@ def read_shard_inversions(
                 f"{run_uri}: the parts of shard {shard_name(marker.shard)} hold different samples; "
                 "run `refinery verify`, which lists all damage"
             )
-        tensors, inputs = _tensors(codes), None
+        tensors, pictures = _tensors(codes), {}
         for table in tables:
             assert table is not None
             tensors |= _tensors(table)
-            if "input" in table.column_names:
-                inputs = tuple(picture["bytes"] for picture in table["input"].to_pylist())
+            for name in set(columns) & set(table.column_names):
+                pictures[name] = tuple(picture["bytes"] for picture in table[name].to_pylist())
         yield StoredBatch(
-            sample_keys=tuple(keys), inversion=Inversion.from_tensors(tensors), inputs=inputs
+            sample_keys=tuple(keys), inversion=Inversion.from_tensors(tensors), pictures=pictures
         )
 
 
 def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> Iterator[pa.Table]:
     """The part's inverted rows, `size` at a time; a row group or two are in memory."""
     uri = join(run_uri, part.path)
-    with _read_errors(uri):
+    with part_errors(uri):
         file = pq.ParquetFile(PartFile(uri, part.bytes))
     waiting: list[pa.Table] = []
     for group in range(file.num_row_groups):
-        with _read_errors(uri):
+        with part_errors(uri):
             table = file.read_row_group(group, columns)
         if "status" in table.column_names:
             is_ok = [status == "ok" for status in table["status"].to_pylist()]
@@ -193,15 +184,6 @@ def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> I
         waiting = [rest]
     if waiting and waiting[0].num_rows:
         yield waiting[0]
-
-
-@contextmanager
-def _read_errors(uri: str) -> Iterator[None]:
-    try:
-        with storage_errors("read", uri, LedgerError):
-            yield
-    except pa.ArrowException as error:
-        raise LedgerError(f"cannot read {uri}: {error}; run `refinery verify`") from error
 
 
 def _tensors(table: pa.Table) -> dict[str, Tensor]:

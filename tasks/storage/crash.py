@@ -1,8 +1,8 @@
 """Named places where a test may kill the process, to prove that a run survives it.
 
-    REFINERY_CRASH="in_invert:3:/some/folder/token" refinery invert ...
+    REFINERY_CRASH="in_work:3:/some/folder/token" refinery invert ...
 
-kills the process that works on shard 3 when it first reaches `in_invert`. The token file outside
+kills the process that works on shard 3 when it first reaches `in_work`. The token file outside
 the run remembers that it fired, so the re-run or the restarted worker passes. Unset, nothing
 happens.
 """
@@ -16,7 +16,7 @@ VARIABLE = "REFINERY_CRASH"
 POINTS = (
     "before_read",
     "in_decode",
-    "in_invert",
+    "in_work",
     "between_parts",
     "before_marker",
     "after_marker",

@@ -9,10 +9,12 @@ Not an Arrow dataset: a read that fails inside one, while DuckDB scans it, never
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from models.errors import LedgerError
@@ -111,3 +113,13 @@ class PartFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+@contextmanager
+def part_errors(uri: str) -> Iterator[None]:
+    """Inside, what goes wrong with a committed part is a LedgerError."""
+    try:
+        with storage_errors("read", uri, LedgerError):
+            yield
+    except pa.ArrowException as error:
+        raise LedgerError(f"cannot read {uri}: {error}; run `refinery verify`") from error

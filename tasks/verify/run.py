@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from models.errors import LedgerError
-from tasks.job import InputConfig, JobConfig, ShardSpec
+from tasks.job import InputConfig, ShardSpec
 from tasks.run.ledger import (
     PART_KINDS,
     committed,
     identity_digest,
-    load_job,
     read_quarantine,
     read_run,
     read_seal,
@@ -213,9 +212,8 @@ def _in_windows(
     pool: ThreadPoolExecutor, run_uri: str, record: dict[str, Any], done: set[int], deep: bool
 ) -> Iterator[ShardCheck]:
     """Checks in shard order, a few at a time: a large manifest is never held at once."""
-    job = load_job(run_uri)
-    # The shards of an edit run are read from a run, which needs no such settings.
-    settings = job.input if isinstance(job, JobConfig) else InputConfig()
+    # Shards that are read from a run need no such settings.
+    settings = InputConfig(**record["config"].get("input", {}))
     window: list[ShardSpec | int] = []
 
     def flush() -> Iterator[ShardCheck]:

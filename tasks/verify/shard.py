@@ -6,7 +6,7 @@ manifest.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,13 +15,12 @@ from typing import IO, cast
 import numpy as np
 
 from models.errors import LedgerError, RefineryError
-from tasks.input.parquet import open_parquet, parquet_errors
+from tasks.input.parquet import open_parquet, parquet_errors, parquet_keys
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
 from tasks.run.ledger import PART_KINDS, read_marker, shard_name
 from tasks.run.marker import Marker, Part
-from tasks.run.source import source_marker
-from tasks.run.stored import read_rows
+from tasks.run.source import read_rows, source_marker
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import file_info, is_local, join, local_path, open_filesystem
 
@@ -143,7 +142,7 @@ def _check_rows(
     if spec is None:
         return
     try:
-        expected = expected_keys(spec, config)
+        expected = EXPECTED_KEYS[spec.kind](spec, config)
     except RefineryError as error:
         check.notes.append(
             f"shard {shard_name(check.shard)}: the input cannot be read, so its keys were not "
@@ -153,30 +152,19 @@ def _check_rows(
     _compare("latents against the manifest", keys, expected, check)
 
 
-def expected_keys(spec: ShardSpec, config: InputConfig) -> list[str]:
-    """The sample keys that a shard must produce, from the manifest and, for containers, the input.
+def _stored_keys(spec: ShardSpec, config: InputConfig) -> list[str]:
+    keys = [row.sample_key for row in read_rows(spec.uri, source_marker(spec))]
+    return keys[: spec.row_stop or None]
 
-    Raises:
-        ShardError: the input cannot be read any more.
-    """
-    if spec.kind == "files":
-        return list(spec.members)
-    if spec.kind == "run":
-        keys = [row.sample_key for row in read_rows(spec.uri, source_marker(spec))]
-        return keys[: spec.row_stop or None]
-    if spec.kind == "tar":
-        return [sample.key for sample in read_shard(spec, config)]
-    name = spec.members[0] if spec.members else spec.uri.rsplit("/", 1)[-1]
-    stop = spec.row_stop
-    if config.key_column is None and stop:
-        return [f"{name}:{row}" for row in range(spec.row_start, stop)]
-    with ExitStack() as stack, parquet_errors(spec.uri):
-        file = open_parquet(spec.uri, stack)
-        stop = stop or file.metadata.num_rows
-        if config.key_column is None:
-            return [f"{name}:{row}" for row in range(spec.row_start, stop)]
-        column = file.read([config.key_column]).column(0)[spec.row_start : stop]
-        return [str(value) for value in column.to_pylist()]
+
+EXPECTED_KEYS: dict[str, Callable[[ShardSpec, InputConfig], list[str]]] = {
+    "files": lambda spec, config: list(spec.members),
+    "tar": lambda spec, config: [sample.key for sample in read_shard(spec, config)],
+    "parquet": parquet_keys,
+    "run": _stored_keys,
+}
+"""The sample keys that a shard must produce, from the manifest and, for containers, the input; by
+`ShardSpec.kind`."""
 
 
 def _compare(what: str, found: list[str], expected: Iterable[str], check: ShardCheck) -> None:

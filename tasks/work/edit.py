@@ -1,6 +1,4 @@
-"""One generator, the variants of an edit job and their scores, ready on one device.
-
-A worker builds it once and keeps it; `edit_shard` hands it batches of stored samples.
+"""Editing stored samples: render every variant of the job, score what it changed.
 
 Legend: N batch, L num_ws, D w_dim, H W picture.
 """
@@ -10,8 +8,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,67 +22,21 @@ from models.checkpoints.load import load_generator
 from models.editing.direction import Direction, apply_edits
 from models.editing.find import find_direction
 from models.errors import AssetError, ConfigError
-from models.inversion.base import Inversion
-from models.losses.identity import load_identity
-from models.losses.perceptual import load_perceptual
-from models.losses.style_space import StyleSpace
-from models.pictures import to_bytes
-from models.statistics import statistics_for
-from models.stylegan2.generator import Generator, StyleShift, weights_hash
+from models.stylegan2.generator import StyleShift, weights_hash
 from tasks.edit_job import BlendConfig, EditJobConfig, VariantConfig
-from tasks.run.stored import check_run_generator, read_codes
+from tasks.run.parts import Layout
+from tasks.run.source import check_has_codes
+from tasks.run.stored import read_codes
 from tasks.storage.files import join, read_bytes, write_bytes
 from tasks.work.assignment import read_assignment
-from tasks.work.device import (
-    BatchLimit,
-    device_name,
-    fixed_threads,
-    local_copy,
-    prepare_device,
-    rows_not_finite,
-    to_images,
-)
+from tasks.work.device import local_copy, to_images
+from tasks.work.station import Batch, Failures, Result
+from tasks.work.stored_station import StoredStation
 
 INVERSION = "inversion"
 """Column of the unedited picture, rendered again."""
 TAKEN = ("input", INVERSION, "sample_key")
 """Names that no variant can have."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edited:
-    """The result of one batch.
-
-    Attributes:
-        pictures: uint8 [N H W 3] by column: "inversion" and every variant.
-        metrics: float32 [N] by column name.
-        failures: (kind, reason) by row; the row's other values must not be used.
-        seconds: time of "edit" and "score".
-        notes: what an operator should know.
-    """
-
-    pictures: dict[str, np.ndarray]
-    metrics: dict[str, np.ndarray]
-    failures: dict[int, tuple[str, str]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @staticmethod
-    def cat(parts: Sequence["Edited"], notes: tuple[str, ...]) -> "Edited":
-        """Join along the batch."""
-        failures: dict[int, tuple[str, str]] = {}
-        at = 0
-        for part in parts:
-            failures |= {at + row: why for row, why in part.failures.items()}
-            at += len(part.pictures[INVERSION])
-        first = parts[0]
-        return Edited(
-            pictures={k: np.concatenate([p.pictures[k] for p in parts]) for k in first.pictures},
-            metrics={k: np.concatenate([p.metrics[k] for p in parts]) for k in first.metrics},
-            failures=failures,
-            seconds={k: sum(p.seconds[k] for p in parts) for k in first.seconds},
-            notes=notes,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,71 +67,48 @@ class _Variant:
         return [[*self.domains, *([one] if one else [])] for one in own]
 
 
-class Editor:
-    """Stored samples in, edited pictures and scores out.
+class Editor(StoredStation):
+    """Stored samples in, edited pictures and scores out: see `Station`.
 
-    Scores are of the stored pictures, rounded to 8 bits. `drift` and `identity` compare a variant
-    with the inversion rendered again, not with the original: they say what the edit changed.
-
-    Args:
-        job: what to make.
-        device: "cpu", "cuda", "cuda:1".
-        threads: CPU threads of the computation; see `Inverter`.
-
-    Attributes:
-        generator: on `device`.
-        hashes: sha256 by name of all that decides the result; part of the run's id.
-        metric_names: columns that `edit` fills, in order.
-
-    Raises:
-        ConfigError: an unknown direction, domain, sample, setting or device.
-        AssetError: something is missing, unreadable or belongs to another generator.
+    `drift` and `identity` compare a variant with the inversion rendered again, not with the
+    original: they say what the edit changed.
     """
 
-    def __init__(self, job: EditJobConfig, device: str, *, threads: int = 1) -> None:
+    stages = ("read", "edit", "score", "write")
+
+    def check(self, job: EditJobConfig) -> None:
+        check_has_codes(job.source)
         _check_names(job)
-        self.job, self.device, self.threads = job, prepare_device(device), threads
-        with fixed_threads(threads):
-            self.generator: Generator = load_generator(local_copy(job.generator))
-            check_run_generator(job.source, self.generator)
-            self.hashes: dict[str, str] = {
-                "generator": weights_hash(self.generator),
-                "source": job.source_run,
-            }
-            codes = read_codes(job.source, {b.sample_key for v in job.variants for b in v.blends})
-            self.variants = [self._load(variant, codes) for variant in job.variants]
-            self.generator.to(self.device)
-            self._perceptual, self._identity = self._load_scores()
-            self._attributes = self._load_attributes()
-        if job.precision != "float32":
-            self.generator.compute_dtype = getattr(torch, job.precision)
-        self._style_space = StyleSpace(self.generator, statistics_for(self.generator).style_anchor)
-        self._batches = BatchLimit(self.device, self.generator.resolution, job.batch)
-        self.metric_names = self._metric_names()
+
+    def load(self) -> None:
+        super().load()
+        job = self.job
+        codes = read_codes(job.source, {b.sample_key for v in job.variants for b in v.blends})
+        self.variants = [self._variant(variant, codes) for variant in job.variants]
+        self.generator.to(self.device)
+        self.attributes = self._load_attributes()
 
     @property
-    def device_name(self) -> str:
-        """For the marker: "cpu" or "cuda NVIDIA H200"."""
-        return device_name(self.device)
+    def layout(self) -> Layout:
+        base = self.attributes.names if self.attributes else ()
+        each = [f"{name}_change" for name in base]
+        each += ["drift"] if self.perceptual else []
+        each += ["identity"] if self.identity else []
+        each.append("nscd")
+        names = tuple(variant.config.name for variant in self.variants)
+        return Layout(
+            method=self.job.method,
+            metrics=(*base, *(f"{metric}@{name}" for name in names for metric in each)),
+            shape=self.shape,
+            output=self.job.output,
+            variants=names,
+        )
 
-    def edit(self, inversion: Inversion, sample_keys: Sequence[str]) -> Edited:
-        """Render every variant of one batch of stored samples, and score it.
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("input",) if "input" in self.job.output.pictures else ()
 
-        Args:
-            sample_keys: one for each row.
-
-        Raises:
-            ShardError: not even one sample fits into memory.
-        """
-        with fixed_threads(self.threads):
-            parts, notes = self._batches.run(
-                len(inversion), lambda rows: self._edit(inversion[rows], sample_keys[rows])
-            )
-        return Edited.cat(parts, notes)
-
-    # ------------------------------------------------------------------ building
-
-    def _load(self, config: VariantConfig, codes: Mapping[str, Tensor]) -> _Variant:
+    def _variant(self, config: VariantConfig, codes: Mapping[str, Tensor]) -> _Variant:
         generator = self.generator
         rows = range(generator.num_ws)
         for blend in config.blends:
@@ -217,16 +145,6 @@ class Editor:
         self.hashes[f"domains.{name}"] = _digest(_domain_tensors(domain))
         return domain
 
-    def _load_scores(self) -> tuple[Any, Any]:
-        job, perceptual, identity = self.job, None, None
-        if job.perceptual != "none":
-            perceptual = load_perceptual(job.perceptual).to(self.device)
-            self.hashes[f"perceptual.{perceptual.name}"] = perceptual.hash
-        if job.identity is not None:
-            identity = load_identity(local_copy(job.identity)).to(self.device)
-            self.hashes["identity"] = identity.hash
-        return perceptual, identity
-
     def _load_attributes(self) -> AttributeScorer | None:
         if self.job.attributes == "none":
             return None
@@ -238,63 +156,52 @@ class Editor:
         self.hashes["attributes"] = scorer.hash
         return scorer
 
-    def _metric_names(self) -> tuple[str, ...]:
-        base = self._attributes.names if self._attributes else ()
-        each = [f"{name}_change" for name in base]
-        each += ["drift"] if self._perceptual else []
-        each += ["identity"] if self._identity else []
-        each.append("nscd")
-        return (*base, *(f"{m}@{v.config.name}" for v in self.variants for m in each))
-
-    # ------------------------------------------------------------------ one batch
-
     @torch.inference_mode()
-    def _edit(self, inversion: Inversion, sample_keys: Sequence[str]) -> Edited:
+    def compute(self, batch: Batch) -> Result:
+        assert batch.inversion is not None
         started = time.perf_counter()
-        inversion = inversion.to(self.device)
-        failures: dict[int, tuple[str, str]] = {}
-        pictures = {INVERSION: self._stored(INVERSION, inversion.render(self.generator), failures)}
+        inversion = batch.inversion.to(self.device)
+        failures: Failures = {}
         codes: dict[str, Tensor] = {}
+
+        def stored(name: str, image: Tensor) -> np.ndarray:
+            return self.pixels(f"the picture {name}", image, failures)
+
+        pictures = {INVERSION: stored(INVERSION, inversion.render(self.generator))}
         for variant in self.variants:
             name = variant.config.name
             codes[name], shift = variant.moved(inversion.w_plus)
             changed = inversion.edited(self.generator, codes[name], variant.config.residual, shift)
-            changed = add_domains(changed, variant.mixes(sample_keys))
-            pictures[name] = self._stored(name, changed.render(self.generator, shift), failures)
+            changed = add_domains(changed, variant.mixes(batch.keys))
+            pictures[name] = stored(name, changed.render(self.generator, shift))
         edited_s = time.perf_counter() - started
         metrics = self._score(pictures, codes)
-        return Edited(
+        return Result(
+            inversion=batch.inversion,
             pictures=pictures,
             metrics=metrics,
             failures=failures,
             seconds={"edit": edited_s, "score": time.perf_counter() - started - edited_s},
         )
 
-    def _stored(self, name: str, image: Tensor, failures: dict[int, tuple[str, str]]) -> np.ndarray:
-        """The picture as 8 bits; a row that is not finite fails."""
-        image = image.float()
-        for row in rows_not_finite([image]):
-            failures.setdefault(row, ("not_finite", f"the picture {name} is not finite"))
-        return to_bytes(image.nan_to_num(0.0)).cpu().numpy()
-
     def _score(
         self, pictures: dict[str, np.ndarray], codes: dict[str, Tensor]
     ) -> dict[str, np.ndarray]:
         images = {name: to_images(pixels, self.device) for name, pixels in pictures.items()}
         before = images[INVERSION]
-        attributes = self._attributes(before) if self._attributes else {}
+        attributes = self.attributes(before) if self.attributes else {}
         values = dict(attributes)
         for variant in self.variants:
             name = variant.config.name
-            if self._attributes:
-                after = self._attributes(images[name])
+            if self.attributes:
+                after = self.attributes(images[name])
                 values |= {f"{k}_change@{name}": after[k] - attributes[k] for k in attributes}
-            if self._perceptual:
-                values[f"drift@{name}"] = self._perceptual(before, images[name])
-            if self._identity:
-                values[f"identity@{name}"] = self._identity(before, images[name])
-            values[f"nscd@{name}"] = self._style_space.nscd(codes[name])
-        return {name: values[name].float().cpu().numpy() for name in self.metric_names}
+            if self.perceptual:
+                values[f"drift@{name}"] = self.perceptual(before, images[name])
+            if self.identity:
+                values[f"identity@{name}"] = self.identity(before, images[name])
+            values[f"nscd@{name}"] = self.style_space.nscd(codes[name])
+        return {name: values[name].float().cpu().numpy() for name in self.layout.metrics}
 
 
 def _check_names(job: EditJobConfig) -> None:

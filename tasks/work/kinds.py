@@ -1,47 +1,48 @@
-"""What a worker does with a shard, whichever kind of job it is of."""
+"""The kinds of job, one line each."""
 
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from tasks.edit_job import EditJobConfig
-from tasks.job import ShardSpec
-from tasks.run.ledger import Job, RunHandle
-from tasks.run.marker import Marker
+from pydantic import TypeAdapter
+
+from tasks.job import Job
+from tasks.run.ledger import read_declared, read_run
 
 if TYPE_CHECKING:
-    from tasks.work.edit import Editor
-    from tasks.work.invert import Inverter
+    from tasks.work.station import Station
 
-    Machine = Inverter | Editor
+KINDS = {
+    "invert": ("tasks.job:JobConfig", "tasks.work.invert:Inverter"),
+    "edit": ("tasks.edit_job:EditJobConfig", "tasks.work.edit:Editor"),
+}
+"""Job and station by name."""
 
 
-def load_machine(job: Job, device: str, threads: int = 1) -> "Machine":
+def station_class(kind: str) -> "type[Station]":
+    """Where jobs of a kind are done."""
+    return _load(KINDS[kind][1])
+
+
+def load_station(job: Job, device: str, threads: int = 1) -> "Station":
     """Build the job's generator and all it needs on a device; `hashes` names every weight.
 
     Raises:
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
     """
-    if isinstance(job, EditJobConfig):
-        from tasks.work.edit import Editor
-
-        return Editor(job, device, threads=threads)
-    from tasks.work.invert import Inverter
-
-    return Inverter(job, device, threads=threads)
+    return station_class(job.kind)(job, device, threads=threads)
 
 
-def do_shard(
-    spec: ShardSpec,
-    job: Job,
-    run: RunHandle,
-    machine: "Machine",
-    lock: AbstractContextManager[object] | None = None,
-) -> Marker:
-    """Do one shard and commit it: see `run_shard` and `edit_shard`."""
-    if isinstance(job, EditJobConfig):
-        from tasks.work.edit_shard import edit_shard
+def load_job(run_uri: str) -> Job:
+    """The job that a run was started with.
 
-        return edit_shard(spec, job, run, machine, lock)  # type: ignore[arg-type]
-    from tasks.work.shard import run_shard
+    Raises:
+        LedgerError: there is no run at this place, or its run.json is damaged.
+    """
+    kind = read_declared(run_uri).kind
+    config = {k: v for k, v in read_run(run_uri)["config"].items() if k != "kind"}
+    return TypeAdapter(_load(KINDS[kind][0])).validate_python(config)
 
-    return run_shard(spec, job, run, machine, lock)  # type: ignore[arg-type]
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,6 +1,6 @@
 """Speeds and sizes measured on the first pictures of an input, for `refinery plan`.
 
-It runs `run_shard` itself into a temporary folder, so what it measures is what a run will do.
+It runs `do_shard` itself into a temporary folder, so what it measures is what a run will do.
 """
 
 import logging
@@ -12,10 +12,10 @@ from models.errors import ConfigError, ShardError
 from tasks.job import JobConfig, ShardSpec
 from tasks.run.ledger import RunHandle
 from tasks.run.manifest import plan_shards
-from tasks.run.marker import STAGES, Marker
+from tasks.run.marker import Marker
 from tasks.storage.files import join
 from tasks.work.invert import Inverter
-from tasks.work.shard import run_shard
+from tasks.work.shard import do_shard
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +64,16 @@ def probe(
             # A shard must not be cut where a run would not cut it, or batches would be smaller.
             specs = list(plan_shards(input_uri, max(limit, job.batch), limit, job.input))
             run = RunHandle(uri=join(folder, stage), run_id=_RUN_ID)
-            markers = _run(specs, job, run, inverter)
+            markers = _run(specs, run, inverter)
     return _result(markers, inverter.device_name)
 
 
-def _run(
-    specs: list[ShardSpec], job: JobConfig, run: RunHandle, inverter: Inverter
-) -> list[Marker]:
+def _run(specs: list[ShardSpec], run: RunHandle, inverter: Inverter) -> list[Marker]:
     markers: list[Marker] = []
     problem: ShardError | None = None
     for spec in specs:
         try:
-            markers.append(run_shard(spec, job, run, inverter))
+            markers.append(do_shard(spec, run, inverter))
         except ShardError as error:
             logger.warning("probe: shard %05d is left out: %s", spec.id, error)
             problem = error
@@ -89,7 +87,7 @@ def _result(markers: list[Marker], device: str) -> ProbeResult:
     seconds: Counter[str] = Counter()
     for marker in markers:
         seconds.update(marker.seconds)
-    speeds = {stage: rows / max(seconds[stage], 1e-9) for stage in STAGES}
+    speeds = {stage: rows / max(seconds[stage], 1e-9) for stage in Inverter.stages}
     return ProbeResult(
         num_images=rows,
         num_failed=sum(marker.failed for marker in markers),

@@ -72,7 +72,7 @@ def test_what_an_edit_run_holds(edited: str) -> None:
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.edit_shard"])
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.edit"])
     return context
 
 

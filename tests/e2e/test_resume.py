@@ -35,7 +35,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 def processes() -> multiprocessing.context.ForkServerContext:
     """Children of one process that has loaded PyTorch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.shard"])
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.invert"])
     return context
 
 

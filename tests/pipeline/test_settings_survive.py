@@ -6,6 +6,7 @@ The values are made from the dataclasses, so a new field is under the law withou
 import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,10 +17,12 @@ from models.stylegan2.generator import Generator
 from pipeline.config import load_config, validate
 from pipeline.edit import load_edit_config
 from tasks.edit_job import EditJobConfig, VariantConfig
-from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
+from tasks.job import InputConfig, Job, JobConfig, MethodConfig, OutputConfig
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
+from tasks.work.kinds import load_job
 from tests.tasks.small_edit import make_source, write_direction, write_domain
+from tests.tasks.small_run import DECLARED
 
 INFO = ManifestInfo(num_shards=1, num_samples=1, num_bytes=1, sha256="m" * 64)
 
@@ -54,9 +57,10 @@ def sets(prefix: str, values: Mapping[str, Any]) -> list[str]:
     return [f"{prefix}{name}={value!r}" for name, value in values.items()]
 
 
-def kept(job: ledger.Job, folder: Path) -> ledger.Job:
+def kept(job: Job, folder: Path) -> Job:
     """The job as a worker reads it."""
-    return ledger.load_job(ledger.create_run(str(folder), job, INFO, {}, "1").uri)
+    declared = replace(DECLARED, kind=job.kind)
+    return load_job(ledger.create_run(str(folder), job, INFO, {}, "1", declared).uri)
 
 
 def plain(value: object) -> object:
@@ -101,7 +105,7 @@ def test_every_field_of_an_edit_job_arrives(
     turn = write_direction(tiny_generator, tmp_path / "turn.json")
     oil = write_domain(tiny_generator, tmp_path / "oil")
     default = load_edit_config(None, ["variant=[{name='a'}]"]).job(source)
-    from_source = {"source", "source_run", "generator", "method", "domain_folders", "kind"}
+    from_source = {"source", "source_run", "generator", "method", "domain_folders"}
     own = {k: v for k, v in scalars(EditJobConfig, default) if k not in from_source}
     output = dict(scalars(OutputConfig, default.output))
     fields = {field.name for field in dataclasses.fields(EditJobConfig)}

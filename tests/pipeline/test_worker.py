@@ -63,7 +63,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, hashes: dict[str, str]) -> Shar
         def __init__(self) -> None:
             self.hashes = hashes
 
-    monkeypatch.setattr("pipeline.worker.load_machine", lambda *_: Loaded())
+    monkeypatch.setattr("pipeline.worker.load_station", lambda *_: Loaded())
     job = JobConfig(generator="none", methods=(MethodConfig(name="e4e"),))
     run = RunHandle(uri="/no/such/run", run_id="r")
     return ShardWorker(

@@ -12,13 +12,13 @@ from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
 from models.stylegan2.tokens import kernel_channels
 from tasks.edit_job import EditJobConfig, StrengthConfig, VariantConfig
-from tasks.run.ledger import create_run, load_job, pending, read_run, seal
+from tasks.run.ledger import create_run, pending, read_run, seal
 from tasks.run.manifest import read_shard_spec, write_manifest
 from tasks.run.marker import Marker
-from tasks.run.source import plan_edits
+from tasks.run.source import plan_source
 from tasks.work.edit import Editor
-from tasks.work.edit_shard import edit_shard
 from tasks.work.invert import Inverter
+from tasks.work.shard import do_shard
 from tests.tasks.small_run import begin, make_job, write_pictures
 
 
@@ -76,12 +76,10 @@ def variant(
 
 def make_edit_job(source: str, *variants: VariantConfig, **changes: Any) -> EditJobConfig:
     """Edits of a run with neither drift nor attributes."""
-    made = load_job(source)
-    assert not isinstance(made, EditJobConfig)
     values: dict[str, Any] = {
         "source": source,
         "source_run": read_run(source)["run_id"],
-        "generator": made.generator,
+        "generator": read_run(source)["config"]["generator"],
         "method": "wplus",
         "variants": variants,
         "batch": 3,
@@ -94,8 +92,6 @@ def make_edit_job(source: str, *variants: VariantConfig, **changes: Any) -> Edit
 def run_edits(run_uri: str, job: EditJobConfig, limit: int | None = None) -> list[Marker]:
     """All stages on one worker."""
     editor = Editor(job, "cpu")
-    info = write_manifest(run_uri, plan_edits(job.source, limit))
-    run = create_run(run_uri, job, info, editor.hashes, "1.2.3")
-    return [
-        edit_shard(read_shard_spec(run_uri, shard), job, run, editor) for shard in pending(run_uri)
-    ]
+    info = write_manifest(run_uri, plan_source(job.source, limit))
+    run = create_run(run_uri, job, info, editor.hashes, "1.2.3", editor.declared)
+    return [do_shard(read_shard_spec(run_uri, shard), run, editor) for shard in pending(run_uri)]

@@ -8,7 +8,7 @@ import pytest
 
 from models.errors import ShardError
 from tasks.input.files import FETCH_AT_ONCE, read_files
-from tasks.job import ShardSpec
+from tasks.job import InputConfig, ShardSpec
 from tasks.storage import files as storage
 from tests.s3_server import S3Server
 
@@ -32,7 +32,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_file_that_is_gone_is_a_failed_sample(root: str) -> None:
-    a, b, c = read_files(spec_of(root, "a.png", "b.png", "c.png"))
+    a, b, c = read_files(spec_of(root, "a.png", "b.png", "c.png"), InputConfig())
     assert (a.data, c.data) == (b"a.png", b"c.png")
     assert (b.key, b.uri, b.data) == ("b.png", f"{root}/b.png", None)
     assert b.error is not None
@@ -44,7 +44,7 @@ def test_order_holds_over_groups(s3: str) -> None:
     names = [f"{i:03d}.png" for i in range(FETCH_AT_ONCE + 3)]
     for name in names:
         storage.write_bytes(f"{s3}/{name}", name.encode())
-    found = list(read_files(spec_of(s3, *names)))
+    found = list(read_files(spec_of(s3, *names), InputConfig()))
     assert [sample.data for sample in found] == [name.encode() for name in names]
     assert [sample.uri for sample in found] == [f"{s3}/{name}" for name in names]
 
@@ -54,7 +54,7 @@ def test_keys_that_look_like_patterns(s3: str) -> None:
     for name in names:
         fs, path = storage.open_filesystem(s3)
         fs.pipe_file(f"{path}/{name}", name.encode())
-    found = {sample.key: sample.data for sample in read_files(spec_of(s3, *names))}
+    found = {sample.key: sample.data for sample in read_files(spec_of(s3, *names), InputConfig())}
     assert found == {name: name.encode() for name in names}
     listed = {name for name, _, _ in storage.list_files(s3)}
     assert listed == set(names)
@@ -62,7 +62,7 @@ def test_keys_that_look_like_patterns(s3: str) -> None:
 
 def test_a_folder_in_place_of_a_file_is_a_failed_sample(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    (sample,) = read_files(spec_of(str(tmp_path), "a.png"))
+    (sample,) = read_files(spec_of(str(tmp_path), "a.png"), InputConfig())
     assert sample.error is not None
     assert sample.error.kind == "read"
     assert "cannot read the file: Is a directory" in str(sample.error)
@@ -76,7 +76,7 @@ def test_a_mount_that_fails_is_a_failed_shard(
 
     monkeypatch.setattr("builtins.open", stale)
     with pytest.raises(ShardError, match=r"cannot read .*a\.png.*Stale file handle"):
-        list(read_files(spec_of(str(tmp_path), "a.png")))
+        list(read_files(spec_of(str(tmp_path), "a.png"), InputConfig()))
 
 
 def test_bucket_and_credentials_fail_the_shard(
@@ -84,19 +84,19 @@ def test_bucket_and_credentials_fail_the_shard(
 ) -> None:
     spec = spec_of(s3, "a.png")
     with pytest.raises(ShardError, match="bucket 'no-such-bucket-here' does not exist"):
-        list(read_files(replace(spec, uri="s3://no-such-bucket-here/in")))
+        list(read_files(replace(spec, uri="s3://no-such-bucket-here/in"), InputConfig()))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAWRONG")
     with (
         s3_server.checks_credentials(),
         pytest.raises(ShardError, match="refused the credentials"),
     ):
-        list(read_files(spec))
+        list(read_files(spec, InputConfig()))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_a_failed_sample(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "a.png").chmod(0)
-    (sample,) = read_files(spec_of(str(tmp_path), "a.png"))
+    (sample,) = read_files(spec_of(str(tmp_path), "a.png"), InputConfig())
     assert sample.error is not None
     assert "Permission denied" in str(sample.error)

@@ -25,6 +25,7 @@ from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row, encode_picture
+from tests.tasks.small_run import DECLARED
 
 ROWS = 10
 GENERATOR_HASH = "9f3c" * 16
@@ -70,7 +71,9 @@ def make_run(
     """A run written by the real writers, with made-up values."""
     job = job or make_job()
     manifest = ManifestInfo(shards + given_up, None, 1000, "ab" * 32)
-    run = ledger.create_run(uri, job, manifest, {"generator": GENERATOR_HASH}, "0.1.0+g123")
+    run = ledger.create_run(
+        uri, job, manifest, {"generator": GENERATOR_HASH}, "0.1.0+g123", DECLARED
+    )
     layout = Layout(
         method="e4e+wplus",
         metrics=("mse", "psnr", "trunk_distance"),

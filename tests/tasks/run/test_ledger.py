@@ -15,6 +15,8 @@ from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker, Part
+from tasks.work.kinds import load_job
+from tests.tasks.small_run import DECLARED
 
 JOB = JobConfig(
     generator="faces64",
@@ -30,7 +32,13 @@ HASHES = {"generator": "a" * 64, "methods.0.e4e.e4e": "b" * 64}
 
 
 def create(uri: str, **changes: Any) -> ledger.RunHandle:
-    values = {"job": JOB, "manifest_info": INFO, "hashes": HASHES, "code_version": "1.0"}
+    values = {
+        "job": JOB,
+        "manifest_info": INFO,
+        "hashes": HASHES,
+        "code_version": "1.0",
+        "declared": DECLARED,
+    }
     return ledger.create_run(uri, **{**values, **changes})
 
 
@@ -121,7 +129,7 @@ def test_another_run_is_refused_with_every_difference(
 
 
 def test_job_comes_back(run: str) -> None:
-    assert ledger.load_job(run) == JOB
+    assert load_job(run) == JOB
 
 
 def test_no_run_here(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_names_are_those_of_the_documentation() -> None:
     assert POINTS == (
         "before_read",
         "in_decode",
-        "in_invert",
+        "in_work",
         "between_parts",
         "before_marker",
         "after_marker",
@@ -33,17 +33,17 @@ def test_unset_does_nothing(exits: list[int], monkeypatch: pytest.MonkeyPatch) -
     for name in POINTS:
         crash_point(name, 0)
     monkeypatch.setenv(VARIABLE, "")
-    crash_point("in_invert", 0)
+    crash_point("in_work", 0)
     assert exits == []
 
 
 def test_only_the_named_point_and_shard(exits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "in_invert:12")
+    monkeypatch.setenv(VARIABLE, "in_work:12")
     for name in POINTS:
         for shard in (1, 2, 12, 120):
             crash_point(name, shard)
     assert exits == [137]
-    crash_point("in_invert", 12)
+    crash_point("in_work", 12)
     assert exits == [137, 137]
 
 
@@ -60,8 +60,8 @@ def test_a_token_lets_it_fire_once(
     assert token.exists()
 
 
-@pytest.mark.parametrize("value", ["in_invert", "in_invert:", "in_invert:x", "nowhere:1", ":3"])
+@pytest.mark.parametrize("value", ["in_work", "in_work:", "in_work:x", "nowhere:1", ":3"])
 def test_malformed_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(ConfigError, match=r"expected point:shard .* before_read, in_decode"):
-        crash_point("in_invert", 1)
+        crash_point("in_work", 1)

@@ -18,15 +18,16 @@ from models.errors import AssetError, ConfigError, LedgerError, ShardError
 from models.inversion.base import Inversion
 from models.pictures import to_bytes
 from models.stylegan2.generator import Generator
-from tasks.edit_job import BlendConfig, EditJobConfig
+from tasks.edit_job import BlendConfig
 from tasks.job import MethodConfig, OutputConfig
-from tasks.run.ledger import load_job, read_markers, seal
+from tasks.run.ledger import read_markers, seal
 from tasks.run.query import query
-from tasks.run.source import plan_edits, source_marker
+from tasks.run.source import plan_source, source_marker
 from tasks.run.stored import read_inversions
 from tasks.verify.run import verify
 from tasks.work.device import fixed_threads
 from tasks.work.edit import Editor
+from tasks.work.kinds import load_job
 from tests.conftest import make_tiny_generator
 from tests.tasks.small_edit import (
     make_edit_job,
@@ -198,7 +199,7 @@ def test_scores_are_of_the_stored_pictures(
         perceptual="refinery",
     )
     editor = Editor(job, "cpu")
-    assert editor.metric_names == ("drift@older", "nscd@older", "drift@same", "nscd@same")
+    assert editor.layout.metrics == ("drift@older", "nscd@older", "drift@same", "nscd@same")
     run_edits(str(tmp_path / "out"), job)
     found = pictures(str(tmp_path / "out"))
     distance = load_perceptual("refinery")
@@ -234,7 +235,7 @@ def test_a_picture_that_is_not_finite_is_a_failed_row(
 
 
 def test_a_limit_takes_the_first_samples(place: dict[str, str], tmp_path: Path) -> None:
-    specs = list(plan_edits(place["source"], limit=5))
+    specs = list(plan_source(place["source"], limit=5))
     assert [(s.id, s.members, s.num_samples, s.row_stop) for s in specs] == [
         (0, ("00000",), 4, 0),
         (1, ("00001",), 1, 1),
@@ -244,26 +245,27 @@ def test_a_limit_takes_the_first_samples(place: dict[str, str], tmp_path: Path) 
     assert sorted(pictures(str(tmp_path / "out"))["same"]) == ["face-0.png", "face-1.png"]
     assert verify(str(tmp_path / "out")).problems == []
     with pytest.raises(ConfigError, match="limit is 0"):
-        plan_edits(place["source"], limit=0)
+        plan_source(place["source"], limit=0)
 
 
 def test_only_finished_runs_of_inversions_are_edited(place: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="no run here"):
-        plan_edits(str(tmp_path / "nowhere"))
+        plan_source(str(tmp_path / "nowhere"))
     open_run = str(tmp_path / "open")
     shutil.copytree(place["source"], open_run)
     (tmp_path / "open" / "_SEALED.json").unlink()
-    with pytest.raises(LedgerError, match=r"not finished.*refinery invert"):
-        plan_edits(open_run)
+    with pytest.raises(LedgerError, match=r"not finished.*its command again"):
+        plan_source(open_run)
     run_edits(str(tmp_path / "out"), make_edit_job(place["source"], variant("same")))
-    with pytest.raises(ConfigError, match=r"holds edited pictures.*" + place["source"]):
-        plan_edits(str(tmp_path / "out"))
+    edited = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"the codes of another run.*" + place["source"]):
+        Editor(make_edit_job(edited, variant("same")), "cpu")
 
 
 def test_a_source_that_was_made_again_is_noticed(place: dict[str, str], tmp_path: Path) -> None:
     source = tmp_path / "run"
     shutil.copytree(place["source"], source)
-    first, _ = plan_edits(str(source))
+    first, _ = plan_source(str(source))
     assert source_marker(first).rows == 4
     marker = source / "commits" / "00000.json"
     record = json.loads(marker.read_text())
@@ -345,7 +347,6 @@ def test_job_survives_run_json(place: dict[str, str], tmp_path: Path) -> None:
         ),
         output=OutputConfig(pictures=("inversion",), picture_format="webp"),
     )
-    assert EditJobConfig.from_dict(json.loads(json.dumps(job.to_dict()))) == job
     run_edits(str(tmp_path / "out"), job)
     assert load_job(str(tmp_path / "out")) == job
     assert set(pictures(str(tmp_path / "out"))) == {"inversion", "all"}

@@ -117,14 +117,14 @@ def test_scores_are_of_the_rounded_picture(
 ) -> None:
     inverter = build(tiny_generator, tmp_path)
     found = inverter.invert(pictures, KEYS)
-    assert found.pictures.dtype == np.uint8
-    difference = (found.pictures.astype(float) - pictures) / 127.5
+    assert found.pictures["inversion"].dtype == np.uint8
+    difference = (found.pictures["inversion"].astype(float) - pictures) / 127.5
     mse = np.square(difference).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(found.metrics["mse"], mse, rtol=1e-6)
     np.testing.assert_allclose(found.metrics["psnr"], 10 * np.log10(4 / mse), rtol=1e-6)
-    assert inverter.metric_names == tuple(found.metrics) == ("mse", "psnr", "ssim", "nscd")
+    assert inverter.layout.metrics == tuple(found.metrics) == ("mse", "psnr", "ssim", "nscd")
     assert set(found.seconds) == {"invert", "score"}
-    same = inverter.invert(found.pictures, KEYS)
+    same = inverter.invert(found.pictures["inversion"], KEYS)
     assert same.metrics["mse"].tolist() == [0.0] * 4
     assert np.isinf(same.metrics["psnr"]).all()
 
@@ -157,7 +157,7 @@ def test_perceptual_column_has_its_honest_name(
     tiny_generator: Generator, tmp_path: Path, pictures: np.ndarray
 ) -> None:
     inverter = build(tiny_generator, tmp_path, perceptual="refinery")
-    assert inverter.metric_names == ("mse", "psnr", "ssim", "trunk_distance", "nscd")
+    assert inverter.layout.metrics == ("mse", "psnr", "ssim", "trunk_distance", "nscd")
     found = inverter.invert(pictures, KEYS)
     assert (found.metrics["trunk_distance"] > 0).all()
     assert len(inverter.hashes["perceptual.trunk_distance"]) == 64
@@ -208,7 +208,9 @@ def test_one_broken_row_leaves_its_neighbours_alone(
             found.inversion.w_plus[1], tiny_generator.latent_avg.expand(tiny_generator.num_ws, -1)
         )
         clean = build(tiny_generator, tmp_path).invert(pictures, KEYS)
-        assert np.array_equal(found.pictures[[0, 2, 3]], clean.pictures[[0, 2, 3]])
+        assert np.array_equal(
+            found.pictures["inversion"][[0, 2, 3]], clean.pictures["inversion"][[0, 2, 3]]
+        )
 
 
 def test_the_next_method_gets_numbers(
@@ -231,7 +233,7 @@ def test_out_of_memory_halves_the_batch(
     assert method.sizes == [4, 2, 1, 1, 1, 1]
     assert found.notes == ("out of memory: batch lowered from 4 to 1",)
     torch.testing.assert_close(found.inversion.w_plus, whole.inversion.w_plus)
-    assert np.abs(found.pictures.astype(int) - whole.pictures).max() <= 1
+    assert np.abs(found.pictures["inversion"].astype(int) - whole.pictures["inversion"]).max() <= 1
     np.testing.assert_allclose(found.metrics["mse"], whole.metrics["mse"], rtol=1e-2)
     method.sizes = []
     inverter.invert(pictures, KEYS)
@@ -276,7 +278,7 @@ def test_half_precision_is_close(
     assert inverter.generator.compute_dtype == getattr(torch, precision)
     assert half.inversion.w_plus.dtype == torch.float32
     assert not half.failures
-    assert 0 < np.abs(full.pictures.astype(int) - half.pictures).max() < 8
+    assert 0 < np.abs(full.pictures["inversion"].astype(int) - half.pictures["inversion"]).max() < 8
 
 
 def test_threads_are_fixed_and_put_back() -> None:

@@ -23,8 +23,8 @@ def test_counts_bytes_and_speeds(
     folder = write_pictures(tmp_path / "in", face_bytes)
     inverter = Inverter(job, "cpu")
     sizes = []
-    original = inverter.invert
-    inverter.invert = lambda pictures, keys: (sizes.append(len(keys)), original(pictures, keys))[1]
+    original = inverter.work
+    inverter.work = lambda batch: (sizes.append(len(batch)), original(batch))[1]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = sorted(tmp_path.iterdir())
     found = probe(job, str(folder), 6, "cpu", inverter=inverter)

@@ -21,8 +21,10 @@ from tasks.run.ledger import pending, read_marker, remove_orphans, seal
 from tasks.storage.crash import EXIT_CODE, POINTS, VARIABLE
 from tasks.storage.files import list_files, read_bytes
 from tasks.work import attempt
+from tasks.work import invert as inverting
 from tasks.work import shard as heart
-from tasks.work.invert import Inverted, Inverter
+from tasks.work.invert import Inverter
+from tasks.work.station import Batch, Result
 from tests.tasks.small_run import (
     BROKEN,
     SmallRun,
@@ -206,14 +208,15 @@ def test_lock_is_held_for_the_device_only(small: SmallRun, monkeypatch: pytest.M
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("decode_row", "fill_row", "read_shard"):
-        spy(heart, name)
+    spy(heart, "fill_row")
+    for name in ("decode_row", "read_shard"):
+        spy(inverting, name)
     for name in ("write_parts", "write_marker"):
         spy(attempt, name)
-    spy(small.inverter, "invert")
+    spy(small.inverter, "work")
     small.run(0, lock=lock)
     assert lock.taken == 2  # five pictures, batches of three
-    assert seen.pop("invert") == {True}
+    assert seen.pop("work") == {True}
     assert set(map(frozenset, seen.values())) == {frozenset({False})}
 
 
@@ -223,8 +226,8 @@ def test_batches_are_full_although_pictures_fail(
     data = [face_bytes[0], None, face_bytes[1], BROKEN, *face_bytes[2:6], BROKEN]
     table = write_picture_table(tmp_path / "in.parquet", data, [f"k{i}" for i in range(9)])
     sizes = []
-    original = inverter.invert
-    inverter.invert = lambda pictures, keys: (sizes.append(len(keys)), original(pictures, keys))[1]
+    original = inverter.work
+    inverter.work = lambda batch: (sizes.append(len(batch)), original(batch))[1]
     run = begin(str(tmp_path / "out"), str(table), job, inverter, shard_size=20)
     marker = run.run(0)
     assert sizes == [3, 3]
@@ -259,18 +262,16 @@ def test_nothing_but_broken_files(tmp_path: Path, job: JobConfig, inverter: Inve
 
 
 def test_a_diverged_picture_is_a_failed_row(small: SmallRun) -> None:
-    original = small.inverter.invert
+    original = small.inverter.work
 
-    def invert(pictures: np.ndarray, keys: list[str]) -> Inverted:
-        found = original(pictures, keys)
-        if "face-1.png" in keys:
-            found.failures[keys.index("face-1.png")] = (
-                "diverged",
-                "step 7 <Adam object at 0x7f3a>",
-            )
+    def work(batch: Batch) -> Result:
+        found = original(batch)
+        if "face-1.png" in batch.keys:
+            at = batch.keys.index("face-1.png")
+            found.failures[at] = ("diverged", "step 7 <Adam object at 0x7f3a>")
         return found
 
-    small.inverter.invert = invert  # type: ignore[method-assign]
+    small.inverter.work = work  # type: ignore[method-assign]
     marker = small.run(0)
     assert marker.failures == {"diverged": 1}
     row = read_part(small, 0, "latents")[1]
