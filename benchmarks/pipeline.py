@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from models.errors import SampleError
-from pipeline.config import RunConfig, load_config
+from pipeline.config import InvertConfig, load_config
 from pipeline.run import plan, run
 from tasks.benchmark.machine import describe_machine
 from tasks.input.decode import decode
@@ -50,9 +50,9 @@ def _batches(samples: Iterator[RawSample], size: int) -> Iterator[list[RawSample
         yield batch
 
 
-def bare_loop(source: str, config: RunConfig, limit: int) -> tuple[int, float]:
+def bare_loop(source: str, config: InvertConfig, limit: int) -> tuple[int, float]:
     """Pictures done and seconds, without ledger, Ray and Prefect."""
-    job = config.job()
+    job = config.job
     inverter = Inverter(job, "cpu", threads=os.cpu_count() or 1)
     resolution = inverter.generator.resolution
     shards = list(plan_shards(source, config.engine.shard_size, limit, job.input))
@@ -71,7 +71,7 @@ def bare_loop(source: str, config: RunConfig, limit: int) -> tuple[int, float]:
     return done, time.perf_counter() - started
 
 
-def pipeline_run(source: str, config: RunConfig, limit: int, out: str) -> dict[str, object]:
+def pipeline_run(source: str, config: InvertConfig, limit: int, out: str) -> dict[str, object]:
     """One run of the engine; its own clock starts when the first worker is ready."""
     plan(source, out, config, limit=limit)
     outcome = run(out, config.engine)

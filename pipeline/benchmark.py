@@ -94,7 +94,7 @@ def benchmark_inversion(
                 plan(data, place, config, limit=limit)
                 run(place, config.engine, on_progress)
                 seal(place)
-                inverter = Inverter(config.job(), "cpu")
+                inverter = Inverter(config.job, "cpu")
             except AssetError as error:
                 missing[chain.name] = str(error).replace("|", "/")
                 continue

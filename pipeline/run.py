@@ -8,7 +8,7 @@ import gc
 import importlib.metadata
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
@@ -70,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The end of `invert`: the outcome, what verification found, where the report is."""
+    """The end of a run: the outcome, what verification found, where the report is."""
 
     outcome: Outcome
     problems: tuple[str, ...]
@@ -87,12 +87,7 @@ def code_version() -> str:
     return importlib.metadata.version("style-refinery")
 
 
-def plan(input_uri: str, run_uri: str, config: RunConfig, *, limit: int | None = None) -> Plan:
-    """Plan a run of inversions; see `plan_job`."""
-    return plan_job(config.job(), input_uri, run_uri, config.engine.shard_size, limit)
-
-
-def plan_job(job: Job, source: str, run_uri: str, shard_size: int, limit: int | None) -> Plan:
+def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None = None) -> Plan:
     """List the input, write manifest and run.json, or recognise the run that is already there.
 
     The job's models are loaded once on the CPU: a wrong checkpoint fails before any other work.
@@ -106,11 +101,12 @@ def plan_job(job: Job, source: str, run_uri: str, shard_size: int, limit: int | 
         ShardError: the input cannot be listed, or is empty.
         LedgerError: the directory holds another run, or cannot be written.
     """
+    job = config.job
     station = load_station(job, "cpu")
     hashes, declared = dict(station.hashes), station.declared
     del station
     gc.collect()
-    shards = station_class(job.kind).plan(job, source, shard_size, limit)
+    shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
     info = manifest.write_manifest(run_uri, shards)
     run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
@@ -238,20 +234,20 @@ def report(run_uri: str) -> str:
     return write_report(run_uri)
 
 
-def invert(
-    input_uri: str,
+def carry_out(
+    source: str,
     run_uri: str,
-    config: RunConfig,
+    config: RunConfig[Any],
     *,
     limit: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Summary:
-    """All stages in this process, without Prefect.
+    """All stages in this process, without Prefect, whichever kind of job it is.
 
     Raises:
         RefineryError: as the stages.
     """
-    plan(input_uri, run_uri, config, limit=limit)
+    plan(source, run_uri, config, limit=limit)
     return finish(run_uri, config.engine, on_progress)
 
 
@@ -289,11 +285,10 @@ __all__ = [
     "Plan",
     "Snapshot",
     "Summary",
+    "carry_out",
     "check_places",
     "finish",
-    "invert",
     "plan",
-    "plan_job",
     "report",
     "run",
     "seal",

@@ -4,7 +4,9 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge
 
 from tasks.job import StoredJob
 
@@ -45,12 +47,14 @@ class VariantConfig:
     name: str
     """Column of its picture, and the end of its metrics' columns ("age_change@older")."""
     edits: tuple[StrengthConfig, ...] = ()
+    """Strength by direction: a bundled name, a name in directions/, or a file."""
     domains: tuple[StrengthConfig, ...] = ()
+    """Strength by domain: a bundled name, a name in domains/, or a folder."""
     blends: tuple[BlendConfig, ...] = ()
     assigned: str | None = None
     """Path or URL of a .csv or .parquet table with the columns sample_key, domain and, if wanted,
     strength: each sample's own domain, beside `domains`. Samples that are not in it get none."""
-    residual: float = 1.0
+    residual: Annotated[float, Ge(0)] = 1.0
     """Strength of the sample's own kernel residual; below 1 it lets go of the picture's details."""
 
 

@@ -4,7 +4,9 @@
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class InputConfig:
     detector: str | None = None
     """align: "package.module:function" that finds the five points (0..1) in an upright [H W 3]
     picture, or returns None; asked where there are no landmarks."""
-    max_pixels: int = 100_000_000
+    max_pixels: Annotated[int, Ge(1)] = 100_000_000
     """Pictures with more pixels fail as rows (decompression bombs)."""
 
 
@@ -57,13 +59,15 @@ class Job:
     """What every kind of job says: everything that decides the bytes of a run, and nothing else (no
     engine settings)."""
 
+    __pydantic_config__ = {"extra": "forbid"}
+
     kind: ClassVar[str]
     """The job's line in `tasks.work.kinds.KINDS`."""
 
     generator: str
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    batch: int = 16
+    batch: Annotated[int, Ge(1)] = 16
     """Samples worked on together. It never changes a result by more than rounding."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
@@ -86,7 +90,7 @@ class JobConfig(Job):
 
     methods: tuple[MethodConfig, ...]
     input: InputConfig = field(default_factory=InputConfig)
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
 """How a command runs a job: plainly, or as a Prefect flow; what it shows meanwhile and then."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.terminal import OK, UNCLEAN, console, error_console
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.prefect_server import PrivateServer
     from pipeline.run import Summary
-    from pipeline.tally import OnProgress
 
 
 def begin_server(flow: bool) -> "PrivateServer | None":
@@ -20,15 +20,22 @@ def begin_server(flow: bool) -> "PrivateServer | None":
     return start_server()
 
 
+def with_engine(sets: list[str] | None, engine: str | None) -> list[str]:
+    """The overrides, --engine among them."""
+    return [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
+
+
 def run_job(
-    plainly: "Callable[[OnProgress], Summary]",
+    source: str,
+    output: str,
+    config: "RunConfig[Any]",
+    limit: int | None,
     in_flow: "Callable[[], Summary] | None",
     server: "PrivateServer | None",
 ) -> int:
     """Run a job to its end and show its summary.
 
     Args:
-        plainly: all stages in this process.
         in_flow: the same as a flow; None to run plainly.
         server: of `begin_server`.
 
@@ -36,11 +43,13 @@ def run_job(
         The exit code.
     """
     from pipeline.progress import progress_line
+    from pipeline.run import carry_out, check_places
     from pipeline.screen import show_summary
 
+    check_places(source, output)
     with progress_line(error_console) as on_progress:
         if in_flow is None:
-            summary = plainly(on_progress)
+            summary = carry_out(source, output, config, limit=limit, on_progress=on_progress)
         else:
             if server is not None:
                 server.wait()

@@ -64,10 +64,7 @@ class Inverter(Station):
     @property
     def scores(self) -> dict[str, Score]:
         """Functions of target and reconstruction by column."""
-        named = {d.name: d for d in (self.perceptual,) if d} | (
-            {"identity": self.identity} if self.identity else {}
-        )
-        return {"mse": mse, "psnr": psnr, "ssim": ssim, **named}
+        return {"mse": mse, "psnr": psnr, "ssim": ssim, **self.distances}
 
     @property
     def layout(self) -> Layout:

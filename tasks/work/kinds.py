@@ -1,26 +1,41 @@
-"""The kinds of job, one line each."""
+"""The kinds of job, one line each. Nothing heavy is loaded with the table."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-from pydantic import TypeAdapter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.job import Job
-from tasks.run.ledger import read_declared, read_run
 
 if TYPE_CHECKING:
     from tasks.work.station import Station
 
+
+class Kind(NamedTuple):
+    """Where a kind's job and station are, and what it does, as the command line says it."""
+
+    job: str
+    station: str
+    summary: str
+
+
 KINDS = {
-    "invert": ("tasks.job:JobConfig", "tasks.work.invert:Inverter"),
-    "edit": ("tasks.edit_job:EditJobConfig", "tasks.work.edit:Editor"),
+    "invert": Kind("tasks.job:JobConfig", "tasks.work.invert:Inverter", "Invert every picture."),
+    "edit": Kind("tasks.edit_job:EditJobConfig", "tasks.work.edit:Editor", "Edit stored samples."),
+    "rescore": Kind(
+        "tasks.work.rescore:RescoreJob",
+        "tasks.work.rescore:Rescorer",
+        "Score the stored pictures of RUN again into the run OUT, with other metrics or networks.",
+    ),
 }
-"""Job and station by name."""
+
+
+def job_class(kind: str) -> type[Job]:
+    """What a job of a kind says."""
+    return _load(KINDS[kind].job)
 
 
 def station_class(kind: str) -> "type[Station]":
     """Where jobs of a kind are done."""
-    return _load(KINDS[kind][1])
+    return _load(KINDS[kind].station)
 
 
 def load_station(job: Job, device: str, threads: int = 1) -> "Station":
@@ -38,9 +53,13 @@ def load_job(run_uri: str) -> Job:
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
+    from pydantic import TypeAdapter
+
+    from tasks.run.ledger import read_declared, read_run
+
     kind = read_declared(run_uri).kind
     config = {k: v for k, v in read_run(run_uri)["config"].items() if k != "kind"}
-    return TypeAdapter(_load(KINDS[kind][0])).validate_python(config)
+    return TypeAdapter(job_class(kind)).validate_python(config)
 
 
 def _load(name: str) -> Any:

@@ -227,6 +227,12 @@ class Station(ABC):
             failures.setdefault(row, ("not_finite", f"{name} is not finite"))
         return to_bytes(image.nan_to_num(0.0)).cpu().numpy()
 
+    @property
+    def distances(self) -> dict[str, Score]:
+        """The job's networks that compare two pictures, by column."""
+        perceptual = {} if self.perceptual is None else {self.perceptual.name: self.perceptual}
+        return perceptual | ({} if self.identity is None else {"identity": self.identity})
+
     def _load_distances(self) -> tuple[Any, Any]:
         perceptual, identity = None, None
         if self.job.perceptual != "none":

@@ -3,8 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
+
+from models.errors import LedgerError
+from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
 from tasks.run.source import plan_source, read_rows, source_marker
 from tasks.run.stored import check_run_generator, read_shard_inversions
@@ -33,9 +38,13 @@ class StoredStation(Station):
         """The stored pictures that the work needs."""
 
     def read(self, attempt: Attempt, pool: Executor) -> Iterator[Batch]:
-        """The source's batches, cut where the plan's last sample is."""
+        """The source's batches, cut where the plan's last sample is.
+
+        Raises:
+            CorruptFileError: a part of the source is damaged.
+        """
         spec, watch = attempt.spec, attempt.watch
-        with watch("read"):
+        with watch("read"), _damage():
             source = source_marker(spec)
             attempt.rows = read_rows(spec.uri, source)[: spec.row_stop or None]
         by_key = {row.sample_key: row for row in attempt.rows}
@@ -43,7 +52,7 @@ class StoredStation(Station):
             spec.uri, source, self.job.batch, self.columns, with_doors=self.reads_doors
         )
         while True:
-            with watch("read"):
+            with watch("read"), _damage():
                 batch = next(stored, None)
             if batch is None:
                 return
@@ -58,3 +67,14 @@ class StoredStation(Station):
                 )
             if count < len(batch.sample_keys):
                 return
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Inside, damage of the source counts against the shard; an outage of the store does not."""
+    try:
+        yield
+    except LedgerError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, pa.ArrowException):
+            raise CorruptFileError(str(error)) from error
+        raise

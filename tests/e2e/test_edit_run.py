@@ -9,8 +9,10 @@ import pytest
 
 from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
-from pipeline.edit import EditRunConfig, Wishes, edit, load_edit_config
-from pipeline.run import Summary, verify
+from pipeline.config import RunConfig
+from pipeline.edit import Wishes, load_edit_config
+from pipeline.run import Summary, carry_out, verify
+from tasks.edit_job import EditJobConfig
 from tasks.run.ledger import committed, read_run
 from tasks.run.query import query
 from tasks.storage.crash import EXIT_CODE, POINTS
@@ -21,16 +23,16 @@ from tests.tasks.small_edit import write_direction, write_domain
 REACHED = tuple(point for point in POINTS if point != "in_decode")
 
 
-def config_of(place: Path, *sets: str) -> EditRunConfig:
+def config_of(source: str, place: Path, *sets: str) -> RunConfig[EditJobConfig]:
     wishes = Wishes(
         edits=[f"{place}/turn.json=-1:1:2"], domains=[f"{place}/oil"], strength=0.7, is_each=True
     )
     plain = ["perceptual=none", "attributes=none", "batch=2", "engine.retry_wait_s=0.1"]
-    return load_edit_config(None, [*plain, *sets], wishes)
+    return load_edit_config(source, None, [*plain, *sets], wishes)
 
 
 def edit_inline(source: str, out: str, place: Path) -> Summary:
-    return edit(source, out, config_of(place, "engine.kind=inline"))
+    return carry_out(source, out, config_of(source, place, "engine.kind=inline"))
 
 
 def crash_edit(crash: str, source: str, out: str, place: Path) -> None:
@@ -114,7 +116,7 @@ def test_actors_killed_at_each_point(
     crashes = [f"{point}:{shard}:{tokens[point]}" for shard, point in enumerate(REACHED)]
     monkeypatch.setenv("REFINERY_CRASH", ";".join(crashes))
     sets = ("engine.actors=2", "engine.max_attempts=8")
-    summary = edit(undisturbed, run, config_of(place, *sets))
+    summary = carry_out(undisturbed, run, config_of(undisturbed, place, *sets))
     assert all(token.exists() for token in tokens.values())
     assert summary.is_clean
     assert len(committed(run)) == NUM_SHARDS
@@ -138,7 +140,7 @@ def test_from_s3_to_s3(
         edits=[f"{s3}/turn.json=-1:1:2"], domains=[f"{s3}/oil"], strength=0.7, is_each=True
     )
     plain = ["perceptual=none", "attributes=none", "batch=2", "engine.kind=inline"]
-    summary = edit(source, f"{s3}/out", load_edit_config(None, plain, wishes))
+    summary = carry_out(source, f"{s3}/out", load_edit_config(source, None, plain, wishes))
     assert summary.is_clean
     assert rows(f"{s3}/out", "run_id").equals(rows(edited, "run_id"))
     images = [parts["images"] for parts in fingerprint(edited).values() if "images" in parts]

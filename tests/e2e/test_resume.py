@@ -13,7 +13,7 @@ import pytest
 from models.errors import LedgerError
 from pipeline.cli import run_app
 from pipeline.config import load_config
-from pipeline.run import invert, plan, verify
+from pipeline.run import carry_out, plan, verify
 from pipeline.status import read_status
 from tasks.run.ledger import committed
 from tasks.storage.crash import EXIT_CODE, POINTS
@@ -142,7 +142,7 @@ def test_another_config_is_refused(dataset: Dataset, undisturbed: str) -> None:
     before = fingerprint(undisturbed)
     config = load_config(dataset.config, ["seed=1", "engine.kind=inline"])
     with pytest.raises(LedgerError, match=r"config\.seed: 0 in the run, 1 now"):
-        invert(dataset.source, undisturbed, config)
+        carry_out(dataset.source, undisturbed, config)
     assert fingerprint(undisturbed) == before
 
 

@@ -16,7 +16,7 @@ from pipeline import cli
 from pipeline.cli import app, run_app
 from pipeline.config import load_config
 from pipeline.method_table import field_docs
-from pipeline.run import invert
+from pipeline.run import carry_out
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import Dataset, write_dataset
 
@@ -29,7 +29,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -
 @pytest.fixture(scope="module")
 def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("cli-run") / "run")
-    invert(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]))
+    carry_out(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]))
     return out
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_part_is_found(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "run")
-    invert(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]), limit=2)
+    carry_out(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]), limit=2)
     (part,) = (tmp_path / "run" / "latents").iterdir()
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     assert run_app(["verify", out]) == 1
@@ -147,7 +147,7 @@ def test_field_docs_are_read_from_the_source() -> None:
 
 
 def test_convert(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = str(load_config(dataset.config).generator)
+    source = str(load_config(dataset.config).job.generator)
     target = tmp_path / "tiny.pt"
     assert run_app(["convert", source, str(target)]) == 0
     assert str(target) in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_convert(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_statistics(dataset: Dataset, tmp_path: Path) -> None:
     from models.statistics import load_statistics
 
-    source = load_config(dataset.config).generator
+    source = load_config(dataset.config).job.generator
     target = tmp_path / "statistics.safetensors"
     assert run_app(["statistics", source, str(target), "--samples", "64"]) == 0
     assert load_statistics(target).generator_hash == weights_hash(load_generator(source))

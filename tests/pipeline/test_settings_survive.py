@@ -72,7 +72,7 @@ def check(found: object, wanted: Mapping[str, Any]) -> None:
 
 
 def test_every_field_of_an_inversion_job_arrives(tmp_path: Path) -> None:
-    default = load_config().job()
+    default = load_config().job
     own = dict(scalars(JobConfig, default))
     tables = {"input": default.input, "output": default.output}
     inner = {name: dict(scalars(type(table), table)) for name, table in tables.items()}
@@ -83,8 +83,8 @@ def test_every_field_of_an_inversion_job_arrives(tmp_path: Path) -> None:
         flags += sets(f"{name}.", values)
     config = load_config(None, [*flags, "method.1.steps=7"], ["e4e", "wplus"])
     assert validate(tomllib.loads(config.to_toml())) == config
-    job = kept(config.job(), tmp_path)
-    assert job == config.job()
+    job = kept(config.job, tmp_path)
+    assert job == config.job
     assert isinstance(job, JobConfig)
     check(job, own)
     check(job.input, inner["input"])
@@ -104,7 +104,7 @@ def test_every_field_of_an_edit_job_arrives(
     monkeypatch.chdir(tmp_path)
     turn = write_direction(tiny_generator, tmp_path / "turn.json")
     oil = write_domain(tiny_generator, tmp_path / "oil")
-    default = load_edit_config(None, ["variant=[{name='a'}]"]).job(source)
+    default = load_edit_config(source, None, ["variant=[{name='a'}]"]).job
     from_source = {"source", "source_run", "generator", "method", "domain_folders"}
     own = {k: v for k, v in scalars(EditJobConfig, default) if k not in from_source}
     output = dict(scalars(OutputConfig, default.output))
@@ -121,9 +121,9 @@ def test_every_field_of_an_edit_job_arrives(
         + f'edits = {{ "{turn}" = 2.5 }}\ndomains = {{ "{oil}" = 0.25 }}\n'
         + 'blends = [{ sample_key = "x", share = 0.125, rows = [3, 4] }]\n'
     )
-    config = load_edit_config(str(path), [*sets("", own), *sets("output.", output)])
-    job = kept(config.job(source), tmp_path / "out")
-    assert job == config.job(source)
+    config = load_edit_config(source, str(path), [*sets("", own), *sets("output.", output)])
+    job = kept(config.job, tmp_path / "out")
+    assert job == config.job
     assert isinstance(job, EditJobConfig)
     check(job, own)
     check(job.output, output)
