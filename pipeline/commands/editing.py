@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.jobs import begin_server, run_job, with_engine
+from pipeline.commands.jobs import begin_flow, run_job, with_engine
 from pipeline.commands.terminal import (
     OK,
     Config,
@@ -70,10 +70,10 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
         strength: of every --domain; 0 is the plain generator, between them lies the morph.
         each: one picture for each --edit, --domain and --blend, instead of one with all together.
     """
-    server = begin_server(flow)
+    sets = with_engine(sets, engine)
+    flow, server = begin_flow(flow, config, sets)
     from pipeline.edit import Wishes, load_edit_config
 
-    sets = with_engine(sets, engine)
     wishes = Wishes(
         edits=edits or (),
         domains=domains or (),

@@ -1,6 +1,6 @@
 """How a command runs a job: plainly, or as a Prefect flow; what it shows meanwhile and then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.terminal import OK, UNCLEAN, console, error_console
@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from pipeline.run import Summary
 
 
-def begin_server(flow: bool) -> "PrivateServer | None":
-    """A private Prefect server, where a flow needs one; it comes up while the rest is loading."""
-    if not flow:
-        return None
-    from pipeline.prefect_server import start_server
+def begin_flow(
+    flow: bool, config: str | None, sets: Sequence[str]
+) -> "tuple[bool, PrivateServer | None]":
+    """Whether to run as a flow, and a private Prefect server where it needs one, which comes up
+    while the rest is loading.
 
-    return start_server()
+    A loop in this process that no server of the user's records is no flow: the private server would
+    cost more than many such runs, and forgets them at the end.
+    """
+    from pipeline.config import engine_kind
+    from pipeline.prefect_server import has_server, start_server
+
+    if not flow or (engine_kind(config, sets) == "inline" and not has_server()):
+        return False, None
+    return True, start_server()
 
 
 def with_engine(sets: list[str] | None, engine: str | None) -> list[str]:
@@ -37,7 +45,7 @@ def run_job(
 
     Args:
         in_flow: the same as a flow; None to run plainly.
-        server: of `begin_server`.
+        server: of `begin_flow`.
 
     Returns:
         The exit code.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pipeline.commands.jobs import begin_server, run_job, with_engine
+from pipeline.commands.jobs import begin_flow, run_job, with_engine
 from pipeline.commands.terminal import (
     OK,
     UNCLEAN,
@@ -80,7 +80,7 @@ def invert(  # noqa: PLR0913 - a command's options are its arguments
     sets = with_engine(sets, engine)
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
-    server = begin_server(flow)
+    flow, server = begin_flow(flow, config, sets)
     from pipeline.config import load_config
 
     def in_flow() -> "Summary":
@@ -106,10 +106,9 @@ def over_run(kind: str) -> Callable[..., int]:
         limit: Limit = None,
         flow: Flow = True,
     ) -> int:
-        server = begin_server(flow)
-        from pipeline.config import load_stored_config
-
         sets = with_engine(sets, engine)
+        flow, server = begin_flow(flow, config, sets)
+        from pipeline.config import load_stored_config
 
         def in_flow() -> "Summary":
             from pipeline.flows import run_over_run
@@ -160,10 +159,10 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     Args:
         deep: read the parts and check their sha256 and keys too.
     """
-    from pipeline.run import verify as verify_run
     from pipeline.screen import count
+    from tasks.verify.run import verify as verify_run
 
-    found = verify_run(run, deep=deep)
+    found = verify_run(run, deep)
     for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     verdict = count(len(found.problems), "problem") if found.problems else "clean"
@@ -194,7 +193,7 @@ def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
 
 def report(run: Run, /) -> int:
     """Write the run's page of pictures and figures, one HTML file."""
-    from pipeline.run import report as write_report
+    from tasks.report import write_report
 
     console.print(write_report(run), highlight=False, soft_wrap=True)
     return OK

@@ -48,6 +48,7 @@ Flow = Annotated[
     bool,
     Parameter(
         name="--flow",
-        help="Run as a Prefect flow, on the server of PREFECT_API_URL or a private one.",
+        help="Run as a Prefect flow, on the server of PREFECT_API_URL or a private one; with the "
+        "inline engine only on the former.",
     ),
 ]

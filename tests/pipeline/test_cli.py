@@ -14,6 +14,7 @@ from models.errors import LedgerError
 from models.stylegan2.generator import weights_hash
 from pipeline import cli
 from pipeline.cli import app, run_app
+from pipeline.commands.jobs import begin_flow
 from pipeline.config import load_config
 from pipeline.method_table import field_docs
 from pipeline.run import carry_out
@@ -41,13 +42,54 @@ def test_help_is_immediate_and_loads_nothing_heavy() -> None:
     started = time.process_time(), time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "plan", "invert", "status", "verify", "query", "report", "methods"):
+    for command in (
+        "demo",
+        "plan",
+        "invert",
+        "rescore",
+        "status",
+        "verify",
+        "query",
+        "report",
+        "methods",
+    ):
         assert command in done.stdout
     assert time.monotonic() - started[1] < 10  # 0.3 s on an idle machine
 
 
+@pytest.mark.parametrize("command", ["status", "verify", "query"])
+def test_looking_at_a_run_does_not_wait_for_torch(command: str, run: str) -> None:
+    tokens = [command, run, *(["SELECT 1"] if command == "query" else [])]
+    code = (
+        f"import sys; from pipeline.cli import run_app; assert run_app({tokens!r}) == 0;"
+        "sys.exit(bool({'torch', 'ray', 'prefect', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_inline_engine_starts_no_server_of_its_own(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise AssertionError("a private server")
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr("pipeline.prefect_server.start_server", fail)
+    command = ["invert", dataset.source, str(tmp_path / "out"), "--config", dataset.config]
+    assert run_app([*command, "--limit", "2", "--engine", "inline"]) == 0
+    with pytest.raises(AssertionError, match="a private server"):
+        begin_flow(True, dataset.config, [])
+    config = tmp_path / "inline.toml"
+    config.write_text('[engine]\nkind = "inline"\n')
+    assert begin_flow(True, str(config), []) == (False, None)
+    with pytest.raises(AssertionError, match="a private server"):
+        begin_flow(True, str(config), ["engine.kind=ray"])
+
+
 @pytest.mark.parametrize(
-    "command", ["demo", "plan", "invert", "status", "verify", "query", "report", "train"]
+    "command", ["demo", "plan", "invert", "rescore", "status", "verify", "query", "report", "train"]
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app([command, "--help"]) == 0
