@@ -3,12 +3,12 @@
 `pipeline.edit` makes them from the command line or a TOML file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
-from tasks.job import StoredJob
+from tasks.job import FILE, PLACE, StoredJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class StrengthConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    name: str
+    name: str = field(metadata=PLACE)
     """A bundled name, or a path or URL."""
     strength: float = 1.0
     """Directions: in their units, negative for the opposite. Domains: 0 is the plain generator, 1
@@ -51,7 +51,7 @@ class VariantConfig:
     domains: tuple[StrengthConfig, ...] = ()
     """Strength by domain: a bundled name, a name in domains/, or a folder."""
     blends: tuple[BlendConfig, ...] = ()
-    assigned: str | None = None
+    assigned: str | None = field(default=None, metadata=PLACE)
     """Path or URL of a .csv or .parquet table with the columns sample_key, domain and, if wanted,
     strength: each sample's own domain, beside `domains`. Samples that are not in it get none."""
     residual: Annotated[float, Ge(0)] = 1.0
@@ -65,9 +65,9 @@ class EditJobConfig(StoredJob):
     kind: ClassVar[str] = "edit"
 
     variants: tuple[VariantConfig, ...]
-    attributes: str = "auto"
+    attributes: str = field(default="auto", metadata=FILE)
     """Attribute scorer: "auto" (the bundled one where it fits the generator), a path, or "none"."""
-    domain_folders: tuple[str, ...] = ()
+    domain_folders: tuple[str, ...] = field(default=(), metadata=PLACE)
     """Where the names of domains in `assigned` tables are looked for, before the bundled ones."""
 
     def to_dict(self) -> dict[str, Any]:

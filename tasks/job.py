@@ -8,13 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
+PLACE = {"place": "always"}
+"""Metadata of a field that says where something lies; a run's id hashes what lies there instead."""
+FILE = {"place": "where it names a file"}
+"""The same of a field that may hold a name, or settings, too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """One link of the method chain: a registry name and its settings (already validated)."""
 
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, metadata=FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class InputConfig:
     """crop: largest centred square; resize: stretch; align: five landmarks onto `template`."""
     landmarks_column: str = "landmarks5"
     """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
-    template: Literal["face", "ffhq"] | str = "face"
+    template: Literal["face", "ffhq"] | str = field(default="face", metadata=FILE)
     """align: target points; "face" is the bundled generator's template; or a JSON file of five."""
     detector: str | None = None
     """align: "package.module:function" that finds the five points (0..1) in an upright [H W 3]
@@ -64,7 +69,7 @@ class Job:
     kind: ClassVar[str]
     """The job's line in `tasks.work.kinds.KINDS`."""
 
-    generator: str
+    generator: str = field(metadata=PLACE)
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
     output: OutputConfig = field(default_factory=OutputConfig)
     batch: Annotated[int, Ge(1)] = 16
@@ -74,11 +79,11 @@ class Job:
     perceptual: str = "auto"
     """Perceptual distance to score with: "auto" (LPIPS where its weights are cached, else ours),
     "refinery" (the bundled trunk), "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
-    identity: str | None = None
+    identity: str | None = field(default=None, metadata=PLACE)
     """Path or URL of ArcFace IR-SE50 weights; adds a column of identity."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values, the part of run.json that is hashed."""
+        """JSON-ready values, as run.json has them."""
         return asdict(self)
 
 
@@ -97,7 +102,7 @@ class JobConfig(Job):
 class StoredJob(Job):
     """Work on the stored samples of a finished run."""
 
-    source: str
+    source: str = field(metadata=PLACE)
     """The run."""
     source_run: str
     """Its run id."""

@@ -1,6 +1,7 @@
 """The shard ledger: which work a run is, which shards are done, which gave up.
 
-    run.json            resolved config, manifest hash, weight hashes, run id = hash of the three
+    run.json            resolved config, manifest hash, weight hashes, and the run id
+                        (`tasks.run.identity`)
     commits/00042.json  the commit of shard 42 (`tasks.run.marker`): readers see only parts it names
     failed/00042.json   shard 42 was given up, with the reason; a later commit supersedes it
     _SEALED.json        every shard is committed or given up; lists all parts
@@ -8,7 +9,6 @@
 No file is ever locked or appended to: each is one atomic write, the last complete one wins.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ from typing import Any
 
 from models.errors import LedgerError
 from tasks.job import Job
+from tasks.run.identity import VERSION, contents, identity_digest, make_identity
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.storage.files import exists, join, list_files, read_bytes, remove, write_bytes
@@ -97,7 +98,8 @@ def create_run(
     code_version: str,
     declared: Declared,
 ) -> RunHandle:
-    """Write run.json, or recognise the run that is already there and go on with it.
+    """Write run.json, or recognise the run that is already there and go on with it, from the places
+    that are given now.
 
     Args:
         hashes: sha256 of all weights by name (`Station.hashes`).
@@ -106,11 +108,22 @@ def create_run(
     Raises:
         LedgerError: the directory holds another run; the message lists every difference.
     """
-    identity = _identity(job, manifest_info, hashes)
-    run_id = identity_digest(identity)
     uri = join(run_uri, "run.json")
-    if exists(uri):
-        found = read_run(run_uri)
+    found = read_run(run_uri) if exists(uri) else None
+    version = VERSION if found is None else found.get("version", 1)
+    identity = make_identity(job, manifest_info, hashes, version)
+    run_id = identity_digest(identity)
+    handle = RunHandle(uri=run_uri, run_id=run_id, code_version=code_version)
+    record: dict[str, Any] = {
+        "run_id": run_id,
+        "declared": asdict(declared),
+        "num_shards": manifest_info.num_shards,
+        "num_samples": manifest_info.num_samples,
+        "num_bytes": manifest_info.num_bytes,
+        "code_version": code_version,
+        "created_at": utc_now(),
+    }
+    if found is not None:
         if found["run_id"] != run_id:
             raise LedgerError(_refusal(run_uri, found, identity))
         if found["code_version"] != code_version:
@@ -120,19 +133,12 @@ def create_run(
                 found["code_version"],
                 code_version,
             )
-        return RunHandle(uri=run_uri, run_id=run_id, code_version=code_version)
-    record = {
-        "run_id": run_id,
-        **identity,
-        "declared": asdict(declared),
-        "num_shards": manifest_info.num_shards,
-        "num_samples": manifest_info.num_samples,
-        "num_bytes": manifest_info.num_bytes,
-        "code_version": code_version,
-        "created_at": utc_now(),
-    }
-    write_bytes(uri, json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-    return RunHandle(uri=run_uri, run_id=run_id, code_version=code_version)
+        if all(found[key] == value for key, value in identity.items()):
+            return handle
+        record = found  # something has moved
+    text = json.dumps({**record, **identity}, indent=1, sort_keys=True)
+    write_bytes(uri, text.encode() + b"\n")
+    return handle
 
 
 def open_run(run_uri: str) -> RunHandle:
@@ -209,25 +215,8 @@ def _declared_before(config: Mapping[str, Any]) -> Declared:
     )
 
 
-def _identity(job: Job, manifest_info: ManifestInfo, hashes: Mapping[str, str]) -> dict[str, Any]:
-    identity = {
-        "config": job.to_dict(),
-        "manifest": manifest_info.sha256,
-        "weights": dict(sorted(hashes.items())),
-    }
-    return json.loads(json.dumps(identity))  # tuples become lists, as they will be read back
-
-
-def identity_digest(record: Mapping[str, Any]) -> str:
-    """The run id that config, manifest and weights of a record (run.json) hash to."""
-    identity = {key: record[key] for key in ("config", "manifest", "weights")}
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
 def _refusal(run_uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    keys = ("config", "weights", "manifest")
-    old, new = (_flat({key: record[key] for key in keys}) for record in (found, wanted))
+    old, new = (_flat(contents(record)) for record in (found, wanted))
     missing = "(not set)"
     lines = [
         f"  {key}: {old.get(key, missing)} in the run, {new.get(key, missing)} now"

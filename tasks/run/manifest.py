@@ -17,7 +17,7 @@ from models.errors import LedgerError, ShardError
 from tasks.input.parquet import open_parquet, parquet_errors
 from tasks.input.plan import plan_shards as plan_shards
 from tasks.job import ShardSpec
-from tasks.storage.files import exists, join, open_write
+from tasks.storage.files import exists, join, open_write, read_bytes
 
 MANIFEST = "manifest.parquet"
 GROUP_SHARDS = 256
@@ -45,13 +45,20 @@ class ManifestInfo:
     Attributes:
         num_samples: None where only reading tells (tars).
         num_bytes: encoded pictures, for planning.
-        sha256: over the shards' values; the same plan has the same hash whenever it is written.
+        sha256: over what the shards hold, without the places where it lies; the same plan has the
+            same hash whenever it is written.
+        placed_sha256: with the places; runs of version 1 have it in their ids.
     """
 
     num_shards: int
     num_samples: int | None
     num_bytes: int
     sha256: str
+    placed_sha256: str = ""
+
+    def digest(self, version: int) -> str:
+        """The one that counts for runs of a version."""
+        return self.placed_sha256 if version == 1 else self.sha256
 
 
 class _Tally:
@@ -60,7 +67,7 @@ class _Tally:
     def __init__(self) -> None:
         self.num_shards = self.num_samples = self.num_bytes = 0
         self.is_counted = True
-        self.digest = hashlib.sha256()
+        self.digest, self.placed_digest = hashlib.sha256(), hashlib.sha256()
 
     def add(self, spec: ShardSpec) -> None:
         if spec.id != self.num_shards:
@@ -71,39 +78,55 @@ class _Tally:
         self.is_counted = self.is_counted and spec.num_samples >= 0
         self.num_samples += max(0, spec.num_samples)
         self.num_bytes += spec.num_bytes
-        values = [getattr(spec, name) for name in SCHEMA.names]
-        self.digest.update(json.dumps(values).encode() + b"\n")
+        values = {name: getattr(spec, name) for name in SCHEMA.names}
+        self.placed_digest.update(json.dumps([*values.values()]).encode() + b"\n")
+        del values["uri"]
+        self.digest.update(json.dumps([*values.values()]).encode() + b"\n")
 
     def info(self) -> ManifestInfo:
         num_samples = self.num_samples if self.is_counted else None
-        return ManifestInfo(self.num_shards, num_samples, self.num_bytes, self.digest.hexdigest())
+        return ManifestInfo(
+            self.num_shards,
+            num_samples,
+            self.num_bytes,
+            self.digest.hexdigest(),
+            self.placed_digest.hexdigest(),
+        )
 
 
 def write_manifest(run_uri: str, shards: Iterable[ShardSpec]) -> ManifestInfo:
     """Write <run>/manifest.parquet, visible only when it is complete.
 
-    The manifest of a run that has begun (run.json is there) is never replaced: the same plan leaves
-    it untouched, another one is refused.
+    The manifest of a run that has begun (run.json is there) is refused another plan; the same plan
+    leaves it untouched, and the same input in another place gives it the new one.
 
     Raises:
         LedgerError: the run has begun with another input, or the folder cannot be written.
         ConfigError, ShardError: whatever planning raises; nothing is written then.
     """
-    uri = join(run_uri, MANIFEST)
-    if exists(join(run_uri, "run.json")) and exists(uri):
-        tally = _Tally()
-        for spec in shards:
-            tally.add(spec)
-        old = describe_manifest(run_uri)
-        if old != tally.info():
-            raise LedgerError(
-                f"{run_uri} was begun with another input or shard size: its manifest has "
-                f"{_in_words(old)}, the plan now has {_in_words(tally.info())}. Finish the old run "
-                "with the input as it was, or choose a new output folder"
-            )
+    uri, run_json = join(run_uri, MANIFEST), join(run_uri, "run.json")
+    if not (exists(run_json) and exists(uri)):
+        with open_write(uri) as file:
+            return _write(file, shards)
+    old, version = describe_manifest(run_uri), json.loads(read_bytes(run_json)).get("version", 1)
+    try:
+        with open_write(uri) as file:
+            new = _write(file, shards)
+            if old == new:
+                raise _Unchanged
+            if old.digest(version) != new.digest(version):
+                raise LedgerError(
+                    f"{run_uri} was begun with another input or shard size: its manifest has "
+                    f"{_in_words(old)}, the plan now has {_in_words(new)}. Finish the old run with "
+                    "the input as it was, or choose a new output folder"
+                )
+    except _Unchanged:
         return old
-    with open_write(uri) as file:
-        return _write(file, shards)
+    return new
+
+
+class _Unchanged(Exception):
+    """Ends the writing of a manifest that is there already."""
 
 
 def _in_words(info: ManifestInfo) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 
 from models.errors import LedgerError
 from tasks.job import InputConfig, ShardSpec
+from tasks.run.identity import identity_digest
 from tasks.run.ledger import (
     PART_KINDS,
     committed,
-    identity_digest,
     read_quarantine,
     read_run,
     read_seal,
@@ -108,10 +108,11 @@ def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) 
     except LedgerError as error:
         report.problems.append(str(error))
         return
-    if (found.sha256, found.num_shards) != (record["manifest"], record["num_shards"]):
+    digest = found.digest(record.get("version", 1))
+    if (digest, found.num_shards) != (record["manifest"], record["num_shards"]):
         report.problems.append(
             f"manifest.parquet is not the one the run began with: {found.num_shards} shards with "
-            f"hash {found.sha256[:12]}, run.json says {record['num_shards']} with "
+            f"hash {digest[:12]}, run.json says {record['num_shards']} with "
             f"{record['manifest'][:12]}; restore it"
         )
 

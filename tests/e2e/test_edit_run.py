@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,34 @@ def test_a_table_of_domains_is_obeyed(
     # Another table at the same place is another run.
     table.write_text(f"sample_key,domain,strength\nface-00.png,{place}/oil,0.4\n")
     assert run_app(command) == 2
+
+
+def test_a_run_goes_on_after_everything_has_moved(
+    undisturbed: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", str(tmp_path / "out")
+    shutil.copytree(undisturbed, first / "run")
+    for name in ("turn.json", "oil"):
+        copy = shutil.copytree if (place / name).is_dir() else shutil.copy
+        copy(place / name, first / name)
+
+    def command(folder: Path) -> list[str]:
+        edits = ["--edit", f"{folder}/turn.json=+2", "--domain", f"{folder}/oil"]
+        plain = ["--set", "attributes=none", "--set", "perceptual=none", "--engine", "inline"]
+        return ["edit", f"{folder}/run", out, *edits, *plain, "--no-flow"]
+
+    assert run_app(command(first)) == 0
+    before, run_id = fingerprint(out), read_run(out)["run_id"]
+    first.rename(second)
+    Path(out, "commits", "00001.json").unlink()
+    capsys.readouterr()
+    assert run_app(command(second)) == 0
+    assert "verify     clean" in " ".join(capsys.readouterr().out.split("\t"))
+    assert fingerprint(out) == before
+    assert (read_run(out)["run_id"], read_run(out)["config"]["source"]) == (
+        run_id,
+        f"{second}/run",
+    )
 
 
 @pytest.mark.parametrize(

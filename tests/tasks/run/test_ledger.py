@@ -13,6 +13,7 @@ import pytest
 from models.errors import LedgerError
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
 from tasks.run import ledger
+from tasks.run.identity import identity_digest
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker, Part
 from tasks.work.kinds import load_job
@@ -73,7 +74,7 @@ def test_the_same_settings_are_the_same_run(run: str) -> None:
     record = ledger.read_run(run)
     assert (record["num_shards"], record["num_samples"], record["num_bytes"]) == (3, 10, 1000)
     assert record["config"]["methods"][1]["settings"] == {"steps": 20, "space": "w"}
-    assert ledger.identity_digest(record) == first.run_id
+    assert identity_digest(record) == first.run_id
 
 
 def test_the_place_is_not_part_of_the_identity(run: str, tmp_path: Path) -> None:
