@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 
 from models.errors import SampleError
-from pipeline.config import RunConfig, load_config
+from pipeline.config import InvertConfig, load_config
 from pipeline.run import plan, run
-from tasks.decode import decode
-from tasks.inverter import Inverter
-from tasks.ledger import read_markers
-from tasks.machine import describe_machine
-from tasks.manifest import plan_shards
-from tasks.marker import STAGES
-from tasks.read import RawSample, read_shard
+from tasks.benchmark.machine import describe_machine
+from tasks.input.decode import decode
+from tasks.input.read import RawSample, read_shard
+from tasks.run.ledger import read_markers
+from tasks.run.manifest import plan_shards
+from tasks.work.invert import Inverter
 
 
 def default_data() -> Path:
@@ -51,9 +50,9 @@ def _batches(samples: Iterator[RawSample], size: int) -> Iterator[list[RawSample
         yield batch
 
 
-def bare_loop(source: str, config: RunConfig, limit: int) -> tuple[int, float]:
+def bare_loop(source: str, config: InvertConfig, limit: int) -> tuple[int, float]:
     """Pictures done and seconds, without ledger, Ray and Prefect."""
-    job = config.job()
+    job = config.job
     inverter = Inverter(job, "cpu", threads=os.cpu_count() or 1)
     resolution = inverter.generator.resolution
     shards = list(plan_shards(source, config.engine.shard_size, limit, job.input))
@@ -72,13 +71,13 @@ def bare_loop(source: str, config: RunConfig, limit: int) -> tuple[int, float]:
     return done, time.perf_counter() - started
 
 
-def pipeline_run(source: str, config: RunConfig, limit: int, out: str) -> dict[str, object]:
+def pipeline_run(source: str, config: InvertConfig, limit: int, out: str) -> dict[str, object]:
     """One run of the engine; its own clock starts when the first worker is ready."""
     plan(source, out, config, limit=limit)
     outcome = run(out, config.engine)
-    stages = dict.fromkeys(STAGES, 0.0)
+    stages = dict.fromkeys(Inverter.stages, 0.0)
     for marker in read_markers(out).values():
-        for stage in STAGES:
+        for stage in Inverter.stages:
             stages[stage] += marker.seconds[stage]
     return {
         "images": outcome.rows_now,

@@ -21,7 +21,7 @@ import torch
 from models.losses.pixel import mse
 from models.stylegan2.generator import Generator, GeneratorArchitecture
 from models.stylegan2.residual import LowRank
-from tasks.machine import describe_machine
+from tasks.benchmark.machine import describe_machine
 
 WIDTHS_F = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128, 512: 64, 1024: 32}
 """Channels of StyleGAN2 config f (channel multiplier 2)."""

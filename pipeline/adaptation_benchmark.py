@@ -20,6 +20,7 @@ from models.checkpoints.bundled import asset_path
 from models.checkpoints.load import load_generator
 from models.errors import ConfigError
 from models.losses.trunk import load_trunk
+from models.pictures import save_grid
 from models.stylegan2.generator import Generator
 from pipeline.adapt import adapt, load_adapt_config
 from tasks.adapt.config import DomainConfig
@@ -37,11 +38,10 @@ from tasks.benchmark.adaptation import (
 )
 from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
-from tasks.device import fixed_threads
+from tasks.benchmark.machine import describe_machine
 from tasks.job import InputConfig
-from tasks.machine import describe_machine
-from tasks.training.grids import save_grid
 from tasks.training.trunk import Teacher
+from tasks.work.device import fixed_threads
 
 STEPS, TIMED_STEPS, FEW = 100, 8, 10
 BATCHES = (16, 64)

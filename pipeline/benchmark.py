@@ -26,6 +26,7 @@ from pipeline.run import plan, run, seal
 from tasks.benchmark.chains import Chain, chosen_chains
 from tasks.benchmark.faces import face_networks
 from tasks.benchmark.figures import grid, scatter
+from tasks.benchmark.machine import describe_machine
 from tasks.benchmark.scoring import (
     Edit,
     Judges,
@@ -35,9 +36,8 @@ from tasks.benchmark.scoring import (
     score_run,
 )
 from tasks.benchmark.table import markdown
-from tasks.device import fixed_threads
-from tasks.inverter import Inverter
-from tasks.machine import describe_machine
+from tasks.work.device import fixed_threads
+from tasks.work.invert import Inverter
 
 BATCH, ACTORS, SHOWN = 16, 2, 6
 SHOWN_EDITS = ("age+3", "smile-3")
@@ -101,7 +101,7 @@ def benchmark_inversion(
                 plan(data, place, config, limit=limit)
                 run(place, config.engine, on_progress)
                 seal(place)
-                inverter = Inverter(config.job(), "cpu")
+                inverter = Inverter(config.job, "cpu")
             except AssetError as error:
                 missing[chain.name] = str(error).replace("|", "/")
                 continue

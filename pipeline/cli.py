@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from models.errors import RefineryError
 from pipeline.commands import editing, models, runs
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
+from tasks.work.kinds import KINDS
 
 app = App(
     name="refinery",
@@ -47,6 +48,9 @@ COMMANDS = {
 for group, commands in COMMANDS.items():
     for command in commands:
         app.command(command, group=group)
+for kind in KINDS:
+    if kind not in app:  # a kind without options of its own
+        app.command(runs.over_run(kind), name=kind, group=next(iter(COMMANDS)))
 for sub_app in (editing.directions, models.benchmark):
     sub_app.group = tuple(COMMANDS)[1]
     app.command(sub_app)

@@ -4,18 +4,22 @@ import dataclasses
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
-from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
+from tasks.job import Job, JobConfig, MethodConfig
+from tasks.run.ledger import read_declared, read_run
+from tasks.work.kinds import job_class
 
 T = TypeVar("T")
 Tables = dict[str, Any]
 
+DEFAULT_GENERATOR = "faces64"
 DEFAULT_METHODS = ("e4e",)
 
 
@@ -49,50 +53,29 @@ class EngineConfig(BaseModel):
     """Give up when storage fails, or no worker comes up, for so long."""
 
 
-class RunConfig(BaseModel):
-    """One inversion run: the job (what decides the bytes) and the engine (what does not)."""
+J = TypeVar("J", bound=Job)
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    generator: str = "faces64"
-    batch: int = Field(default=16, ge=1)
-    seed: int = Field(default=0, ge=0)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    perceptual: str = "auto"
-    identity: str | None = None
-    input: InputConfig = InputConfig()
-    output: OutputConfig = OutputConfig()
-    method: tuple[MethodConfig, ...]
-    engine: EngineConfig = EngineConfig()
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Generic[J]):
+    """One run: the job, which decides the bytes and travels to the workers, and the engine."""
 
-    def job(self) -> JobConfig:
-        """The part that travels to the workers and is hashed into the run's id."""
-        return JobConfig(
-            generator=self.generator,
-            methods=self.method,
-            input=self.input,
-            output=self.output,
-            batch=self.batch,
-            seed=self.seed,
-            precision=self.precision,
-            perceptual=self.perceptual,
-            identity=self.identity,
-        )
+    job: J
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def to_tables(self) -> Tables:
-        """Plain values in the layout of the TOML file; `load_config` reads them back unchanged."""
-        tables = self.model_dump(mode="json", exclude={"method"}, exclude_none=True)
-        plain = TypeAdapter(Any)
-        methods = [
-            {"name": m.name, **_without_none(plain.dump_python(m.settings, mode="json"))}
-            for m in self.method
-        ]
-        scalars = {k: v for k, v in tables.items() if not isinstance(v, dict)}
-        return {
-            **scalars,
-            "method": methods,
-            **{k: _without_none(v) for k, v in tables.items() if isinstance(v, dict)},
-        }
+        """Plain values in the layout of the TOML file; an inversion's are read back unchanged."""
+        plain = TypeAdapter(Any).dump_python(
+            {**self.job.to_dict(), "engine": self.engine}, mode="json"
+        )
+        if "methods" in plain:
+            chain = plain.pop("methods")
+            plain["method"] = [{"name": m["name"], **_without_none(m["settings"])} for m in chain]
+        tables = {k: _without_none(v) if isinstance(v, dict) else v for k, v in plain.items()}
+        # TOML: what stands behind a table would belong to it.
+        return dict(
+            sorted(_without_none(tables).items(), key=lambda item: isinstance(item[1], dict | list))
+        )
 
     def to_toml(self) -> str:
         """The resolved config as a TOML file."""
@@ -101,10 +84,13 @@ class RunConfig(BaseModel):
         return tomlkit.dumps(self.to_tables())
 
 
+InvertConfig = RunConfig[JobConfig]
+
+
 def load_config(
     path: str | None = None, sets: Sequence[str] = (), methods: Sequence[str] = ()
-) -> RunConfig:
-    """Read, override and validate the config of a run.
+) -> InvertConfig:
+    """Read, override and validate the config of a run of inversions.
 
     Args:
         path: TOML file; None for the defaults (generator faces64, method e4e).
@@ -123,8 +109,8 @@ def load_config(
     return validate(tables)
 
 
-def validate(tables: Tables) -> RunConfig:
-    """A RunConfig from the tables of a TOML file.
+def validate(tables: Tables) -> InvertConfig:
+    """The config of a run of inversions from the tables of a TOML file.
 
     Raises:
         ConfigError: see `load_config`.
@@ -141,7 +127,69 @@ def validate(tables: Tables) -> RunConfig:
             f"method.0: {methods[0].name} refines the result of an earlier method and cannot be "
             "the first of the chain; put one such as e4e before it"
         )
-    return validated(RunConfig, {**tables, "method": methods})
+    tables = {"generator": DEFAULT_GENERATOR, **tables}
+    tables.pop("method", None)
+    return run_config(JobConfig, tables, {"methods": methods}, names=("method",))
+
+
+def load_stored_config(
+    kind: str, source: str, path: str | None = None, sets: Sequence[str] = ()
+) -> RunConfig[Any]:
+    """Read, override and validate the config of a run over the samples of another.
+
+    Args:
+        kind: a name of `tasks.work.kinds.KINDS`.
+        source: the run.
+
+    Raises:
+        LedgerError: there is no such run.
+        ConfigError: as `load_config`.
+    """
+    tables = read_toml(path) if path else {}
+    for item in sets:
+        apply_set(tables, item)
+    return run_config(job_class(kind), {**stored_defaults(source), **tables}, stored_job(source))
+
+
+def stored_job(source: str) -> dict[str, Any]:
+    """What a job over stored samples says of their run, and no user does."""
+    record = read_run(source)
+    return {
+        "source": source,
+        "source_run": record["run_id"],
+        "generator": record["config"]["generator"],
+        "method": read_declared(source).method,
+    }
+
+
+def stored_defaults(source: str) -> Tables:
+    """Settings that follow the run they are about where a user says nothing."""
+    return {"precision": read_run(source)["config"]["precision"]}
+
+
+def run_config(
+    job: type[J], tables: Tables, given: Mapping[str, Any], names: Sequence[str] = ()
+) -> RunConfig[J]:
+    """Tables of a file as job and engine.
+
+    Args:
+        given: fields of the job that do not come from the tables.
+        names: keys that are known beside those of the job, for the nearest name.
+
+    Raises:
+        ConfigError: a key or value is wrong; names the key and, for an unknown one, the nearest.
+    """
+    own = {key: value for key, value in tables.items() if key != "engine"}
+    allowed = [name for name in _names(job) if name not in given]
+    for key in own:
+        if key not in allowed:
+            raise ConfigError(_unknown_key("", key, [*allowed, *names, "engine"]))
+    engine = tables.get("engine", {})
+    if not isinstance(engine, dict):
+        raise ConfigError(f"engine: expected a table, found {engine!r}")
+    return RunConfig(
+        job=validated(job, {**own, **given}), engine=validated(EngineConfig, engine, "engine")
+    )
 
 
 def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
@@ -154,6 +202,20 @@ def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
     for item in sets:
         apply_set(tables, item)
     return validated(cls, tables)
+
+
+def engine_kind(path: str | None, sets: Sequence[str]) -> str:
+    """Where the shards will run, before all the rest is looked at.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is malformed.
+    """
+    tables = read_toml(path) if path else {}
+    for item in sets:
+        if item.partition(".")[0].strip() == "engine":
+            apply_set(tables, item)
+    engine = tables.get("engine")
+    return str(engine.get("kind", "ray")) if isinstance(engine, dict) else "ray"
 
 
 def read_toml(path: str) -> Tables:
@@ -312,6 +374,8 @@ def _type_at(cls: Any, location: Sequence[str]) -> Any:
     for part in location:
         if isinstance(cls, type) and issubclass(cls, BaseModel):
             cls = cls.model_fields[part].annotation
+        elif dataclasses.is_dataclass(cls):
+            cls = get_type_hints(cls).get(part)
         elif part.isdigit() and get_args(cls):  # an item of tuple[Table, ...]
             cls = get_args(cls)[0]
     return cls

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import InvertConfig, load_config
 from pipeline.estimate import estimate
 from pipeline.progress import adaptation_line, progress_line
 from pipeline.run import Summary
@@ -40,16 +40,16 @@ def run_demo(
         0 when every stage did what it should.
     """
     from models.checkpoints.load import load_generator
-    from pipeline.run import invert
-    from tasks.demo_data import write_demo_shard
-    from tasks.query import query
+    from pipeline.demo_data import write_demo_shard
+    from pipeline.run import carry_out
+    from tasks.run.query import query
 
     folder = Path(out) / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     _say(console, "A sample: pictures drawn by the generator, one photograph, three broken files")
     chain = [f"--config {config}"] if config else [f"--method {name}" for name in METHODS]
     sets = () if config else SETS
     settings = load_config(config, sets, () if config else METHODS)
-    generator = load_generator(settings.generator)
+    generator = load_generator(settings.job.generator)
     source = write_demo_shard(folder / "pictures", generator=generator)
     run_uri = str(folder / "run")
 
@@ -59,7 +59,7 @@ def run_demo(
     flags = " ".join([*chain, *(f"--set {item}" for item in sets)])
     _say(console, f"refinery invert {source} {run_uri} {flags}")
     with progress_line(error_console) as on_progress:
-        summary = invert(source, run_uri, settings, on_progress=on_progress)
+        summary = carry_out(source, run_uri, settings, on_progress=on_progress)
     show_summary(console, summary)
 
     _say(console, f'refinery query {run_uri} "{" ".join(SQL.split())}"')
@@ -77,7 +77,7 @@ def _edit(
     error_console: Console,
     folder: Path,
     run_uri: str,
-    made: RunConfig,
+    made: InvertConfig,
     steps: int,
 ) -> Summary:
     """A domain from a text, then edits: those that ship for the generator, and that domain."""
@@ -85,20 +85,21 @@ def _edit(
     from models.checkpoints.load import load_generator
     from models.editing.find import known_directions
     from pipeline.adapt import adapt, load_adapt_config
-    from pipeline.edit import Wishes, edit, load_edit_config
-    from tasks.query import query
+    from pipeline.edit import Wishes, load_edit_config
+    from pipeline.run import carry_out
+    from tasks.run.query import query
 
     sets = [f"steps={ADAPT_STEPS}", f"out={folder}/domains"]
     _say(
         console, f'refinery adapt {DOMAIN} --text "{STYLE}" --out {folder}/domains --set {sets[0]}'
     )
     wished = {"name": DOMAIN, "guidance": "text", "target_text": STYLE}
-    job = load_adapt_config(None, [*sets, f"generator={made.generator}"], domains=[wished])
+    job = load_adapt_config(None, [*sets, f"generator={made.job.generator}"], domains=[wished])
     with adaptation_line(error_console) as on_steps:
         learnt = adapt(job, on_steps)
     console.print(domains_table(learnt))
 
-    generator = load_generator(made.generator)
+    generator = load_generator(made.job.generator)
     edits = [f"{name}=+2" for name in EDITS if name in known_directions(generator, ())]
     domains = [*sorted(known_domains(generator, ()))[:1], *map(str, learnt)]
     flags = " ".join([*(f"--edit {e}" for e in edits), *(f"--domain {d}" for d in domains)])
@@ -107,8 +108,8 @@ def _edit(
     wishes = Wishes(edits=edits, domains=domains, is_each=True)
     engine = [f"engine.kind={made.engine.kind}"]
     with progress_line(error_console) as on_progress:
-        settings = load_edit_config(None, engine, wishes)
-        summary = edit(run_uri, edits_uri, settings, on_progress=on_progress)
+        settings = load_edit_config(run_uri, None, engine, wishes)
+        summary = carry_out(run_uri, edits_uri, settings, on_progress=on_progress)
     show_summary(console, summary)
     _say(console, f'refinery query {edits_uri} "{EDITS_SQL}"')
     console.print(query_table(query(edits_uri, EDITS_SQL), console.width))

@@ -13,7 +13,7 @@ def fit_directions(way: str, path: str | None, sets: Sequence[str]) -> list[Path
     """Find directions in one way and write their files.
 
     Args:
-        way: a name of `tasks.directions.WAYS`.
+        way: a name of `tasks.directions.ways.WAYS`.
         path: TOML file with the fields of the way's config.
 
     Returns:
@@ -23,7 +23,7 @@ def fit_directions(way: str, path: str | None, sets: Sequence[str]) -> list[Path
         ConfigError: no such way, or a wrong key or value.
         RefineryError: as the way's function.
     """
-    from tasks.directions import WAYS, fit
+    from tasks.directions.ways import WAYS, fit
 
     if way not in WAYS:
         raise ConfigError(f"directions fit {way}: unknown way; {nearest(way, WAYS)}")

@@ -1,112 +1,37 @@
 """Edit runs from the command line or a TOML file: what to make of every stored sample.
 
-    refinery edit runs/faces runs/older --edit age=+2 --domain impasto --strength 0.7
+refinery edit runs/faces runs/older --edit age=+2 --domain impasto --strength 0.7
 
-    [[variant]]
-    name = "older"
-    edits = { age = 2.0 }
-    domains = { impasto = 0.7 }
-
-Plain functions, as in `pipeline.run`; the command line, the Prefect flow and a notebook call them.
+[[variant]]
+name = "older"
+edits = { age = 2.0 }
+domains = { impasto = 0.7 }
 """
 
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from models.errors import ConfigError
-from pipeline import run as stages
-from pipeline.config import EngineConfig, apply_set, read_toml, validated
-from pipeline.run import Plan, Summary
-from pipeline.tally import OnProgress, ignore_progress
-from tasks import ledger
-from tasks.edit.job import BlendConfig, EditJobConfig, StrengthConfig, VariantConfig
-from tasks.job import JobConfig, OutputConfig
+from pipeline.config import (
+    RunConfig,
+    apply_set,
+    read_toml,
+    run_config,
+    stored_defaults,
+    stored_job,
+    validated,
+)
+from tasks.edit_job import EditJobConfig, StrengthConfig, VariantConfig
+from tasks.run.ledger import read_run
+from tasks.run.source import check_has_codes
 
 MAX_VARIANTS = 64
 """Pictures of one sample; more is a mistyped sweep rather than a wish."""
 MAX_SWEEP = 1000
-
-
-class VariantTable(BaseModel):
-    """A `[[variant]]` table: one picture to make of every stored sample."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    """Column of its picture, and the end of its metrics' columns ("age_change@older")."""
-    edits: dict[str, float] = {}
-    """Strength by direction: a bundled name, a name in directions/, or a file."""
-    domains: dict[str, float] = {}
-    """Strength by domain: a bundled name, a name in domains/, or a folder."""
-    assigned: str | None = None
-    """A .csv or .parquet table: sample_key, domain and, if wanted, strength."""
-    blends: tuple[BlendConfig, ...] = ()
-    """Codes drawn towards those of other samples: sample_key, share and rows."""
-    residual: float = Field(default=1.0, ge=0)
-    """Strength of the sample's own kernel residual."""
-
-
-class EditRunConfig(BaseModel):
-    """One edit run: the job (what decides the bytes) and the engine (what does not)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    variant: tuple[VariantTable, ...] = ()
-    batch: int = Field(default=16, ge=1)
-    precision: Literal["float32", "bfloat16", "float16"] | None = None
-    """None: that of the edited run."""
-    perceptual: str = "auto"
-    """Perceptual distance of the drift, as for `invert`; "none" for no drift."""
-    identity: str | None = None
-    """Path or URL of ArcFace IR-SE50 weights; adds the drift of identity."""
-    attributes: str = "auto"
-    """Attribute scorer: "auto" (the bundled one where it fits the generator), a path, "none"."""
-    output: OutputConfig | None = None
-    """None: the pictures and the format that the edited run has stored, and the inversion."""
-    engine: EngineConfig = EngineConfig()
-
-    def job(self, source: str) -> EditJobConfig:
-        """The part that travels to the workers and is hashed into the run's id.
-
-        Args:
-            source: the run to be edited.
-
-        Raises:
-            LedgerError: there is no such run.
-            ConfigError: it holds edits itself, or has no input pictures although they are asked
-                for; an unknown direction or domain.
-        """
-        made = _inversion_job(source)
-        stored = made.output.pictures
-        pictures = stored if "inversion" in stored else (*stored, "inversion")
-        output = self.output or OutputConfig(
-            pictures=pictures, picture_format=made.output.picture_format
-        )
-        if "input" in output.pictures and "input" not in stored:
-            raise ConfigError(
-                f"output.pictures: {source} has stored no input pictures, only "
-                f'{", ".join(stored) or "codes"}; leave "input" out'
-            )
-        return EditJobConfig(
-            source=source,
-            source_run=ledger.read_run(source)["run_id"],
-            generator=made.generator,
-            method="+".join(method.name for method in made.methods),
-            variants=_resolved(self.variant, made.generator),
-            output=output,
-            batch=self.batch,
-            precision=self.precision or made.precision,
-            perceptual=self.perceptual,
-            identity=self.identity,
-            attributes=self.attributes,
-            domain_folders=(_place_of("domains"),) if any(v.assigned for v in self.variant) else (),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,63 +56,72 @@ class Wishes:
 
 
 def load_edit_config(
-    path: str | None = None, sets: Sequence[str] = (), wishes: Wishes | None = None
-) -> EditRunConfig:
+    source: str,
+    path: str | None = None,
+    sets: Sequence[str] = (),
+    wishes: Wishes | None = None,
+) -> RunConfig[EditJobConfig]:
     """Read, override and validate the config of an edit run; wishes add to the file's variants.
 
+    Args:
+        source: the run to be edited.
+
     Raises:
-        ConfigError: the file cannot be read, a key or value is wrong, a wish is malformed, or there
-            is nothing to make.
+        LedgerError: there is no such run.
+        ConfigError: the file cannot be read, a key or value is wrong, a wish is malformed, there is
+            nothing to make; the run's codes are those of another, or it has no input pictures
+            although they are asked for; an unknown direction or domain.
     """
     tables = read_toml(path) if path else {}
     for item in sets:
         apply_set(tables, item)
-    listed = tables.get("variant", [])
-    if isinstance(listed, list) and wishes is not None:
-        tables["variant"] = [*listed, *_variants(wishes)]
-    config = validated(EditRunConfig, tables)
-    if not config.variant:
+    listed = tables.pop("variant", [])
+    if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
+        raise ConfigError(f"variant: expected [[variant]] tables, found {listed!r}")
+    listed = [*listed, *_variants(wishes or Wishes())]
+    if not listed:
         raise ConfigError(
             "nothing to make: give --edit NAME=STRENGTH, --domain NAME, --assigned TABLE, --blend "
             "SAMPLE=SHARE, or [[variant]] tables in a config file"
         )
-    if len(config.variant) > MAX_VARIANTS:
+    if len(listed) > MAX_VARIANTS:
         raise ConfigError(
-            f"{len(config.variant)} pictures of every sample; expected at most {MAX_VARIANTS}: use "
+            f"{len(listed)} pictures of every sample; expected at most {MAX_VARIANTS}: use "
             "coarser sweeps, or several runs"
         )
-    return config
+    variants = tuple(_parsed(table, f"variant.{index}") for index, table in enumerate(listed))
+    check_has_codes(source)
+    given = stored_job(source) | {
+        "variants": _resolved(variants, read_run(source)["config"]["generator"]),
+        "domain_folders": (_place_of("domains"),) if any(v.assigned for v in variants) else (),
+    }
+    tables = {**stored_defaults(source), **tables, "output": _output(source, tables.get("output"))}
+    return run_config(EditJobConfig, tables, given, names=("variant",))
 
 
-def plan(source: str, run_uri: str, config: EditRunConfig, *, limit: int | None = None) -> Plan:
-    """Cut the source into shards, write manifest and run.json, or recognise what is there.
-
-    Raises:
-        AssetError, ConfigError: a direction, domain or weight file is missing or wrong.
-        LedgerError: no such source, one that is not finished, or OUT holds another run.
-    """
-    from tasks.edit.plan import plan_edits
-
-    job = config.job(source)
-    shards = plan_edits(source, limit)
-    return stages.write_plan(run_uri, job, stages.resolve_weights(job), shards)
+def _parsed(table: dict[str, Any], where: str) -> VariantConfig:
+    """A [[variant]] table, in which edits and domains are strengths by name."""
+    table = dict(table)
+    for kind in ("edits", "domains"):
+        if isinstance(strengths := table.get(kind), dict):
+            table[kind] = [{"name": k, "strength": v} for k, v in strengths.items()]
+    return validated(VariantConfig, table, where)
 
 
-def edit(
-    source: str,
-    run_uri: str,
-    config: EditRunConfig,
-    *,
-    limit: int | None = None,
-    on_progress: OnProgress = ignore_progress,
-) -> Summary:
-    """All stages in this process, without Prefect.
-
-    Raises:
-        RefineryError: as the stages.
-    """
-    plan(source, run_uri, config, limit=limit)
-    return stages.finish(run_uri, config.engine, on_progress)
+def _output(source: str, table: Any) -> Any:
+    """As asked for, or else the pictures and the format that the source has stored, and the
+    inversion."""
+    stored = read_run(source)["config"]["output"]
+    if table is None:
+        pictures = dict.fromkeys([*stored["pictures"], "inversion"])
+        return {"pictures": list(pictures), "picture_format": stored["picture_format"]}
+    wanted = table.get("pictures", ("input",)) if isinstance(table, dict) else ()
+    if "input" in wanted and "input" not in stored["pictures"]:
+        raise ConfigError(
+            f"output.pictures: {source} has stored no input pictures, only "
+            f'{", ".join(stored["pictures"]) or "codes"}; leave "input" out'
+        )
+    return table
 
 
 # ---------------------------------------------------------------------------- wishes
@@ -308,22 +242,12 @@ def _rows(text: str, where: str) -> list[int]:
 # ---------------------------------------------------------------------------- names to places
 
 
-def _inversion_job(source: str) -> JobConfig:
-    made = ledger.load_job(source)
-    if isinstance(made, EditJobConfig):
-        raise ConfigError(
-            f"{source} holds edited pictures, not codes to edit; edit the run they were made from, "
-            f"{made.source}, with all the edits together"
-        )
-    return made
-
-
-def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[VariantConfig, ...]:
+def _resolved(variants: Sequence[VariantConfig], generator_name: str) -> tuple[VariantConfig, ...]:
     """Names become places that every worker finds, whatever its working directory."""
     from models.adaptation.domain import find_domain
     from models.checkpoints.load import load_generator
     from models.editing.find import find_direction
-    from tasks.device import local_copy
+    from tasks.work.device import local_copy
 
     generator = load_generator(local_copy(generator_name))
 
@@ -339,24 +263,19 @@ def _resolved(tables: Sequence[VariantTable], generator_name: str) -> tuple[Vari
     def domain(name: str) -> str:
         return place(name, [Path(name), Path("domains", name)], find_domain)
 
-    def strengths(
-        wanted: Mapping[str, float], found: Callable[[str], str]
+    def placed(
+        wanted: Sequence[StrengthConfig], found: Callable[[str], str]
     ) -> tuple[StrengthConfig, ...]:
-        return tuple(StrengthConfig(name=found(k), strength=v) for k, v in wanted.items())
+        return tuple(replace(each, name=found(each.name)) for each in wanted)
 
     return tuple(
-        VariantConfig(
-            name=table.name,
-            edits=tuple(
-                StrengthConfig(name=direction(k), strength=v) for k, v in table.edits.items()
-            ),
-            domains=tuple(
-                StrengthConfig(name=domain(k), strength=v) for k, v in table.domains.items()
-            ),
-            blends=table.blends,
-            residual=table.residual,
+        replace(
+            variant,
+            edits=placed(variant.edits, direction),
+            domains=placed(variant.domains, domain),
+            assigned=None if variant.assigned is None else _place_of(variant.assigned),
         )
-        for table in tables
+        for variant in variants
     )
 
 

@@ -11,20 +11,18 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.concurrency.sync import concurrency
 
-from pipeline import edit as edits
-from pipeline import run as stages
 from pipeline.adapt import adapt, load_adapt_config
 from pipeline.directions import fit_directions as fit
-from pipeline.edit import EditRunConfig, Wishes, load_edit_config
+from pipeline.edit import Wishes, load_edit_config
 from pipeline.flows import (
     GPU_LIMIT,
     RETRY_ON_OUTAGE,
     ProgressBar,
-    finish_run,
+    run_stages,
     scheduled_day,
     show_picture,
 )
-from pipeline.run import Plan, Summary
+from pipeline.run import Summary
 from tasks.adapt.config import AdaptConfig
 
 
@@ -52,16 +50,10 @@ def edit_dataset(
         IncompleteRun: shards were quarantined, or verification found problems.
         RefineryError: as the stages of `pipeline.run`.
     """
-    settings = load_edit_config(config, overrides or [], wishes)
     day = scheduled_day()
     source, run_uri = source_uri.replace("{date}", day), output_uri.replace("{date}", day)
-    stages.check_places(source, run_uri)
-    return finish_run(plan_edit(source, run_uri, settings, limit), settings.engine)
-
-
-@task(name="plan-edit", **RETRY_ON_OUTAGE)
-def plan_edit(source: str, run_uri: str, config: EditRunConfig, limit: int | None) -> Plan:
-    return edits.plan(source, run_uri, config, limit=limit)
+    settings = load_edit_config(source, config, overrides or [], wishes)
+    return run_stages(source, run_uri, settings, limit)
 
 
 @flow(name="adapt-domain")

@@ -7,13 +7,13 @@ from itertools import islice
 
 from rich.table import Table
 
-from pipeline.config import RunConfig
+from pipeline.config import InvertConfig
 from pipeline.progress import duration
 from pipeline.run import local_device
 from pipeline.screen import pairs, size
+from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
-from tasks.manifest import plan_shards
-from tasks.read import read_shard
+from tasks.run.manifest import plan_shards
 
 SAMPLED = 64
 """Pictures of the first tar whose mean size stands for all, where only reading would count them."""
@@ -63,7 +63,7 @@ def list_input(source: str, shard_size: int, limit: int | None, settings: InputC
     )
 
 
-def estimate(source: str, config: RunConfig, *, limit: int | None, count: int) -> Table:
+def estimate(source: str, config: InvertConfig, *, limit: int | None, count: int) -> Table:
     """The table of `refinery plan`.
 
     Args:
@@ -73,7 +73,7 @@ def estimate(source: str, config: RunConfig, *, limit: int | None, count: int) -
     Raises:
         RefineryError: the input cannot be listed, or the probe fails.
     """
-    found = list_input(source, config.engine.shard_size, limit, config.input)
+    found = list_input(source, config.engine.shard_size, limit, config.job.input)
     about = "" if found.is_counted else "about "
     kinds = ", ".join(f"{kind} {number}" for kind, number in found.kinds.items())
     values = {
@@ -81,18 +81,18 @@ def estimate(source: str, config: RunConfig, *, limit: int | None, count: int) -
         "shards": f"{found.num_shards} ({kinds})",
         "images": f"{about}{found.num_images}",
         "bytes": size(found.num_bytes),
-        "methods": " then ".join(link.name for link in config.method),
+        "methods": " then ".join(link.name for link in config.job.methods),
     }
     if count:
         values |= _probed(source, config, found, count)
     return pairs("", values)
 
 
-def _probed(source: str, config: RunConfig, found: Listing, count: int) -> dict[str, str]:
-    from tasks.probe import probe
+def _probed(source: str, config: InvertConfig, found: Listing, count: int) -> dict[str, str]:
+    from tasks.work.probe import probe
 
     device = local_device()
-    result = probe(config.job(), source, count, device)
+    result = probe(config.job, source, count, device)
     speeds = ", ".join(f"{stage} {pace:.1f}" for stage, pace in result.images_per_s.items())
     device_s = sum(found.num_images / result.images_per_s[stage] for stage in ("invert", "score"))
     total_s = found.num_images / result.images_per_s["total"]

@@ -3,7 +3,7 @@
 import errno
 
 from models.errors import LedgerError
-from tasks.storage_errors import BAD_CREDENTIALS, error_code, is_unreachable
+from tasks.storage.errors import BAD_CREDENTIALS, error_code, is_unreachable
 
 
 def is_passing(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ from prefect.runtime import flow_run
 
 from models.errors import RefineryError
 from pipeline import run as stages
-from pipeline.config import EngineConfig, RunConfig, load_config
+from pipeline.config import EngineConfig, RunConfig, load_config, load_stored_config
 from pipeline.faults import is_passing
 from pipeline.preview import preview_png
 from pipeline.run import Outcome, Plan, Summary
@@ -109,24 +109,47 @@ def invert_dataset(
         IncompleteRun: shards were quarantined, or verification found problems.
         RefineryError: as the stages of `pipeline.run`.
     """
-    settings = load_config(config, overrides or [], methods or [])
     run_uri = output_uri.replace("{date}", scheduled_day())
-    stages.check_places(input_uri, run_uri)
-    planned = plan_run(input_uri, run_uri, settings, limit)
-    return finish_run(planned, settings.engine)
+    return run_stages(
+        input_uri, run_uri, load_config(config, overrides or [], methods or []), limit
+    )
 
 
-def finish_run(planned: Plan, engine: EngineConfig) -> Summary:
-    """All stages after the plan, inside a flow.
+@flow(name="run-over-run", flow_run_name="{output_uri}")
+def run_over_run(
+    kind: str,
+    source_uri: str,
+    output_uri: str,
+    config: str | None = None,
+    overrides: list[str] | None = None,
+    limit: int | None = None,
+) -> Summary:
+    """A job of any kind over a run's stored samples: plan, run shards, seal, verify, report.
+
+    Args:
+        kind: a name of `tasks.work.kinds.KINDS`, e.g. "rescore".
+        source_uri: a finished run. `{date}` as in `output_uri`.
+        output_uri, config, overrides, limit: as in `invert_dataset`.
+
+    Raises:
+        IncompleteRun, RefineryError: as `invert_dataset`.
+    """
+    day = scheduled_day()
+    source, run_uri = source_uri.replace("{date}", day), output_uri.replace("{date}", day)
+    settings = load_stored_config(kind, source, config, overrides or [])
+    return run_stages(source, run_uri, settings, limit)
+
+
+def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | None) -> Summary:
+    """All stages, inside a flow.
 
     Raises:
         IncompleteRun: shards were quarantined, or verification found problems.
     """
-    run_uri = planned.run.uri
-    outcome = run_shards(planned, engine)
+    stages.check_places(source, run_uri)
+    outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
     problems = seal_and_verify(run_uri)
-    report_uri = write_report(run_uri)
-    summary = Summary(outcome=outcome, problems=problems, report_uri=report_uri)
+    summary = Summary(outcome=outcome, problems=problems, report_uri=write_report(run_uri))
     publish(summary)
     if not summary.is_clean:
         raise IncompleteRun(summary)
@@ -134,8 +157,8 @@ def finish_run(planned: Plan, engine: EngineConfig) -> Summary:
 
 
 @task(name="plan", **RETRY_ON_OUTAGE)
-def plan_run(input_uri: str, run_uri: str, config: RunConfig, limit: int | None) -> Plan:
-    return stages.plan(input_uri, run_uri, config, limit=limit)
+def plan_run(source: str, run_uri: str, config: RunConfig[Any], limit: int | None) -> Plan:
+    return stages.plan(source, run_uri, config, limit=limit)
 
 
 @task(name="run-shards", **RETRY_ON_OUTAGE)

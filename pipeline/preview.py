@@ -5,8 +5,8 @@ import io
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks import ledger
-from tasks.storage import join, open_filesystem
+from tasks.run import ledger
+from tasks.storage.files import join, open_filesystem
 
 COLUMNS = 8
 MAX_ROWS = 16

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from pipeline.tally import OnProgress, Snapshot
-
 if TYPE_CHECKING:
+    from pipeline.tally import OnProgress, Snapshot
     from tasks.adapt.job import AdaptProgress
 
 PLAIN_INTERVAL_S = 10.0
@@ -22,10 +21,10 @@ Shown = tuple[int, int, str]
 """Done, total, and what the line says."""
 
 
-def progress_line(console: Console) -> AbstractContextManager[OnProgress]:
+def progress_line(console: Console) -> "AbstractContextManager[OnProgress]":
     """A listener that shows snapshots of a run until the block ends."""
 
-    def shown(snapshot: Snapshot) -> Shown:
+    def shown(snapshot: "Snapshot") -> Shown:
         finished = snapshot.shards_done + snapshot.shards_quarantined
         return finished, snapshot.shards_total, describe(snapshot)
 
@@ -81,7 +80,7 @@ class _PlainLines(Generic[T]):
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
-def describe(snapshot: Snapshot) -> str:
+def describe(snapshot: "Snapshot") -> str:
     """ "12/40 shards, 3072/10240 images, 3 failed, 41.2 images/s, ETA 0:02:54"."""
     images = f"{snapshot.rows_done}"
     if snapshot.rows_total is not None:

@@ -7,21 +7,20 @@ same ones; each stage starts from what the one before it left in storage, so eac
 import gc
 import importlib.metadata
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
-from tasks import ledger, manifest
-from tasks.job import ShardSpec
-from tasks.work import load_machine
+from tasks.job import Job
+from tasks.run import ledger, manifest
+from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
-    from tasks.verify import VerifyReport
+    from tasks.verify.run import VerifyReport
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The end of `invert`: the outcome, what verification found, where the report is."""
+    """The end of a run: the outcome, what verification found, where the report is."""
 
     outcome: Outcome
     problems: tuple[str, ...]
@@ -88,47 +87,28 @@ def code_version() -> str:
     return importlib.metadata.version("style-refinery")
 
 
-def resolve_weights(job: ledger.Job) -> dict[str, str]:
-    """Load the job's models once on the CPU: a wrong checkpoint fails here, before any other work.
-
-    Returns:
-        sha256 by name, the part of the run's id that speaks for the weights.
-
-    Raises:
-        AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
-    """
-    hashes = dict(load_machine(job, "cpu").hashes)
-    gc.collect()
-    return hashes
-
-
-def plan(input_uri: str, run_uri: str, config: RunConfig, *, limit: int | None = None) -> Plan:
+def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None = None) -> Plan:
     """List the input, write manifest and run.json, or recognise the run that is already there.
 
+    The job's models are loaded once on the CPU: a wrong checkpoint fails before any other work.
+
     Args:
+        source: what the job reads: pictures, or a run.
         limit: only the first samples.
 
     Raises:
-        AssetError, ConfigError: see `resolve_weights`.
+        AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
         LedgerError: the directory holds another run, or cannot be written.
     """
-    job = config.job()
-    hashes = resolve_weights(job)
-    shards = manifest.plan_shards(input_uri, config.engine.shard_size, limit, job.input)
-    return write_plan(run_uri, job, hashes, shards)
-
-
-def write_plan(
-    run_uri: str, job: ledger.Job, hashes: dict[str, str], shards: Iterable[ShardSpec]
-) -> Plan:
-    """Write manifest and run.json, or recognise the run that is already there.
-
-    Raises:
-        LedgerError: the directory holds another run, or cannot be written.
-    """
+    job = config.job
+    station = load_station(job, "cpu")
+    hashes, declared = dict(station.hashes), station.declared
+    del station
+    gc.collect()
+    shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
     info = manifest.write_manifest(run_uri, shards)
-    run = ledger.create_run(run_uri, job, info, hashes, code_version())
+    run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
         hashes=hashes,
@@ -146,7 +126,7 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
     record = ledger.read_run(run_uri)
-    handle, job = ledger.open_run(run_uri), ledger.load_job(run_uri)
+    handle, job = ledger.open_run(run_uri), load_job(run_uri)
     markers = ledger.read_markers(run_uri)
     waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
     tally = Tally(
@@ -185,7 +165,7 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
 
 def _work(
     handle: ledger.RunHandle,
-    job: ledger.Job,
+    job: Job,
     hashes: dict[str, str],
     engine: EngineConfig,
     tally: Tally,
@@ -238,7 +218,7 @@ def verify(run_uri: str, *, deep: bool = True) -> "VerifyReport":
     Raises:
         LedgerError: there is no run.
     """
-    from tasks.verify import verify as verify_run
+    from tasks.verify.run import verify as verify_run
 
     return verify_run(run_uri, deep=deep)
 
@@ -254,20 +234,20 @@ def report(run_uri: str) -> str:
     return write_report(run_uri)
 
 
-def invert(
-    input_uri: str,
+def carry_out(
+    source: str,
     run_uri: str,
-    config: RunConfig,
+    config: RunConfig[Any],
     *,
     limit: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Summary:
-    """All stages in this process, without Prefect.
+    """All stages in this process, without Prefect, whichever kind of job it is.
 
     Raises:
         RefineryError: as the stages.
     """
-    plan(input_uri, run_uri, config, limit=limit)
+    plan(source, run_uri, config, limit=limit)
     return finish(run_uri, config.engine, on_progress)
 
 
@@ -305,13 +285,12 @@ __all__ = [
     "Plan",
     "Snapshot",
     "Summary",
+    "carry_out",
     "check_places",
     "finish",
-    "invert",
     "plan",
     "report",
     "run",
     "seal",
     "verify",
-    "write_plan",
 ]

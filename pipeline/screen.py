@@ -3,16 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import duration
-from pipeline.run import Summary
-from pipeline.status import Status
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.run import Summary
+    from pipeline.status import Status
 
 MAX_QUERY_ROWS = 50
 MAX_QUERY_RECORDS = 10
@@ -30,7 +33,7 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     return table
 
 
-def show_summary(console: Console, summary: Summary) -> None:
+def show_summary(console: Console, summary: "Summary") -> None:
     """The end of `invert`."""
     outcome = summary.outcome
     values: dict[str, Any] = {
@@ -50,7 +53,7 @@ def show_summary(console: Console, summary: Summary) -> None:
         console.print(reasons("Problems", dict(enumerate(others))))
 
 
-def show_status(console: Console, status: Status) -> None:
+def show_status(console: Console, status: "Status") -> None:
     """The answer of `status`."""
     state = "sealed" if status.is_sealed else "open"
     total = "" if status.rows_total is None else f" of {status.rows_total}"
@@ -100,7 +103,7 @@ def reasons(title: str, found: Mapping[int, str]) -> Table:
     return table
 
 
-def query_table(found: pa.Table, width: int) -> Table:
+def query_table(found: "pa.Table", width: int) -> Table:
     """The first rows of a result; long lists are cut, pictures named by their size.
 
     Args:
@@ -111,8 +114,8 @@ def query_table(found: pa.Table, width: int) -> Table:
         return _query_records(found)
     table = Table(title_justify="left", header_style="bold")
     for name in found.column_names:
-        kind = found.schema.field(name).type
-        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        kind = str(found.schema.field(name).type)
+        is_number = kind.startswith(("int", "uint", "float", "double"))
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in found.slice(0, MAX_QUERY_ROWS).to_pylist():
         table.add_row(*(Text(cell(value)) for value in row.values()))
@@ -120,7 +123,7 @@ def query_table(found: pa.Table, width: int) -> Table:
     return table
 
 
-def _query_records(found: pa.Table) -> Table:
+def _query_records(found: "pa.Table") -> Table:
     table = Table(title_justify="left", show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -132,7 +135,7 @@ def _query_records(found: pa.Table) -> Table:
     return table
 
 
-def _cut_note(found: pa.Table, shown: int) -> str | None:
+def _cut_note(found: "pa.Table", shown: int) -> str | None:
     if found.num_rows <= shown:
         return None
     return (

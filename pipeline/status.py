@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 
-from tasks import ledger
+from tasks.run import ledger
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What runs shards: one generator, one method chain, one lock around the device.
+"""What runs shards: one station, one lock around its device.
 
 The same object is called in a loop by `pipeline.inline` and lives in a Ray actor in
 `pipeline.pool`. torch is imported when work starts, not with this file.
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from models.errors import AssetError, ConfigError, LedgerError, RefineryError
 from pipeline.faults import is_cuda_error, is_passing, is_refused
 from pipeline.schedule import Failure
-from tasks.sources.sample import CorruptFileError
-from tasks.work import do_shard, load_machine
+from tasks.input.sample import CorruptFileError
+from tasks.work.kinds import load_station
 
 if TYPE_CHECKING:
-    from tasks.ledger import Job, RunHandle
-    from tasks.work import Machine
+    from tasks.job import Job
+    from tasks.run.ledger import RunHandle
+    from tasks.work.station import Station
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,12 @@ class ShardWorker:
 
     def __init__(self, order: WorkOrder) -> None:
         self.order = order
-        self._machine: Machine | None = None
+        self._station: Station | None = None
         self._building = threading.Lock()
         self._device_lock = threading.Lock()
 
     def start(self) -> str:
-        """Load generator and methods, check that they are the run's.
+        """Load the models, check that they are the run's.
 
         Returns:
             Where this worker lives, for the log.
@@ -90,13 +91,14 @@ class ShardWorker:
 
         A CUDA error ends the process: its context is unusable from then on.
         """
-        from tasks.manifest import read_shard_spec
+        from tasks.run.manifest import read_shard_spec
+        from tasks.work.shard import do_shard
 
         started = time.monotonic()
         try:
-            machine = self._loaded()
+            station = self._loaded()
             spec = read_shard_spec(self.order.run.uri, shard)
-            marker = do_shard(spec, self.order.job, self.order.run, machine, self._device_lock)
+            marker = do_shard(spec, self.order.run, station, self._device_lock)
         except Exception as error:
             if is_cuda_error(error):
                 self._leave(shard, error)
@@ -114,18 +116,18 @@ class ShardWorker:
             shard=shard, rows=marker.rows, failed=marker.failed, seconds=dict(marker.seconds)
         )
 
-    def _loaded(self) -> "Machine":
+    def _loaded(self) -> "Station":
         import torch
 
         # Per thread: OpenMP keeps the count of the thread that set it.
         torch.set_num_threads(self.order.threads)
         with self._building:
-            if self._machine is None:
-                machine = load_machine(self.order.job, self.order.device, self.order.threads)
-                if machine.hashes != self.order.hashes:
-                    raise AssetError(changed_weights(self.order.hashes, machine.hashes))
-                self._machine = machine
-            return self._machine
+            if self._station is None:
+                station = load_station(self.order.job, self.order.device, self.order.threads)
+                if station.hashes != self.order.hashes:
+                    raise AssetError(changed_weights(self.order.hashes, station.hashes))
+                self._station = station
+            return self._station
 
     def _leave(self, shard: int, error: Exception) -> None:
         logger.critical("shard=%05d the CUDA context is broken, leaving: %s", shard, error)

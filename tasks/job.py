@@ -1,10 +1,17 @@
-"""What one inversion job is: plain frozen values that travel to every worker.
+"""What a job is: plain frozen values that travel to every worker.
 
-`pipeline.config` validates a TOML file into these; `run_shard` reads nothing else.
+`pipeline.config` validates a TOML file into these; the stations of `tasks.work` read nothing else.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+PLACE = {"place": "always"}
+"""Metadata of a field that says where something lies; a run's id hashes what lies there instead."""
+FILE = {"place": "where it names a file"}
+"""The same of a field that may hold a name, or settings, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +19,7 @@ class MethodConfig:
     """One link of the method chain: a registry name and its settings (already validated)."""
 
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, metadata=FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +36,12 @@ class InputConfig:
     """crop: largest centred square; resize: stretch; align: five landmarks onto `template`."""
     landmarks_column: str = "landmarks5"
     """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
-    template: Literal["face", "ffhq"] | str = "face"
+    template: Literal["face", "ffhq"] | str = field(default="face", metadata=FILE)
     """align: target points; "face" is the bundled generator's template; or a JSON file of five."""
     detector: str | None = None
     """align: "package.module:function" that finds the five points (0..1) in an upright [H W 3]
     picture, or returns None; asked where there are no landmarks."""
-    max_pixels: int = 100_000_000
+    max_pixels: Annotated[int, Ge(1)] = 100_000_000
     """Pictures with more pixels fail as rows (decompression bombs)."""
 
 
@@ -53,28 +60,54 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
-    """Everything that decides the bytes of a run, and nothing else (no engine settings)."""
+class Job:
+    """What every kind of job says: everything that decides the bytes of a run, and nothing else (no
+    engine settings)."""
 
-    generator: str
+    __pydantic_config__ = {"extra": "forbid"}
+
+    kind: ClassVar[str]
+    """The job's line in `tasks.work.kinds.KINDS`."""
+
+    generator: str = field(metadata=PLACE)
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
-    methods: tuple[MethodConfig, ...]
-    input: InputConfig = field(default_factory=InputConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-    batch: int = 16
-    """Pictures inverted together. It never changes a result by more than rounding."""
-    seed: int = 0
+    batch: Annotated[int, Ge(1)] = 16
+    """Samples worked on together. It never changes a result by more than rounding."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
     perceptual: str = "auto"
     """Perceptual distance to score with: "auto" (LPIPS where its weights are cached, else ours),
     "refinery" (the bundled trunk), "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
-    identity: str | None = None
-    """Path or URL of ArcFace IR-SE50 weights; adds the `identity` column."""
+    identity: str | None = field(default=None, metadata=PLACE)
+    """Path or URL of ArcFace IR-SE50 weights; adds a column of identity."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values, the part of run.json that is hashed."""
+        """JSON-ready values, as run.json has them."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(Job):
+    """An inversion."""
+
+    kind: ClassVar[str] = "invert"
+
+    methods: tuple[MethodConfig, ...]
+    input: InputConfig = field(default_factory=InputConfig)
+    seed: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredJob(Job):
+    """Work on the stored samples of a finished run."""
+
+    source: str = field(metadata=PLACE)
+    """The run."""
+    source_run: str
+    """Its run id."""
+    method: str
+    """Its method chain, e.g. "e4e+wplus"."""
 
 
 @dataclass(frozen=True, kw_only=True)

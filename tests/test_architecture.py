@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "tasks", "pipeline")
-PIPELINE_ONLY = {"ray", "prefect", "pydantic", "cyclopts", "rich"}
-TASKS_UP = {"pyarrow", "fsspec", "s3fs", "duckdb", "usearch", "matplotlib"}
+PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich"}
+TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "usearch", "matplotlib"}
 
 
 def imported(path: Path) -> set[str]:
@@ -40,6 +40,46 @@ def test_imports_go_down_only(layer: str) -> None:
     assert sources(layer)
     wrong = {str(p.relative_to(ROOT)): sorted(imported(p) & forbidden) for p in sources(layer)}
     assert {path: names for path, names in wrong.items() if names} == {}
+
+
+ROOMS = (
+    "storage",
+    "input",
+    "run",
+    "work",
+    "verify",
+    "report",
+    "directions",
+    "adapt",
+    "training",
+    "benchmark",
+)
+"""The folders of tasks/, from the ground up."""
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Folders of tasks/ that a file imports from."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tasks":
+            found |= {f"{node.module}.{alias.name}".split(".")[1] for alias in node.names}
+        assert not isinstance(node, ast.Import) or "tasks." not in ast.unparse(node), path
+    return found & {*ROOMS}
+
+
+def test_rooms_of_tasks_import_down_only() -> None:
+    """No room imports one above it; so there is no cycle either."""
+    folders = {p.name for p in (ROOT / "tasks").iterdir() if (p / "__init__.py").exists()}
+    assert folders == set(ROOMS)
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(above)
+        for floor, name in enumerate(ROOMS)
+        for path in (ROOT / "tasks" / name).rglob("*.py")
+        if (above := rooms_imported(path) & set(ROOMS[floor + 1 :]))
+    }
+    assert wrong == {}
+    for path in (ROOT / "tasks").glob("*.py"):
+        assert rooms_imported(path) == set(), path
 
 
 def test_models_have_no_postponed_annotations() -> None:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError
-from models.inversion.base import Method
-from models.stylegan2.generator import Generator
+
+if TYPE_CHECKING:
+    from models.inversion.base import Method
+    from models.stylegan2.generator import Generator
 
 METHODS: dict[str, str] = {
     "cycle": "models.inversion.cycle:Cycle",
@@ -24,7 +26,7 @@ METHODS: dict[str, str] = {
 }
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str) -> "type[Method]":
     """The class behind a registry line.
 
     Raises:
@@ -38,7 +40,7 @@ def method_class(name: str) -> type[Method]:
     return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
 
-def load_method(name: str, generator: Generator, **config: Any) -> Method:
+def load_method(name: str, generator: "Generator", **config: Any) -> "Method":
     """Build a method for a generator. It loads its assets: a missing one fails before any work.
 
     Raises:

@@ -1,15 +1,17 @@
 """Commands that edit stored samples and make what edits need. Heavy imports wait inside."""
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.jobs import begin_server, run_job
+from pipeline.commands.jobs import begin_flow, run_job, with_engine
 from pipeline.commands.terminal import (
     OK,
     Config,
+    Engine,
+    Flow,
     Limit,
     Out,
     Run,
@@ -20,7 +22,6 @@ from pipeline.commands.terminal import (
 
 if TYPE_CHECKING:
     from pipeline.run import Summary
-    from pipeline.tally import OnProgress
 
 directions = App(name="directions", help="Directions of the latent space: fit them, list them.")
 
@@ -56,9 +57,9 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
     each: bool = False,
     config: Config = None,
     sets: Sets = None,
-    engine: Literal["ray", "inline"] | None = None,
+    engine: Engine = None,
     limit: Limit = None,
-    flow: bool = True,
+    flow: Flow = True,
 ) -> int:
     """Edit every stored sample of RUN into the run OUT, without its original pictures. Run the same
     command again to resume.
@@ -68,15 +69,11 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
             strength: each sample's own domain.
         strength: of every --domain; 0 is the plain generator, between them lies the morph.
         each: one picture for each --edit, --domain and --blend, instead of one with all together.
-        engine: where the shards run; inline is a loop in this process, for debugging.
-        flow: run as a Prefect flow, on the server of PREFECT_API_URL or a private one.
     """
-    server = begin_server(flow)
+    sets = with_engine(sets, engine)
+    flow, server = begin_flow(flow, config, sets)
     from pipeline.edit import Wishes, load_edit_config
-    from pipeline.edit import edit as edit_plainly
-    from pipeline.run import check_places
 
-    sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
     wishes = Wishes(
         edits=edits or (),
         domains=domains or (),
@@ -85,18 +82,14 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
         strength=strength,
         is_each=each,
     )
-    settings = load_edit_config(config, sets, wishes)
-    check_places(run, output)
-
-    def plainly(on_progress: "OnProgress") -> "Summary":
-        return edit_plainly(run, output, settings, limit=limit, on_progress=on_progress)
 
     def in_flow() -> "Summary":
         from pipeline.edit_flows import edit_dataset
 
         return edit_dataset(run, output, config, sets, wishes, limit)
 
-    return run_job(plainly, in_flow if flow else None, server)
+    settings = load_edit_config(run, config, sets, wishes)
+    return run_job(run, output, settings, limit, in_flow if flow else None, server)
 
 
 def adapt(

@@ -1,12 +1,15 @@
 """Commands over runs. Heavy imports wait inside, so that --help is immediate."""
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pipeline.commands.jobs import begin_server, run_job
+from pipeline.commands.jobs import begin_flow, run_job, with_engine
 from pipeline.commands.terminal import (
     OK,
     UNCLEAN,
     Config,
+    Engine,
+    Flow,
     In,
     Limit,
     Methods,
@@ -16,10 +19,10 @@ from pipeline.commands.terminal import (
     console,
     error_console,
 )
+from tasks.work.kinds import KINDS
 
 if TYPE_CHECKING:
     from pipeline.run import Summary
-    from pipeline.tally import OnProgress
 
 
 def demo(*, out: str = "runs") -> int:
@@ -64,38 +67,60 @@ def invert(  # noqa: PLR0913 - a command's options are its arguments
     config: Config = None,
     sets: Sets = None,
     methods: Methods = None,
-    engine: Literal["ray", "inline"] | None = None,
+    engine: Engine = None,
     limit: Limit = None,
     dry_run: bool = False,
-    flow: bool = True,
+    flow: Flow = True,
 ) -> int:
     """Invert every picture of IN into the run OUT. Run the same command again to resume.
 
     Args:
-        engine: where the shards run; inline is a loop in this process, for debugging.
         dry_run: print the plan and the resolved config, do nothing.
-        flow: run as a Prefect flow, on the server of PREFECT_API_URL or a private one.
     """
-    sets = [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
+    sets = with_engine(sets, engine)
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
-    server = begin_server(flow)
+    flow, server = begin_flow(flow, config, sets)
     from pipeline.config import load_config
-    from pipeline.run import check_places
-    from pipeline.run import invert as invert_plainly
-
-    settings = load_config(config, sets, methods or [])
-    check_places(source, output)
-
-    def plainly(on_progress: "OnProgress") -> "Summary":
-        return invert_plainly(source, output, settings, limit=limit, on_progress=on_progress)
 
     def in_flow() -> "Summary":
         from pipeline.flows import invert_dataset
 
         return invert_dataset(source, output, config, sets, methods, limit)
 
-    return run_job(plainly, in_flow if flow else None, server)
+    settings = load_config(config, sets, methods or [])
+    return run_job(source, output, settings, limit, in_flow if flow else None, server)
+
+
+def over_run(kind: str) -> Callable[..., int]:
+    """The command of a kind of job that works on the samples of a run."""
+
+    def command(
+        run: Run,
+        output: Out,
+        /,
+        *,
+        config: Config = None,
+        sets: Sets = None,
+        engine: Engine = None,
+        limit: Limit = None,
+        flow: Flow = True,
+    ) -> int:
+        sets = with_engine(sets, engine)
+        flow, server = begin_flow(flow, config, sets)
+        from pipeline.config import load_stored_config
+
+        def in_flow() -> "Summary":
+            from pipeline.flows import run_over_run
+
+            return run_over_run(kind, run, output, config, sets, limit)
+
+        settings = load_stored_config(kind, run, config, sets)
+        return run_job(run, output, settings, limit, in_flow if flow else None, server)
+
+    command.__name__ = kind
+    command.__doc__ = KINDS[kind].summary
+    return command
 
 
 def _dry_run(
@@ -134,10 +159,10 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     Args:
         deep: read the parts and check their sha256 and keys too.
     """
-    from pipeline.run import verify as verify_run
     from pipeline.screen import count
+    from tasks.verify.run import verify as verify_run
 
-    found = verify_run(run, deep=deep)
+    found = verify_run(run, deep)
     for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     verdict = count(len(found.problems), "problem") if found.problems else "clean"
@@ -152,8 +177,8 @@ def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
         sql: e.g. "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10".
         out: write the result to a .csv, .json or .parquet file instead of printing it.
     """
-    from tasks.query import export
-    from tasks.query import query as run_query
+    from tasks.run.query import export
+    from tasks.run.query import query as run_query
 
     found = run_query(run, sql)
     if out is not None:
@@ -168,7 +193,7 @@ def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
 
 def report(run: Run, /) -> int:
     """Write the run's page of pictures and figures, one HTML file."""
-    from pipeline.run import report as write_report
+    from tasks.report import write_report
 
     console.print(write_report(run), highlight=False, soft_wrap=True)
     return OK

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -37,3 +37,18 @@ Methods = Annotated[
     Parameter(name="--method", help="Method chain: --method e4e --method wplus."),
 ]
 Limit = Annotated[int | None, Parameter(name="--limit", help="Only the first samples.")]
+Engine = Annotated[
+    Literal["ray", "inline"] | None,
+    Parameter(
+        name="--engine",
+        help="Where the shards run; inline is a loop in this process, for debugging.",
+    ),
+]
+Flow = Annotated[
+    bool,
+    Parameter(
+        name="--flow",
+        help="Run as a Prefect flow, on the server of PREFECT_API_URL or a private one; with the "
+        "inline engine only on the former.",
+    ),
+]

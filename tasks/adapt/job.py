@@ -30,13 +30,13 @@ from models.inversion.registry import load_method, method_class
 from models.losses.clip import load_clip
 from models.losses.identity import load_identity
 from models.losses.trunk import load_trunk
+from models.pictures import save_grid
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.adapt.config import TERMS, AdaptConfig, DomainConfig
 from tasks.adapt.forms import Form, make_form
 from tasks.adapt.guidance import Guide, Judges, Reference, Seen, look
 from tasks.adapt.loop import Descent, DomainState
 from tasks.adapt.references import load_references
-from tasks.training.grids import save_grid
 
 SOURCE_PICTURES = 64
 """Generated pictures whose mean embedding a set's direction starts from (StyleGAN-NADA: 16)."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from models.errors import ConfigError, RefineryError, SampleError
 from tasks.adapt.config import DomainConfig
-from tasks.decode import decode
+from tasks.input.decode import decode
+from tasks.input.plan import plan_shards
+from tasks.input.read import read_shard
 from tasks.job import InputConfig
-from tasks.read import read_shard
-from tasks.shards import plan_shards
 
 logger = logging.getLogger(__name__)
 

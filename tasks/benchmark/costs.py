@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.inversion.base import Method
 from models.losses.perceptual import Perceptual
-from tasks.inverter import Inverter
-from tasks.ledger import read_markers
+from tasks.run.ledger import read_markers
+from tasks.work.invert import Inverter
 
 TIMED = 10
 """Pictures inverted one by one, after one that warms up."""

@@ -22,11 +22,11 @@ from models.editing.direction import Direction, apply_edits
 from models.editing.find import find_direction
 from models.inversion.base import Inversion
 from models.losses.perceptual import load_perceptual
+from models.pictures import to_bytes
 from models.stylegan2.generator import Generator, weights_hash
-from tasks.ledger import read_run
-from tasks.machine import describe_machine
-from tasks.stored import read_inversions
-from tasks.training.grids import to_bytes
+from tasks.benchmark.machine import describe_machine
+from tasks.run.ledger import read_run
+from tasks.run.stored import read_inversions
 
 STRENGTHS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 TOLERANCE = 0.02
@@ -146,7 +146,7 @@ def edit_response(
     """The response to every direction, ready for `markdown` and for JSON.
 
     Args:
-        found: stored codes with whatever doors they have (`tasks.stored.read_inversions`).
+        found: stored codes with whatever doors they have (`tasks.run.stored.read_inversions`).
         distance: perceptual, [N] for two batches of pictures.
 
     Raises:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from models.pictures import to_bytes
 from tasks.report.charts import ticks
-from tasks.training.grids import to_bytes
 
 WIDTH, HEIGHT, MARGIN = 760, 460, 70
 RADII = (5.0, 22.0)

@@ -28,9 +28,9 @@ from models.losses.perceptual import Perceptual
 from models.stylegan2.generator import Generator
 from tasks.benchmark.costs import costs
 from tasks.benchmark.faces import FaceNetwork, attribute_changes
-from tasks.inverter import Inverter
-from tasks.query import query
-from tasks.stored import read_inversions
+from tasks.run.query import query
+from tasks.run.stored import read_inversions
+from tasks.work.invert import Inverter
 
 EDITS: tuple[tuple[str, float], ...] = (
     ("age", 3.0),

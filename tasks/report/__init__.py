@@ -2,7 +2,7 @@
 
 from tasks.report.data import gather
 from tasks.report.page import render_page
-from tasks.storage import join, write_bytes
+from tasks.storage.files import join, write_bytes
 
 
 def write_report(run_uri: str) -> str:

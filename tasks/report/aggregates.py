@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 Ask = Callable[[str], pa.Table]
-"""SQL over the views of a run to a small table (`tasks.query.open_views`)."""
+"""SQL over the views of a run to a small table (`tasks.run.query.open_views`)."""
 
 MIN_BINS, MAX_BINS = 10, 40
 PAIRS = 8

@@ -9,9 +9,6 @@ import duckdb
 import pyarrow as pa
 
 from models.errors import LedgerError
-from tasks import ledger
-from tasks.marker import EDIT_STAGES, STAGES, Marker
-from tasks.query import open_views
 from tasks.report.aggregates import (
     Metric,
     PairGroup,
@@ -22,6 +19,9 @@ from tasks.report.aggregates import (
 )
 from tasks.report.edits import EditData, gather_edits
 from tasks.report.timeline import Timeline, timeline
+from tasks.run import ledger
+from tasks.run.marker import Marker
+from tasks.run.query import open_views
 
 NOTES_SHOWN = 20
 
@@ -74,7 +74,7 @@ def gather(run_uri: str) -> ReportData:
     Raises:
         LedgerError: no run at this place, or a damaged one.
     """
-    run = ledger.read_run(run_uri)
+    run, declared = ledger.read_run(run_uri), ledger.read_declared(run_uri)
     config = run["config"]
     markers = list(ledger.read_markers(run_uri).values())
     by_kind: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def gather(run_uri: str) -> ReportData:
     return ReportData(
         run_uri=run_uri,
         run_id=run["run_id"],
-        methods=_chain(config),
+        methods=tuple(declared.method.split("+")),
         generator=config["generator"],
         weights=dict(run["weights"]),
         devices=tuple(sorted({marker.device for marker in markers if marker.device})),
@@ -100,22 +100,16 @@ def gather(run_uri: str) -> ReportData:
             for shard, lost in ledger.read_quarantine(run_uri).items()
         ),
         timeline=timeline(markers),
-        stages=_stages(markers),
-        **_from_rows(run_uri, config, markers),
+        stages=_stages(markers, declared.stages),
+        **_from_rows(run_uri, config, declared, markers),
     )
 
 
-def _chain(config: Mapping[str, Any]) -> tuple[str, ...]:
-    if "method" in config:  # edits name the chain of the run they were made from
-        return tuple(config["method"].split("+"))
-    return tuple(method["name"] for method in config["methods"])
-
-
 def _from_rows(
-    run_uri: str, config: Mapping[str, Any], markers: Sequence[Marker]
+    run_uri: str, config: Mapping[str, Any], declared: ledger.Declared, markers: Sequence[Marker]
 ) -> dict[str, Any]:
     """The fields of ReportData that need the parts themselves; one set of views serves them all."""
-    is_edit = config.get("kind") == "edit"
+    is_edit = bool(declared.variants)
     if not any(marker.parts for marker in markers):
         return {
             "metrics": (),
@@ -148,10 +142,8 @@ def _from_rows(
         }
 
 
-def _stages(markers: Sequence[Marker]) -> tuple[tuple[str, float], ...]:
+def _stages(markers: Sequence[Marker], order: Sequence[str]) -> tuple[tuple[str, float], ...]:
     total: Counter[str] = Counter()
     for marker in markers:
         total.update(marker.seconds)
-    known = EDIT_STAGES if "edit" in total else STAGES
-    order = [*known, *sorted(set(total) - set(known))]
     return tuple((name, float(total[name])) for name in order if name in total)

@@ -187,7 +187,7 @@ def _how_to_query(data: ReportData) -> str:
         shell += ["# the pictures most like this one", f"refinery query {run} \\", f"  {key}", ""]
     shell += ["# every sample accounted for, every part as committed", f"refinery verify {run}"]
     python = [
-        "from tasks.query import query",
+        "from tasks.run.query import query",
         "",
         f"run = {data.run_uri!r}",
         "sql = \"SELECT sample_key, w_plus FROM latents WHERE status = 'ok'\"",

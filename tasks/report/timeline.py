@@ -6,7 +6,7 @@ from datetime import datetime
 
 import numpy as np
 
-from tasks.marker import Marker
+from tasks.run.marker import Marker
 
 STEPS = 60
 PAUSE_S = 60.0

@@ -10,9 +10,9 @@ import pyarrow as pa
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
 from pipeline.config import load_config
-from pipeline.run import Summary, invert
-from tasks.ledger import read_markers
-from tasks.query import query
+from pipeline.run import Summary, carry_out
+from tasks.run.ledger import read_markers
+from tasks.run.query import query
 
 NUM_SHARDS = 6
 SHARD_SIZE = 2
@@ -71,7 +71,7 @@ def write_tars(folder: Path, pictures: list[bytes]) -> Path:
 def run_inline(dataset: Dataset, out: str, *sets: str) -> Summary:
     """All stages in this process."""
     config = load_config(dataset.config, ["engine.kind=inline", *sets])
-    return invert(dataset.source, out, config)
+    return carry_out(dataset.source, out, config)
 
 
 def crash_inline(crash: str, dataset: Dataset, out: str) -> None:

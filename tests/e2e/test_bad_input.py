@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import run_app
-from tasks.ledger import read_quarantine
+from tasks.run.ledger import read_quarantine
 from tests.e2e.small_dataset import Dataset, write_tars
 from tests.s3_server import S3Server
 

@@ -1,35 +1,39 @@
 """Edit runs on every engine, killed at any point: the same rows and bytes."""
 
+import hashlib
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
-from pipeline.edit import EditRunConfig, Wishes, edit, load_edit_config
-from pipeline.run import Summary, verify
-from tasks.crash import EXIT_CODE, POINTS
-from tasks.ledger import committed
-from tasks.query import query
+from pipeline.config import RunConfig
+from pipeline.edit import Wishes, load_edit_config
+from pipeline.run import Summary, carry_out, verify
+from tasks.edit_job import EditJobConfig
+from tasks.run.ledger import committed, read_run
+from tasks.run.query import query
+from tasks.storage.crash import EXIT_CODE, POINTS
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import NUM_SHARDS, fingerprint, rows
-from tests.tasks.edit.small_edit import write_direction, write_domain
+from tests.tasks.small_edit import write_direction, write_domain
 
 REACHED = tuple(point for point in POINTS if point != "in_decode")
 
 
-def config_of(place: Path, *sets: str) -> EditRunConfig:
+def config_of(source: str, place: Path, *sets: str) -> RunConfig[EditJobConfig]:
     wishes = Wishes(
         edits=[f"{place}/turn.json=-1:1:2"], domains=[f"{place}/oil"], strength=0.7, is_each=True
     )
     plain = ["perceptual=none", "attributes=none", "batch=2", "engine.retry_wait_s=0.1"]
-    return load_edit_config(None, [*plain, *sets], wishes)
+    return load_edit_config(source, None, [*plain, *sets], wishes)
 
 
 def edit_inline(source: str, out: str, place: Path) -> Summary:
-    return edit(source, out, config_of(place, "engine.kind=inline"))
+    return carry_out(source, out, config_of(source, place, "engine.kind=inline"))
 
 
 def crash_edit(crash: str, source: str, out: str, place: Path) -> None:
@@ -71,7 +75,7 @@ def test_what_an_edit_run_holds(edited: str) -> None:
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.edit.shard"])
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.edit"])
     return context
 
 
@@ -113,7 +117,7 @@ def test_actors_killed_at_each_point(
     crashes = [f"{point}:{shard}:{tokens[point]}" for shard, point in enumerate(REACHED)]
     monkeypatch.setenv("REFINERY_CRASH", ";".join(crashes))
     sets = ("engine.actors=2", "engine.max_attempts=8")
-    summary = edit(undisturbed, run, config_of(place, *sets))
+    summary = carry_out(undisturbed, run, config_of(undisturbed, place, *sets))
     assert all(token.exists() for token in tokens.values())
     assert summary.is_clean
     assert len(committed(run)) == NUM_SHARDS
@@ -124,7 +128,7 @@ def test_actors_killed_at_each_point(
 def test_from_s3_to_s3(
     undisturbed: str, edited: str, place: Path, s3: str, tiny_generator: Generator
 ) -> None:
-    from tasks.storage import write_bytes
+    from tasks.storage.files import write_bytes
 
     source = f"{s3}/run"
     for path in Path(undisturbed).rglob("*"):
@@ -137,7 +141,7 @@ def test_from_s3_to_s3(
         edits=[f"{s3}/turn.json=-1:1:2"], domains=[f"{s3}/oil"], strength=0.7, is_each=True
     )
     plain = ["perceptual=none", "attributes=none", "batch=2", "engine.kind=inline"]
-    summary = edit(source, f"{s3}/out", load_edit_config(None, plain, wishes))
+    summary = carry_out(source, f"{s3}/out", load_edit_config(source, None, plain, wishes))
     assert summary.is_clean
     assert rows(f"{s3}/out", "run_id").equals(rows(edited, "run_id"))
     images = [parts["images"] for parts in fingerprint(edited).values() if "images" in parts]
@@ -158,6 +162,55 @@ def test_the_command(
     assert run_app(other) == 2
     error = capsys.readouterr().err
     assert "config.variants.0.edits.0.strength: 2.0 in the run, 3.0 now" in error
+
+
+def test_a_table_of_domains_is_obeyed(
+    undisturbed: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"sample_key,domain,strength\nface-00.png,{place}/oil,0.8\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["edit", undisturbed, "out", "--assigned", "table.csv", "--engine", "inline"]
+    command += ["--no-flow", "--set", "attributes=none", "--set", "perceptual=none"]
+    assert run_app(command) == 0
+    pictures = query("out", "SELECT sample_key, inversion, assigned FROM images").to_pylist()
+    changed = [
+        p["sample_key"] for p in pictures if p["inversion"]["bytes"] != p["assigned"]["bytes"]
+    ]
+    assert (len(pictures), changed) == (11, ["face-00.png"])
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    assert digest in read_run("out")["weights"].values()
+    # Another table at the same place is another run.
+    table.write_text(f"sample_key,domain,strength\nface-00.png,{place}/oil,0.4\n")
+    assert run_app(command) == 2
+
+
+def test_a_run_goes_on_after_everything_has_moved(
+    undisturbed: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", str(tmp_path / "out")
+    shutil.copytree(undisturbed, first / "run")
+    for name in ("turn.json", "oil"):
+        copy = shutil.copytree if (place / name).is_dir() else shutil.copy
+        copy(place / name, first / name)
+
+    def command(folder: Path) -> list[str]:
+        edits = ["--edit", f"{folder}/turn.json=+2", "--domain", f"{folder}/oil"]
+        plain = ["--set", "attributes=none", "--set", "perceptual=none", "--engine", "inline"]
+        return ["edit", f"{folder}/run", out, *edits, *plain, "--no-flow"]
+
+    assert run_app(command(first)) == 0
+    before, run_id = fingerprint(out), read_run(out)["run_id"]
+    first.rename(second)
+    Path(out, "commits", "00001.json").unlink()
+    capsys.readouterr()
+    assert run_app(command(second)) == 0
+    assert "verify     clean" in " ".join(capsys.readouterr().out.split("\t"))
+    assert fingerprint(out) == before
+    assert (read_run(out)["run_id"], read_run(out)["config"]["source"]) == (
+        run_id,
+        f"{second}/run",
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.run import invert
-from tasks.crash import POINTS
-from tasks.ledger import read_markers
+from pipeline.run import carry_out
+from tasks.run.ledger import read_markers
+from tasks.storage.crash import POINTS
 from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline
 
 
@@ -22,7 +22,7 @@ def test_one_actor_killed_at_each_of_six_points(
     crashes = [f"{point}:{shard}:{tokens[point]}" for shard, point in enumerate(POINTS)]
     monkeypatch.setenv("REFINERY_CRASH", ";".join(crashes))
     config = load_config(dataset.config, ["engine.actors=1", "engine.max_attempts=8"])
-    summary = invert(dataset.source, run, config)
+    summary = carry_out(dataset.source, run, config)
     assert all(token.exists() for token in tokens.values())
     assert summary.is_clean
     assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
@@ -35,7 +35,7 @@ def test_one_actor_killed_at_each_of_six_points(
 @pytest.mark.usefixtures("local_ray")
 def test_two_actors_writing_to_s3(dataset: Dataset, undisturbed: str, s3: str) -> None:
     run = f"{s3}/runs/one"
-    summary = invert(dataset.source, run, load_config(dataset.config, ["engine.actors=2"]))
+    summary = carry_out(dataset.source, run, load_config(dataset.config, ["engine.actors=2"]))
     assert summary.is_clean
     assert summary.report_uri == f"{run}/report.html"
     assert fingerprint(run) == fingerprint(undisturbed)
@@ -46,7 +46,7 @@ def test_two_actors_writing_to_s3(dataset: Dataset, undisturbed: str, s3: str) -
 def test_pictures_from_s3(
     dataset: Dataset, undisturbed: str, s3: str, face_bytes: list[bytes]
 ) -> None:
-    from tasks.storage import write_bytes
+    from tasks.storage.files import write_bytes
 
     for path in sorted(Path(dataset.source).iterdir()):
         write_bytes(f"{s3}/in/{path.name}", path.read_bytes())

@@ -26,7 +26,7 @@ from pipeline.config import EngineConfig, load_config
 from pipeline.edit_flows import fit_directions, nightly_domains
 from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening
 from pipeline.tally import Snapshot
-from tasks.query import query
+from tasks.run.query import query
 from tests.e2e.small_dataset import Dataset, fingerprint, write_tars
 
 
@@ -164,7 +164,7 @@ def adaptation(dataset: Dataset, tmp_path: Path, face_bytes: list[bytes]) -> str
     for index, data in enumerate(face_bytes[:3]):
         (references / f"{index}.png").write_bytes(data)
     path = tmp_path / "adapt.toml"
-    generator = load_config(dataset.config).generator
+    generator = load_config(dataset.config).job.generator
     path.write_text(
         f'generator = "{generator}"\nout = "{tmp_path}/domains"\nsteps = 2\nbatch = 2\n'
         "validation_every = 1\nvalidation_codes = 2\nrank = 1\n"
@@ -199,7 +199,7 @@ def test_a_night_of_restyling(adaptation: str, undisturbed: str, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_directions_are_fitted_by_a_flow(dataset: Dataset, tmp_path: Path) -> None:
-    generator = load_config(dataset.config).generator
+    generator = load_config(dataset.config).job.generator
     sets = [f"generator={generator}", f"out={tmp_path}", "count=2", "layers=[1, 2]"]
     found = fit_directions("sefa", None, sets)
     assert found == [str(tmp_path / "sefa-0.json"), str(tmp_path / "sefa-1.json")]

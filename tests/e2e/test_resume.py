@@ -13,10 +13,10 @@ import pytest
 from models.errors import LedgerError
 from pipeline.cli import run_app
 from pipeline.config import load_config
-from pipeline.run import invert, plan, verify
+from pipeline.run import carry_out, plan, verify
 from pipeline.status import read_status
-from tasks.crash import EXIT_CODE, POINTS
-from tasks.ledger import committed
+from tasks.run.ledger import committed
+from tasks.storage.crash import EXIT_CODE, POINTS
 from tests.e2e.small_dataset import (
     NUM_SHARDS,
     Dataset,
@@ -35,7 +35,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 def processes() -> multiprocessing.context.ForkServerContext:
     """Children of one process that has loaded PyTorch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.run_shard"])
+    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.invert"])
     return context
 
 
@@ -142,7 +142,7 @@ def test_another_config_is_refused(dataset: Dataset, undisturbed: str) -> None:
     before = fingerprint(undisturbed)
     config = load_config(dataset.config, ["seed=1", "engine.kind=inline"])
     with pytest.raises(LedgerError, match=r"config\.seed: 0 in the run, 1 now"):
-        invert(dataset.source, undisturbed, config)
+        carry_out(dataset.source, undisturbed, config)
     assert fingerprint(undisturbed) == before
 
 

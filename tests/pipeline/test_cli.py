@@ -14,9 +14,10 @@ from models.errors import LedgerError
 from models.stylegan2.generator import weights_hash
 from pipeline import cli
 from pipeline.cli import app, run_app
+from pipeline.commands.jobs import begin_flow
 from pipeline.config import load_config
 from pipeline.method_table import field_docs
-from pipeline.run import invert
+from pipeline.run import carry_out
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import Dataset, write_dataset
 
@@ -29,7 +30,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -
 @pytest.fixture(scope="module")
 def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("cli-run") / "run")
-    invert(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]))
+    carry_out(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]))
     return out
 
 
@@ -41,13 +42,54 @@ def test_help_is_immediate_and_loads_nothing_heavy() -> None:
     started = time.process_time(), time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "plan", "invert", "status", "verify", "query", "report", "methods"):
+    for command in (
+        "demo",
+        "plan",
+        "invert",
+        "rescore",
+        "status",
+        "verify",
+        "query",
+        "report",
+        "methods",
+    ):
         assert command in done.stdout
     assert time.monotonic() - started[1] < 10  # 0.3 s on an idle machine
 
 
+@pytest.mark.parametrize("command", ["status", "verify", "query"])
+def test_looking_at_a_run_does_not_wait_for_torch(command: str, run: str) -> None:
+    tokens = [command, run, *(["SELECT 1"] if command == "query" else [])]
+    code = (
+        f"import sys; from pipeline.cli import run_app; assert run_app({tokens!r}) == 0;"
+        "sys.exit(bool({'torch', 'ray', 'prefect', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_inline_engine_starts_no_server_of_its_own(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise AssertionError("a private server")
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr("pipeline.prefect_server.start_server", fail)
+    command = ["invert", dataset.source, str(tmp_path / "out"), "--config", dataset.config]
+    assert run_app([*command, "--limit", "2", "--engine", "inline"]) == 0
+    with pytest.raises(AssertionError, match="a private server"):
+        begin_flow(True, dataset.config, [])
+    config = tmp_path / "inline.toml"
+    config.write_text('[engine]\nkind = "inline"\n')
+    assert begin_flow(True, str(config), []) == (False, None)
+    with pytest.raises(AssertionError, match="a private server"):
+        begin_flow(True, str(config), ["engine.kind=ray"])
+
+
 @pytest.mark.parametrize(
-    "command", ["demo", "plan", "invert", "status", "verify", "query", "report", "train"]
+    "command", ["demo", "plan", "invert", "rescore", "status", "verify", "query", "report", "train"]
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app([command, "--help"]) == 0
@@ -95,7 +137,7 @@ def test_a_damaged_part_is_found(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "run")
-    invert(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]), limit=2)
+    carry_out(dataset.source, out, load_config(dataset.config, ["engine.kind=inline"]), limit=2)
     (part,) = (tmp_path / "run" / "latents").iterdir()
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     assert run_app(["verify", out]) == 1
@@ -147,7 +189,7 @@ def test_field_docs_are_read_from_the_source() -> None:
 
 
 def test_convert(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = str(load_config(dataset.config).generator)
+    source = str(load_config(dataset.config).job.generator)
     target = tmp_path / "tiny.pt"
     assert run_app(["convert", source, str(target)]) == 0
     assert str(target) in capsys.readouterr().out
@@ -159,7 +201,7 @@ def test_convert(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_statistics(dataset: Dataset, tmp_path: Path) -> None:
     from models.statistics import load_statistics
 
-    source = load_config(dataset.config).generator
+    source = load_config(dataset.config).job.generator
     target = tmp_path / "statistics.safetensors"
     assert run_app(["statistics", source, str(target), "--samples", "64"]) == 0
     assert load_statistics(target).generator_hash == weights_hash(load_generator(source))

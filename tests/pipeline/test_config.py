@@ -13,12 +13,11 @@ from tasks.training.generator import FitGeneratorConfig
 
 def test_defaults_run_without_a_file() -> None:
     config = load_config()
-    assert config.generator == "faces64"
-    assert [link.name for link in config.method] == ["e4e"]
+    assert config.job.generator == "faces64"
+    assert [link.name for link in config.job.methods] == ["e4e"]
     assert config.engine.kind == "ray"
     assert config.engine.threads == 1
-    assert config.job().batch == 16
-    assert config.job().methods == config.method
+    assert config.job.batch == 16
 
 
 def test_file_then_methods_then_sets(tmp_path: Path) -> None:
@@ -30,15 +29,15 @@ def test_file_then_methods_then_sets(tmp_path: Path) -> None:
     config = load_config(
         str(path), ["method.1.learning_rate=0.5", "engine.actors=4"], ["e4e", "wplus"]
     )
-    assert (config.seed, config.input.fit, config.engine.actors) == (3, "resize", 4)
-    assert [link.name for link in config.method] == ["e4e", "wplus"]
+    assert (config.job.seed, config.job.input.fit, config.engine.actors) == (3, "resize", 4)
+    assert [link.name for link in config.job.methods] == ["e4e", "wplus"]
     # The chain is the flag's; the file's table of the same name keeps its settings.
-    assert config.method[1].settings["steps"] == 7
-    assert config.method[1].settings["learning_rate"] == 0.5
+    assert config.job.methods[1].settings["steps"] == 7
+    assert config.job.methods[1].settings["learning_rate"] == 0.5
 
 
 def test_method_settings_are_resolved_in_full() -> None:
-    (link,) = load_config(None, ["method.0.steps=5"], ["wplus"]).method
+    (link,) = load_config(None, ["method.0.steps=5"], ["wplus"]).job.methods
     assert link.name == "wplus"
     assert link.settings["steps"] == 5
     assert link.settings["space"] == "w_plus"
@@ -80,7 +79,7 @@ def test_lists_of_tables_are_addressed_by_number() -> None:
         (["engine.actors=0"], "engine.actors: expected 'auto' or greater than or equal to 1; f"),
         (["batch=0"], "batch: expected greater than or equal to 1; found 0"),
         (["input=3"], "input: expected a dictionary"),
-        (['output.pictures=["inpt"]'], "output.pictures: expected 'input' or 'inversion'; found"),
+        (['output.pictures=["inpt"]'], "output.pictures.0: expected 'input' or 'inversion'; found"),
         (["method.0.name=wplus", "method.0.steps=-3"], "method.0.steps must be >= 0, got -3"),
         (["method.0.name=wplus", "method.0.steps=x"], "method.0.steps: expected a valid integer"),
         (["seed"], "--set seed: expected key=value"),
@@ -122,6 +121,6 @@ def test_training_configs_are_read_the_same_way(tmp_path: Path) -> None:
 
 
 def test_a_method_config_travels_as_plain_values() -> None:
-    (link,) = load_config(None, [], ["e4e"]).method
+    (link,) = load_config(None, [], ["e4e"]).job.methods
     assert isinstance(link, MethodConfig)
     assert link.settings["checkpoint"] is None

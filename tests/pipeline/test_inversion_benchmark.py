@@ -15,7 +15,7 @@ from models.losses.dlib_face import DlibFace
 from models.losses.identity import load_identity
 from pipeline.cli import run_app
 from tasks.benchmark import faces
-from tasks.query import query
+from tasks.run.query import query
 from tests.tasks.small_run import write_pictures
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from pipeline.schedule import Failure, Schedule
 from pipeline.tally import Snapshot, Tally
 from pipeline.worker import ShardResult, WorkOrder
 from tasks.job import JobConfig, MethodConfig
-from tasks.ledger import RunHandle
+from tasks.run.ledger import RunHandle
 from tests.local_ray import shared_ray
 
 

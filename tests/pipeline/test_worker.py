@@ -9,9 +9,9 @@ from models.errors import AssetError, ConfigError, LedgerError, ShardError
 from pipeline.faults import is_cuda_error, is_passing
 from pipeline.schedule import Failure
 from pipeline.worker import CUDA_EXIT_CODE, ShardWorker, WorkOrder, failed_result
+from tasks.input.sample import CorruptFileError
 from tasks.job import JobConfig, MethodConfig
-from tasks.ledger import RunHandle
-from tasks.sources.sample import CorruptFileError
+from tasks.run.ledger import RunHandle
 
 
 def caused(error: Exception, cause: BaseException) -> Exception:
@@ -63,7 +63,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, hashes: dict[str, str]) -> Shar
         def __init__(self) -> None:
             self.hashes = hashes
 
-    monkeypatch.setattr("pipeline.worker.load_machine", lambda *_: Loaded())
+    monkeypatch.setattr("pipeline.worker.load_station", lambda *_: Loaded())
     job = JobConfig(generator="none", methods=(MethodConfig(name="e4e"),))
     run = RunHandle(uri="/no/such/run", run_id="r")
     return ShardWorker(
@@ -90,6 +90,6 @@ def test_a_broken_cuda_context_ends_the_process(monkeypatch: pytest.MonkeyPatch)
 
     worker = make_worker(monkeypatch, {"generator": "a" * 64})
     monkeypatch.setattr("os._exit", leave)
-    monkeypatch.setattr("tasks.manifest.read_shard_spec", fail)
+    monkeypatch.setattr("tasks.run.manifest.read_shard_spec", fail)
     worker.run(0)
     assert codes == [CUDA_EXIT_CODE]

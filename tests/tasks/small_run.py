@@ -10,13 +10,22 @@ import pyarrow.parquet as pq
 
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
-from tasks.inverter import Inverter
 from tasks.job import JobConfig, MethodConfig
-from tasks.ledger import RunHandle, create_run, pending
-from tasks.manifest import plan_shards, read_shard_spec, write_manifest
-from tasks.marker import Marker
-from tasks.run_shard import run_shard
+from tasks.run.ledger import Declared, RunHandle, create_run, pending
+from tasks.run.manifest import plan_shards, read_shard_spec, write_manifest
+from tasks.run.marker import Marker
+from tasks.work.invert import Inverter
+from tasks.work.shard import do_shard
 
+DECLARED = Declared(
+    kind="invert",
+    stages=Inverter.stages,
+    stores_doors=True,
+    method="e4e+wplus",
+    metrics=("mse",),
+    pictures=("input", "inversion"),
+)
+"""What a run of inversions says of itself, for tests that make one by hand."""
 BROKEN = b"\x89PNG not a picture"
 
 
@@ -65,7 +74,7 @@ class SmallRun:
 
     def run(self, shard: int, **options: Any) -> Marker:
         spec = read_shard_spec(self.uri, shard)
-        return run_shard(spec, self.job, self.handle, self.inverter, **options)
+        return do_shard(spec, self.handle, self.inverter, **options)
 
     def finish(self) -> "SmallRun":
         for shard in pending(self.uri):
@@ -78,7 +87,7 @@ def begin(
 ) -> SmallRun:
     """Plan, write the manifest and run.json."""
     info = write_manifest(run_uri, plan_shards(str(input_uri), shard_size, None, job.input))
-    handle = create_run(run_uri, job, info, inverter.hashes, "1.2.3")
+    handle = create_run(run_uri, job, info, inverter.hashes, "1.2.3", inverter.declared)
     return SmallRun(job=job, handle=handle, inverter=inverter)
 
 

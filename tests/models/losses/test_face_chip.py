@@ -7,7 +7,7 @@ import torch
 from models.losses.dlib_face import FACE_CHIP
 from models.losses.face_chip import FaceChip
 from models.losses.sface import CHIP
-from tasks.align import FACE_POINTS
+from tasks.input.align import FACE_POINTS
 
 
 @pytest.mark.parametrize("size", [64, 150, 256, 400])

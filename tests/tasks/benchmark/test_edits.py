@@ -12,6 +12,7 @@ from torch import Tensor
 from models.editing.direction import Direction, save_direction
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
+from models.pictures import to_bytes
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
 from tasks.benchmark import edits
@@ -26,9 +27,8 @@ from tasks.benchmark.edits import (
     summary,
     write_response,
 )
-from tasks.inverter import Inverter
-from tasks.ledger import read_run
-from tasks.training.grids import to_bytes
+from tasks.run.ledger import read_run
+from tasks.work.invert import Inverter
 from tests.tasks.small_run import begin, make_job, write_pictures
 
 

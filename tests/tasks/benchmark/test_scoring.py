@@ -27,7 +27,7 @@ from tasks.benchmark.scoring import (
     score_run,
     trimmed_mean,
 )
-from tasks.inverter import Inverter
+from tasks.work.invert import Inverter
 from tests.tasks.small_run import begin, make_job, write_pictures
 
 

@@ -4,8 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tasks.marker import Marker
 from tasks.report.timeline import STEPS, Timeline, timeline
+from tasks.run.marker import Marker
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 

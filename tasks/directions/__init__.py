@@ -1,0 +1,1 @@
+"""Finding directions of the latent space."""

@@ -1,1 +1,0 @@
-"""Editing stored samples: a run of inversions becomes a run of edited pictures."""

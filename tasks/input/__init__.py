@@ -1,0 +1,1 @@
+"""What comes in: the plan of an input, its readers, decoding and aligning."""

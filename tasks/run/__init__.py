@@ -1,0 +1,1 @@
+"""A run's folder: ledger, markers, manifest, Parquet parts, and how they are read back."""

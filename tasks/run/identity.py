@@ -1,0 +1,88 @@
+"""What a run is: its settings, its input and its weights, wherever they lie.
+
+The run id is a hash of contents. Places (paths, URLs, names of files) stand in run.json beside it:
+what lies at them is hashed instead. So a run goes on after its input, its weights or its source
+have moved. Runs of version 1 hashed the places too, and keep their ids.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from tasks.job import FILE, PLACE, Job
+from tasks.run.manifest import ManifestInfo
+
+VERSION = 2
+SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".json", ".npy", ".csv", ".parquet")
+
+
+def make_identity(
+    job: Job, manifest: ManifestInfo, hashes: Mapping[str, str], version: int = VERSION
+) -> dict[str, Any]:
+    """The part of run.json that says which run it is: config, manifest, weights, and from version 2
+    on the version and the keys of the config that are places."""
+    identity: dict[str, Any] = {
+        "config": job.to_dict(),
+        "manifest": manifest.digest(version),
+        "weights": dict(sorted(hashes.items())),
+    }
+    if version > 1:
+        identity |= {"version": version, "places": sorted(places(job))}
+    return json.loads(json.dumps(identity))  # tuples become lists, as they will be read back
+
+
+def identity_digest(record: Mapping[str, Any]) -> str:
+    """The run id that a record (run.json) hashes to."""
+    canonical = json.dumps(contents(record), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def contents(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is hashed: config, manifest and weights without places; in a weight's name the keys of
+    the config that hold its place stand for it."""
+    found = {key: copy.deepcopy(record[key]) for key in ("config", "manifest", "weights")}
+    values = {
+        place: _taken(found["config"], place.split(".")) for place in record.get("places", ())
+    }
+    weights: dict[str, str] = {}
+    for name, digest in found["weights"].items():
+        kind, _, where = name.partition(".")
+        owners = [place for place, value in values.items() if value == where]
+        weights |= {f"{kind}@{place}": digest for place in owners} or {name: digest}
+    return {**found, "weights": weights}
+
+
+def places(value: Any, at: str = "", may_be: bool = False) -> Iterator[str]:
+    """Keys of a job that hold places, nested ones dotted: "variants.0.edits.1.name"."""
+    if dataclasses.is_dataclass(value):
+        for each in dataclasses.fields(value):
+            where = f"{at}.{each.name}" if at else each.name
+            if each.metadata == PLACE:
+                yield where
+            else:
+                yield from places(getattr(value, each.name), where, each.metadata == FILE)
+    elif isinstance(value, tuple | list | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in items:
+            yield from places(child, f"{at}.{key}", may_be)
+    elif may_be and isinstance(value, str) and _names_a_file(value):
+        yield at
+
+
+def _names_a_file(value: str) -> bool:
+    return "/" in value or PurePosixPath(value).suffix in SUFFIXES
+
+
+def _taken(config: Any, path: Sequence[str]) -> Any:
+    """Take a value out of nested tables and lists."""
+    *parents, last = path
+    for name in parents:
+        config = config[int(name)] if isinstance(config, list) else config[name]
+    if isinstance(config, list):
+        value, config[int(last)] = config[int(last)], None
+        return value
+    return config.pop(last)

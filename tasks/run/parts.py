@@ -1,0 +1,236 @@
+"""Parquet parts of one shard: the exact layout of what is stored of every sample.
+
+    latents/     one row per sample, failed ones included (status, reason), sorted by sample_key
+    images/      one row per inverted sample: encoded pictures as {bytes, path}
+    residuals/   one row per inverted sample, when the method opens another door of the generator
+                 than w_plus: optimised noise maps, replaced features, low-rank kernel residuals.
+                 With w_plus they render the inversion again. Half precision (relative error 5e-4):
+                 a noise map has as many values as its layer has pixels.
+
+The bytes of a part depend on the rows alone: no time, attempt, host or number of workers is inside.
+A part without rows is not written: `datasets` cannot open a Parquet file of zero rows.
+
+Codes are a fixed-size list with the shape in the field's metadata (`{"shape": "[18, 512]"}`), not
+Arrow's FixedShapeTensor: `datasets` refuses that extension type; DuckDB, Polars and pandas show
+both as the same list.
+
+Legend: N samples, L num_ws, D w_dim, H W picture.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.errors import ShardError
+from tasks.job import OutputConfig
+from tasks.run.ledger import RunHandle, shard_name
+from tasks.run.marker import Part
+from tasks.run.rows import SUFFIX, Row
+from tasks.storage.crash import crash_point
+from tasks.storage.files import join, write_bytes
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What decides the columns of a run's parts.
+
+    Attributes:
+        method: the chain, e.g. "e4e+wplus".
+        metrics: names of the metric columns, in order.
+        shape: (L, D) of w_plus.
+        variants: names of the edited pictures, stored beside those of `output`.
+    """
+
+    method: str
+    metrics: tuple[str, ...]
+    shape: tuple[int, int]
+    output: OutputConfig
+    variants: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The columns of images/."""
+        return (*self.output.pictures, *self.variants)
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
+    """sample_key, image_uri, image_sha256, status, error_kind, error, method, w_plus, metrics,
+    seed, run_id. Codes and metrics of failed rows are null."""
+    text = pa.string()
+    codes = _tensor_field("w_plus", np.dtype(layout.output.latents), layout.shape)
+    columns: list[tuple[pa.Field, Any]] = [
+        (pa.field("sample_key", text, nullable=False), [r.sample_key for r in rows]),
+        (pa.field("image_uri", text), [r.image_uri for r in rows]),
+        (pa.field("image_sha256", text), [r.image_sha256 for r in rows]),
+        (
+            pa.field("status", text, nullable=False),
+            ["ok" if r.error_kind is None else "failed" for r in rows],
+        ),
+        (pa.field("error_kind", text), [r.error_kind for r in rows]),
+        (pa.field("error", text), [r.error for r in rows]),
+        (pa.field("method", text, nullable=False), [layout.method] * len(rows)),
+        (codes, _tensor_array([r.w_plus for r in rows], codes.type)),
+        *(
+            (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
+            for name in layout.metrics
+        ),
+        (pa.field("seed", pa.int64(), nullable=False), [r.seed for r in rows]),
+        (pa.field("run_id", text, nullable=False), [run_id] * len(rows)),
+    ]
+    return _table(columns)
+
+
+def images_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
+    """sample_key and one {bytes, path} struct per picture, with the Hugging Face feature metadata
+    that makes `datasets` show pictures."""
+    names = layout.pictures
+    suffix = SUFFIX[layout.output.picture_format]
+    columns: list[tuple[pa.Field, Any]] = [
+        (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows])
+    ]
+    for name in names:
+        values = [
+            {"bytes": r.pictures[name], "path": f"{r.sample_key}.{name}.{suffix}"} for r in rows
+        ]
+        columns.append((pa.field(name, PICTURE), values))
+    features = {"sample_key": {"dtype": "string", "_type": "Value"}}
+    features |= {name: {"_type": "Image"} for name in names}
+    return _table(columns, {"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def residuals_table(rows: Sequence[Row]) -> pa.Table:
+    """sample_key and a float16 fixed-size list per map or factor, shape in the field's metadata."""
+    columns: list[tuple[pa.Field, Any]] = [
+        (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows])
+    ]
+    for name, first in rows[0].doors.items():
+        field_ = _tensor_field(name, first.dtype, first.shape)
+        columns.append((field_, _tensor_array([r.doors[name] for r in rows], field_.type)))
+    return _table(columns)
+
+
+def _table(columns: list[tuple[pa.Field, Any]], metadata: dict[str, str] | None = None) -> pa.Table:
+    arrays = [
+        values if isinstance(values, pa.Array) else pa.array(values, type=field_.type)
+        for field_, values in columns
+    ]
+    return pa.Table.from_arrays(
+        arrays, schema=pa.schema([field_ for field_, _ in columns], metadata)
+    )
+
+
+def _tensor_field(name: str, dtype: np.dtype, shape: Sequence[int]) -> pa.Field:
+    kind = pa.list_(pa.from_numpy_dtype(dtype), int(np.prod(shape)))
+    return pa.field(name, kind, metadata={"shape": json.dumps([int(n) for n in shape])})
+
+
+def _tensor_array(values: Sequence[np.ndarray | None], kind: pa.FixedSizeListType) -> pa.Array:
+    flat = np.zeros((len(values), kind.list_size), kind.value_type.to_pandas_dtype())
+    for index, value in enumerate(values):
+        if value is not None:
+            flat[index] = value.reshape(-1)
+    missing = pa.array([value is None for value in values], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_parts(
+    rows: Sequence[Row],
+    layout: Layout,
+    run: RunHandle,
+    shard: int,
+    attempt: str,
+) -> dict[str, Part]:
+    """Store the rows of one shard, sorted by key, under names that only this attempt uses.
+
+    Raises:
+        ShardError: two samples have one key, or the store refuses (full disk, credentials).
+    """
+    rows = sorted(rows, key=lambda row: row.sample_key)
+    _refuse_duplicates(rows, shard)
+    inverted = [row for row in rows if row.error_kind is None]
+    tables: dict[str, Callable[[], pa.Table]] = {}
+    if rows:
+        tables["latents"] = lambda: latents_table(rows, layout, run.run_id)
+    if inverted and layout.pictures:
+        tables["images"] = lambda: images_table(inverted, layout)
+    if inverted and inverted[0].doors:
+        tables["residuals"] = lambda: residuals_table(inverted)
+    parts: dict[str, Part] = {}
+    for kind, build in tables.items():
+        table = build()
+        data = to_parquet(table, kind)
+        path = f"{kind}/{shard_name(shard)}-{attempt}.parquet"
+        write_bytes(join(run.uri, path), data)
+        digest = hashlib.sha256(data).hexdigest()
+        parts[kind] = Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
+        if len(parts) == 1:
+            crash_point("between_parts", shard)
+    return parts
+
+
+def to_parquet(table: pa.Table, kind: str) -> bytes:
+    """The file of a part.
+
+    float32 vectors: zstd 3 with byte-stream-split; float16 vectors without it, which DuckDB 2.0
+    cannot read together. Dictionaries make those larger than raw; 8-bit codes, which Parquet holds
+    as 32-bit integers, are smaller with one (0.91 bytes each, against 1.27). Pictures are
+    compressed already. Row groups are small enough that one of them is a comfortable read.
+    """
+    vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+    kinds = {name: table.schema.field(name).type.value_type for name in vectors}
+    split = [name for name in vectors if kinds[name] == pa.float32()]
+    codes = [f"{name}.list.element" for name in vectors if kinds[name] == pa.int8()]
+    with_statistics = [
+        name for name in table.column_names if name not in vectors and kind != "images"
+    ] or ["sample_key"]
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=_row_group_rows(table, kind),
+        compression="none" if kind == "images" else "zstd",
+        compression_level=None if kind == "images" else 3,
+        use_dictionary=codes or False,  # type: ignore[arg-type]  # columns are allowed here too
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split} or None,
+        write_statistics=with_statistics,  # type: ignore[arg-type]  # columns are allowed too
+        write_page_index=True,
+        store_schema=True,
+    )
+    return buffer.getvalue()
+
+
+def _row_group_rows(table: pa.Table, kind: str) -> int:
+    """1,024 rows for W (512 floats), 128 for W+ (18 x 512); 64 to 128 pictures."""
+    if kind == "images":
+        return 64 if table.nbytes > 128 * 2**20 else 128
+    floats = sum(f.type.list_size for f in table.schema if pa.types.is_fixed_size_list(f.type))
+    rows = 1024
+    while rows > 8 and rows * floats > 2**21:
+        rows //= 2
+    return rows
+
+
+def _refuse_duplicates(rows: Sequence[Row], shard: int) -> None:
+    for before, after in pairwise(rows):
+        if before.sample_key == after.sample_key:
+            raise ShardError(
+                f"shard {shard_name(shard)}: two samples have the key {after.sample_key!r} "
+                f"({before.image_uri} and {after.image_uri}); keys must be unique: choose another "
+                "input.key_column, or rename the files inside the tar"
+            )

@@ -1,0 +1,116 @@
+"""A finished run as the input of another: each of its committed shards becomes a shard."""
+
+import hashlib
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+
+from models.errors import ConfigError, LedgerError, ShardError
+from tasks.job import ShardSpec
+from tasks.run.ledger import (
+    read_declared,
+    read_marker,
+    read_markers,
+    read_run,
+    read_seal,
+    shard_name,
+)
+from tasks.run.marker import Marker
+from tasks.run.rows import Row
+from tasks.storage.files import join
+from tasks.storage.part_files import PartFile, part_errors
+
+
+def check_has_codes(source_uri: str) -> None:
+    """Refuse a run whose codes are those of another.
+
+    Raises:
+        LedgerError: there is no such run.
+        ConfigError: it was made from another run.
+    """
+    if not read_declared(source_uri).stores_doors:
+        raise ConfigError(
+            f"{source_uri} holds pictures made from the codes of another run; start from that one, "
+            f"{read_run(source_uri)['config']['source']}"
+        )
+
+
+def plan_source(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec]:
+    """Shards of a run over another's samples, in the order of the source's.
+
+    Args:
+        source_uri: a sealed run.
+        limit: stop after so many samples.
+
+    Raises:
+        LedgerError: no run, one that is not finished, or one without a committed sample.
+        ConfigError: the limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; expected at least 1, or none")
+    read_run(source_uri)
+    if read_seal(source_uri) is None:
+        raise LedgerError(
+            f"{source_uri}: the run is not finished, so its samples may still change; run "
+            "its command again, which finishes it"
+        )
+    markers = [marker for marker in read_markers(source_uri).values() if marker.rows]
+    if not markers:
+        raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to work on")
+    return _shards(source_uri, markers, limit)
+
+
+def _shards(source_uri: str, markers: list[Marker], limit: int | None) -> Iterator[ShardSpec]:
+    room = 2**62 if limit is None else limit
+    for number, marker in enumerate(markers):
+        taken = min(marker.rows, room)
+        if not taken:
+            return
+        room -= taken
+        yield ShardSpec(
+            id=number,
+            kind="run",
+            uri=source_uri,
+            members=(shard_name(marker.shard),),
+            row_stop=taken if taken < marker.rows else 0,
+            num_samples=taken,
+            num_bytes=sum(part.bytes for part in marker.parts.values()),
+            etag=_etag(marker),
+        )
+
+
+def source_marker(spec: ShardSpec) -> Marker:
+    """The commit that a shard reads.
+
+    Raises:
+        ShardError: it is gone, or is not the one that was planned with.
+    """
+    shard = int(spec.members[0])
+    marker = read_marker(spec.uri, shard)
+    if marker is None or _etag(marker) != spec.etag:
+        found = "gone" if marker is None else "not the same"
+        raise ShardError(
+            f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
+            "restore the run, or start again with a new output"
+        )
+    return marker
+
+
+def read_rows(run_uri: str, marker: Marker) -> list[Row]:
+    """What one shard knows of its samples besides codes and pictures, failed ones included, in
+    order of their keys.
+
+    Raises:
+        LedgerError: the part is missing or damaged.
+    """
+    names = ["sample_key", "image_uri", "image_sha256", "seed", "error_kind", "error"]
+    part = marker.parts["latents"]
+    uri = join(run_uri, part.path)
+    with part_errors(uri):
+        table = pq.ParquetFile(PartFile(uri, part.bytes)).read(columns=names)
+    return [Row(**values) for values in table.to_pylist()]
+
+
+def _etag(marker: Marker) -> str:
+    digests = [part.sha256 for _, part in sorted(marker.parts.items())]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()

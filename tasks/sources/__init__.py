@@ -1,1 +1,0 @@
-"""Readers of the three kinds of input: loose files, WebDataset tars, Parquet."""

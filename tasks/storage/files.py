@@ -1,0 +1,376 @@
+"""All storage: local paths, s3:// and memory:// behind one file.
+
+A reader never sees half a file: local writes go to a hidden temporary name in the same folder, are
+flushed to the disk and renamed; object stores receive one PUT (or one completed multipart upload).
+
+s3:// is configured the usual way, and only that way: AWS_ENDPOINT_URL, AWS_PROFILE,
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION, AWS_RETRY_MODE,
+AWS_MAX_ATTEMPTS, AWS_REQUEST_CHECKSUM_CALCULATION and the profile files (FSSPEC_S3 adds s3fs
+options as JSON).
+"""
+
+import errno
+import hashlib
+import os
+import re
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from models.cache import cache_folder
+from models.errors import AssetError, ConfigError, LedgerError, RefineryError, ShardError
+from tasks.storage.errors import is_missing, storage_errors
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the hidden names of files being written; no reader's pattern matches it."""
+S3_RETRIES = 8
+
+_filesystems: dict[tuple[object, ...], AbstractFileSystem] = {}
+_filesystems_lock = threading.Lock()
+
+
+def scheme_of(uri: str) -> str:
+    """ "file" (any plain path), "s3" or "memory".
+
+    Raises:
+        ConfigError: another scheme, or a URL with a missing slash.
+    """
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(://|:/(?!/))", uri)
+    if not match:
+        return "file"
+    scheme, slashes = match.groups()
+    if slashes == "://" and scheme in ("file", "s3", "memory"):
+        return scheme
+    hint = ""
+    if scheme.lower() in ("s3", "s3a", "s3n"):
+        hint = f" Write s3://{uri[match.end() :].lstrip('/')}."
+    elif scheme in ("http", "https"):
+        hint = (
+            " For an S3 server, set AWS_ENDPOINT_URL to its address and write s3://bucket/folder."
+        )
+    raise ConfigError(
+        f"cannot open {uri}: {match.group()} is not supported; expected a local path, "
+        f"s3://bucket/... or memory://...{hint}"
+    )
+
+
+def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a URL and the path on it, made in the calling process.
+
+    s3fs does not survive a fork and remembers its credentials, so one object is kept for each
+    process and each set of AWS_* variables. It keeps no listings.
+
+    Raises:
+        ConfigError: the scheme is not supported, or an s3:// URL names no bucket.
+    """
+    scheme = scheme_of(uri)
+    if scheme == "file":
+        return LocalFileSystem(auto_mkdir=True), local_path(uri)
+    rest = uri.split("://", 1)[1]
+    if scheme == "memory":
+        return fsspec.filesystem("memory"), "/" + rest.strip("/")
+    if not rest.split("/", 1)[0]:
+        raise ConfigError(f"{uri} names no bucket; expected s3://bucket/folder")
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    key = (os.getpid(), settings)
+    with _filesystems_lock:
+        if key not in _filesystems:
+            _filesystems[key] = _open_s3()
+        return _filesystems[key], rest.rstrip("/")
+
+
+def _open_s3() -> AbstractFileSystem:
+    # Adaptive retries slow the caller down where the server asks for it. An explicit value here
+    # would beat the environment and the profile, which belong to the user.
+    retries: dict[str, object] = {}
+    if "AWS_RETRY_MODE" not in os.environ:
+        retries["mode"] = "adaptive"
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        retries["total_max_attempts"] = S3_RETRIES
+    with storage_errors("open", "s3://", ConfigError):
+        return fsspec.filesystem(
+            "s3",
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            config_kwargs={"retries": retries} if retries else {},
+        )
+
+
+def is_local(uri: str) -> bool:
+    return scheme_of(uri) == "file"
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of a local URI; `~` is expanded."""
+    path = uri.removeprefix("file://")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with parts added, one slash between them."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def read_bytes(uri: str, error: type[RefineryError] = ShardError) -> bytes:
+    """The whole file.
+
+    Raises:
+        error: it cannot be read. Where it is missing, `__cause__` is a FileNotFoundError.
+    """
+    with storage_errors("read", uri, error):
+        if is_local(uri):
+            return Path(local_path(uri)).read_bytes()
+        fs, path = open_filesystem(uri)
+        return cast(bytes, fs.cat_file(path))
+
+
+def write_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError) -> None:
+    """Write a whole file, atomically for readers; folders are made as needed.
+
+    Raises:
+        error: it cannot be written (full disk, no permission, no bucket). Nothing new is visible.
+    """
+    if is_local(uri):
+        with open_write(uri, error) as file:
+            file.write(data)
+        return
+    with storage_errors("write", uri, error):
+        fs, path = open_filesystem(uri)
+        fs.pipe_file(path, data)
+
+
+@contextmanager
+def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[BinaryIO]:
+    """A file to write to, visible under its name only after the block ends without an exception.
+
+    Object stores: the bytes wait in a temporary local file and are uploaded when the block ends.
+
+    Raises:
+        error: as `write_bytes`. Exceptions of the block itself that are not storage's pass through.
+    """
+    with storage_errors("write", uri, error):
+        if is_local(uri):
+            with _open_local(local_path(uri)) as file:
+                yield file
+            return
+        fs, path = open_filesystem(uri)
+        with tempfile.NamedTemporaryFile(prefix="refinery-upload-") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            fs.put_file(file.name, path)
+
+
+@contextmanager
+def _open_local(path: str) -> Iterator[BinaryIO]:
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:150]}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with _ignored(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename survive a power cut. Network mounts may refuse: that promise is then void."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _ignored(kind: type[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except kind:
+        return
+
+
+def exists(uri: str, error: type[RefineryError] = LedgerError) -> bool:
+    """Whether a file (not a folder) has this name.
+
+    Raises:
+        error: storage cannot tell (credentials, network, bucket).
+    """
+    return file_info(uri, error) is not None
+
+
+def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, str] | None:
+    """Size in bytes and etag of one file, or None where there is no file of this name.
+
+    Raises:
+        error: storage cannot tell (credentials, network, bucket).
+    """
+    with storage_errors("look at", uri, error):
+        if is_local(uri):
+            try:
+                status = os.stat(local_path(uri))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return None if _is_folder(status) else (status.st_size, _local_etag(status))
+        fs, path = open_filesystem(uri)
+        try:
+            info = fs.info(path)
+        except FileNotFoundError as problem:
+            if is_missing(problem):
+                return None
+            raise
+        if info["type"] != "file":
+            return None
+        return int(info["size"]), _etag_of(info)
+
+
+def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
+    """Delete files; those already gone are no error.
+
+    Raises:
+        error: one of them cannot be deleted.
+    """
+    for uri in uris:
+        with storage_errors("delete", uri, error), _ignored(FileNotFoundError):
+            if is_local(uri):
+                os.unlink(local_path(uri))
+            else:
+                fs, path = open_filesystem(uri)
+                fs.rm_file(path)
+
+
+def check_writable(uri: str, error: type[RefineryError] = ConfigError) -> None:
+    """Prove that files can be written below `uri` by writing one small file and deleting it.
+
+    Raises:
+        error: they cannot, with the reason; meant to run before any expensive work.
+    """
+    probe = join(uri, f".refinery-{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    write_bytes(probe, b"probe", error)
+    remove([probe], error)
+
+
+def list_files(
+    uri: str, error: type[RefineryError] = ShardError, include_partial: bool = False
+) -> Iterator[tuple[str, int, str]]:
+    """Every file below a folder or prefix: (name relative to it, size in bytes, etag), streaming.
+
+    Sorted by the UTF-8 bytes of the name on every store, so that a plan is the same wherever the
+    files lie. Memory: one page of an object store, or the names of the local folders being walked.
+    A missing folder is empty, as it is on an object store. Files being written are left out unless
+    `include_partial`.
+
+    Raises:
+        error: storage cannot be listed (bucket, credentials, network, permission).
+    """
+    with storage_errors("list", uri, error):
+        for name, size, etag in _list_any(uri):
+            if include_partial or not name.endswith(PARTIAL_SUFFIX):
+                yield name, size, etag
+
+
+def _list_any(uri: str) -> Iterator[tuple[str, int, str]]:
+    if is_local(uri):
+        root = local_path(uri)
+        if os.path.isdir(root):
+            yield from _list_local(root, "", ())
+        return
+    fs, path = open_filesystem(uri)
+    if scheme_of(uri) == "s3":
+        yield from _list_s3(fs, path)
+        return
+    found = cast(dict[str, dict[str, object]], fs.find(path, detail=True))
+    prefix = path.rstrip("/") + "/"
+    for name in sorted(found, key=os.fsencode):
+        yield name.removeprefix(prefix), int(cast(int, found[name]["size"])), _etag_of(found[name])
+
+
+def _list_local(
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, int, str]]:
+    """Depth first in key order: a folder sorts as its name with a slash, as in an object store."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a symbolic link back up
+        return
+    with os.scandir(folder) as entries:
+        names = [os.fsencode(entry.name) + (b"/" if entry.is_dir() else b"") for entry in entries]
+    names.sort()
+    for encoded in names:
+        name = os.fsdecode(encoded)
+        path = os.path.join(folder, name)
+        if name.endswith("/"):
+            yield from _list_local(path[:-1], prefix + name, (*above, identity))
+            continue
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:  # a broken link, or deleted since the listing
+            continue
+        yield prefix + name, status.st_size, _local_etag(status)
+
+
+def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, int, str]]:
+    # `fs.find` would hold every entry of the prefix at once: about 2 GB for a million keys.
+    bucket, _, prefix = path.partition("/")
+    prefix = prefix + "/" if prefix else ""
+    request = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = cast(Any, fs).call_s3("list_objects_v2", **request)
+        for entry in page.get("Contents", ()):
+            yield entry["Key"][len(prefix) :], int(entry["Size"]), entry["ETag"].strip('"')
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _is_folder(status: os.stat_result) -> bool:
+    return (status.st_mode & 0o170000) == 0o040000
+
+
+def _local_etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _etag_of(info: dict[str, object]) -> str:
+    etag = info.get("ETag")
+    if etag:
+        return str(etag).strip('"')
+    return f"{info.get('created', '')}-{info.get('size', 0)}"
+
+
+def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
+    """A local path of a file: itself, or a copy kept in the cache under its URL and etag.
+
+    The cache is `models.cache.cache_folder`.
+
+    Raises:
+        error: the file is missing or cannot be fetched.
+    """
+    info = file_info(uri, error)
+    if info is None:
+        raise error(f"cannot open {uri}: there is no such file. Check the spelling")
+    if is_local(uri):
+        return Path(local_path(uri))
+    name = hashlib.sha256(f"{uri}\0{info[1]}".encode()).hexdigest()[:24]
+    target = cache_folder() / "files" / name / uri.rsplit("/", 1)[-1]
+    if not target.is_file() or target.stat().st_size != info[0]:
+        fs, path = open_filesystem(uri)
+        with storage_errors("fetch", uri, error), _open_local(str(target)) as file:
+            fs.get_file(path, file.name)
+    return target

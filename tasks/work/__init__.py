@@ -1,0 +1,1 @@
+"""The work on one shard: reading, computing, scoring, writing, committing."""

@@ -1,0 +1,67 @@
+"""The kinds of job, one line each. Nothing heavy is loaded with the table."""
+
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks.job import Job
+
+if TYPE_CHECKING:
+    from tasks.work.station import Station
+
+
+class Kind(NamedTuple):
+    """Where a kind's job and station are, and what it does, as the command line says it."""
+
+    job: str
+    station: str
+    summary: str
+
+
+KINDS = {
+    "invert": Kind("tasks.job:JobConfig", "tasks.work.invert:Inverter", "Invert every picture."),
+    "edit": Kind("tasks.edit_job:EditJobConfig", "tasks.work.edit:Editor", "Edit stored samples."),
+    "rescore": Kind(
+        "tasks.work.rescore:RescoreJob",
+        "tasks.work.rescore:Rescorer",
+        "Score the stored pictures of RUN again into the run OUT, with other metrics or networks.",
+    ),
+}
+
+
+def job_class(kind: str) -> type[Job]:
+    """What a job of a kind says."""
+    return _load(KINDS[kind].job)
+
+
+def station_class(kind: str) -> "type[Station]":
+    """Where jobs of a kind are done."""
+    return _load(KINDS[kind].station)
+
+
+def load_station(job: Job, device: str, threads: int = 1) -> "Station":
+    """Build the job's generator and all it needs on a device; `hashes` names every weight.
+
+    Raises:
+        AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
+    """
+    return station_class(job.kind)(job, device, threads=threads)
+
+
+def load_job(run_uri: str) -> Job:
+    """The job that a run was started with.
+
+    Raises:
+        LedgerError: there is no run at this place, or its run.json is damaged.
+    """
+    from pydantic import TypeAdapter
+
+    from tasks.run.ledger import read_declared, read_run
+
+    kind = read_declared(run_uri).kind
+    config = {k: v for k, v in read_run(run_uri)["config"].items() if k != "kind"}
+    return TypeAdapter(job_class(kind)).validate_python(config)
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

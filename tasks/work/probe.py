@@ -1,0 +1,98 @@
+"""Speeds and sizes measured on the first pictures of an input, for `refinery plan`.
+
+It runs `do_shard` itself into a temporary folder, so what it measures is what a run will do.
+"""
+
+import logging
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+from models.errors import ConfigError, ShardError
+from tasks.job import JobConfig, ShardSpec
+from tasks.run.ledger import RunHandle
+from tasks.run.manifest import plan_shards
+from tasks.run.marker import Marker
+from tasks.storage.files import join
+from tasks.work.invert import Inverter
+from tasks.work.shard import do_shard
+
+logger = logging.getLogger(__name__)
+
+_RUN_ID = "0" * 16  # as long as a real one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What `count` pictures cost.
+
+    Attributes:
+        num_images: pictures measured, failed ones included; the warm-up is not among them.
+        num_failed: of these.
+        images_per_s: by stage ("read", "decode", "invert", "score", "write") as if it ran alone,
+            and "total", one stage after the other: one worker with one shard in flight. With
+            several in flight the device's stages, "invert" and "score", set the pace.
+        bytes_per_image: of the stored parts.
+        device: as in the commit markers.
+    """
+
+    num_images: int
+    num_failed: int
+    images_per_s: dict[str, float]
+    bytes_per_image: float
+    device: str
+
+
+def probe(
+    job: JobConfig, input_uri: str, count: int, device: str, *, inverter: Inverter | None = None
+) -> ProbeResult:
+    """Run the first `count` pictures, after one batch of warm-up, and throw the result away.
+
+    Args:
+        inverter: an inverter of this job that is built already.
+
+    Raises:
+        ConfigError: the input holds no picture, or a setting is wrong.
+        ShardError: no shard of the sample can be read.
+        AssetError: a weight file is missing.
+    """
+    if count < 1:
+        raise ConfigError(f"probe: expected at least one picture, found {count}")
+    inverter = inverter or Inverter(job, device)
+    with tempfile.TemporaryDirectory(prefix="refinery-probe-") as folder:
+        for stage, limit in (("warm-up", min(count, job.batch)), ("measured", count)):
+            # A shard must not be cut where a run would not cut it, or batches would be smaller.
+            specs = list(plan_shards(input_uri, max(limit, job.batch), limit, job.input))
+            run = RunHandle(uri=join(folder, stage), run_id=_RUN_ID)
+            markers = _run(specs, run, inverter)
+    return _result(markers, inverter.device_name)
+
+
+def _run(specs: list[ShardSpec], run: RunHandle, inverter: Inverter) -> list[Marker]:
+    markers: list[Marker] = []
+    problem: ShardError | None = None
+    for spec in specs:
+        try:
+            markers.append(do_shard(spec, run, inverter))
+        except ShardError as error:
+            logger.warning("probe: shard %05d is left out: %s", spec.id, error)
+            problem = error
+    if problem is not None and not any(marker.rows for marker in markers):
+        raise problem
+    return markers
+
+
+def _result(markers: list[Marker], device: str) -> ProbeResult:
+    rows = sum(marker.rows for marker in markers)
+    seconds: Counter[str] = Counter()
+    for marker in markers:
+        seconds.update(marker.seconds)
+    speeds = {stage: rows / max(seconds[stage], 1e-9) for stage in Inverter.stages}
+    return ProbeResult(
+        num_images=rows,
+        num_failed=sum(marker.failed for marker in markers),
+        images_per_s=speeds | {"total": rows / max(seconds.total(), 1e-9)},
+        bytes_per_image=sum(part.bytes for m in markers for part in m.parts.values())
+        / max(rows, 1),
+        device=device,
+    )

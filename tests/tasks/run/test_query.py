@@ -1,0 +1,241 @@
+"""SQL over committed parts, and its result as a file."""
+
+import base64
+import csv
+import io
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from s3fs import S3FileSystem
+
+from models.errors import ConfigError, LedgerError
+from models.stylegan2.generator import Generator
+from tasks.job import JobConfig, MethodConfig, OutputConfig
+from tasks.run.ledger import read_marker
+from tasks.run.query import export, query
+from tasks.storage.files import read_bytes, remove
+from tasks.work.invert import Inverter
+from tests.tasks.small_run import SmallRun, begin, make_job, write_pictures
+
+
+@pytest.fixture
+def job(tiny_generator: Generator, tmp_path: Path) -> JobConfig:
+    return make_job(tiny_generator, tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path: Path, job: JobConfig, face_bytes: list[bytes]) -> SmallRun:
+    """Two shards in a folder whose name holds every character that needs care."""
+    folder = write_pictures(tmp_path / "in", face_bytes)
+    out = tmp_path / "out [a-c] 'x' *"
+    return begin(str(out), str(folder), job, Inverter(job, "cpu"))
+
+
+def test_counts_and_joins(small: SmallRun) -> None:
+    small.finish()
+    table = query(
+        small.uri,
+        "SELECT status, count(*) AS n, count(w_plus) AS codes, avg(mse) AS mse FROM latents "
+        "GROUP BY status ORDER BY status",
+    )
+    failed, good = table.to_pylist()
+    assert (failed["status"], failed["n"], failed["codes"], failed["mse"]) == ("failed", 1, 0, None)
+    assert (good["n"], good["codes"]) == (8, 8)
+    joined = query(
+        small.uri,
+        "SELECT count(*) AS n, min(octet_length(inversion.bytes)) AS size "
+        "FROM latents JOIN images USING (sample_key)",
+    ).to_pylist()[0]
+    assert joined["n"] == 8
+    assert joined["size"] > 100
+
+
+def test_committed_parts_only(small: SmallRun) -> None:
+    small.run(0)
+    marker = small.run(1)
+    Path(small.uri, "latents", "00000-ffff.parquet").write_bytes(b"half a part")
+    Path(small.uri, "commits/00001.json").unlink()
+    assert query(small.uri, "SELECT count(*) AS n FROM latents").to_pylist() == [{"n": 5}]
+    commits = query(small.uri, "SELECT * FROM commits").to_pylist()
+    assert [(row["shard"], row["rows"], row["failed"]) for row in commits] == [(0, 5, 0)]
+    assert commits[0]["invert_s"] > 0
+    assert commits[0]["bytes"] > marker.parts["latents"].bytes
+    assert commits[0]["run_id"] == small.handle.run_id
+
+
+def test_similarity(small: SmallRun) -> None:
+    small.finish()
+    rows = query(
+        small.uri, "SELECT sample_key, w_plus FROM latents WHERE status = 'ok'"
+    ).to_pylist()
+    codes = {row["sample_key"]: np.array(row["w_plus"]) for row in rows}
+    query_code = codes["face-3.png"]
+    cosine = {
+        key: float(code @ query_code / np.linalg.norm(code) / np.linalg.norm(query_code))
+        for key, code in codes.items()
+    }
+    found = query(small.uri, "SELECT * FROM nearest('face-3.png', 4)").to_pylist()
+    assert [row["sample_key"] for row in found] == sorted(cosine, key=lambda key: -cosine[key])[:4]
+    assert found[0]["sample_key"] == "face-3.png"
+    for row in found:
+        assert row["cosine"] == pytest.approx(cosine[row["sample_key"]], abs=1e-5)
+        distance = np.linalg.norm(codes[row["sample_key"]] - query_code)
+        assert row["distance"] == pytest.approx(distance, abs=1e-4)
+    by_hand = query(
+        small.uri,
+        "SELECT sample_key, array_cosine_similarity(w_plus, (SELECT w_plus FROM latents "
+        "WHERE sample_key = 'face-3.png')) AS cosine FROM latents ORDER BY cosine DESC NULLS LAST",
+    ).to_pylist()
+    assert by_hand[:4] == [{k: row[k] for k in ("sample_key", "cosine")} for row in found]
+    assert by_hand[-1] == {"sample_key": "zz-0.png", "cosine": None}
+
+
+def test_half_precision_codes_and_noise(
+    tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]
+) -> None:
+    settings = {"steps": 1, "perceptual": "none", "optimise_noise": True}
+    job = make_job(
+        tiny_generator,
+        tmp_path,
+        methods=(MethodConfig(name="wplus", settings=settings),),
+        output=OutputConfig(pictures=(), latents="float16"),
+    )
+    folder = write_pictures(tmp_path / "in", face_bytes[:3])
+    run = begin(str(tmp_path / "out"), str(folder), job, Inverter(job, "cpu")).finish()
+    assert query(run.uri, "SELECT count(*) AS n FROM nearest('face-0.png', 9)").to_pylist() == [
+        {"n": 3}
+    ]
+    found = query(run.uri, "SELECT len(noise_0) AS n FROM residuals").to_pylist()
+    assert found == [{"n": 16}] * 3
+    with pytest.raises(ConfigError, match="views: commits, latents, residuals"):
+        query(run.uri, "SELECT * FROM images")
+
+
+def test_object_storage(s3: str, tmp_path: Path, job: JobConfig, face_bytes: list[bytes]) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes[:4])
+    run = begin(f"{s3}/runs/[1]", str(folder), job, Inverter(job, "cpu"), shard_size=2).finish()
+    table = query(run.uri, "SELECT sample_key, mse FROM latents ORDER BY sample_key")
+    assert table.num_rows == 5
+    export(table, f"{s3}/tables/mse.csv")
+    lines = read_bytes(f"{s3}/tables/mse.csv").decode().splitlines()
+    assert lines[0] == "sample_key,mse"
+    assert lines[-1] == "zz-0.png,"
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELEC 1", "syntax error"),
+        ("SELECT nope FROM latents", "nope"),
+        ("SELECT * FROM markers", "markers does not exist"),
+        ("SELECT 'x'::DATE", "invalid date"),
+    ],
+)
+def test_wrong_sql_is_explained(small: SmallRun, sql: str, message: str) -> None:
+    small.run(0)
+    with pytest.raises(ConfigError, match=f"(?s){message}.*views: commits, latents, images"):
+        query(small.uri, sql)
+
+
+def test_statement_without_result(small: SmallRun) -> None:
+    small.run(0)
+    assert query(small.uri, "").num_columns == 0
+
+
+def test_nothing_committed(small: SmallRun) -> None:
+    with pytest.raises(LedgerError, match="nothing to query, 0 of 2 shards are committed"):
+        query(small.uri, "SELECT 1")
+
+
+def test_a_part_that_is_gone(small: SmallRun) -> None:
+    marker = small.run(0)
+    Path(small.uri, marker.parts["latents"].path).unlink()
+    with pytest.raises(LedgerError, match="run `refinery verify`"):
+        query(small.uri, "SELECT count(*) FROM latents")
+
+
+def test_a_remote_part_that_is_gone(
+    tmp_path: Path, job: JobConfig, face_bytes: list[bytes]
+) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes[:4])
+    uri = f"memory://{tmp_path.name}/run [1]"
+    run = begin(uri, str(folder), job, Inverter(job, "cpu"), shard_size=2).finish()
+    assert query(uri, "SELECT count(*) AS n FROM images").to_pylist() == [{"n": 4}]
+    path = read_marker(uri, 1).parts["latents"].path
+    remove([f"{uri}/{path}"])
+    with pytest.raises(LedgerError, match=rf"cannot read the committed part .*{path}: there is no"):
+        query(run.uri, "SELECT count(sample_key) FROM latents")
+
+
+def test_requests_to_the_store_are_few(
+    s3: str,
+    tmp_path: Path,
+    job: JobConfig,
+    face_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes[:4])
+    run = begin(f"{s3}/run", str(folder), job, Inverter(job, "cpu"), shard_size=1).finish()
+    calls: Counter[str] = Counter()
+    original = S3FileSystem._call_s3
+
+    async def count(self: S3FileSystem, method: str, *args: object, **options: object) -> object:
+        calls[method] += 1
+        return await original(self, method, *args, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", count)
+    assert query(run.uri, "SELECT avg(mse) AS m FROM latents").to_pylist()[0]["m"] > 0
+    # Five shards. run.json, its presence, and each marker; nothing is listed; a few reads a part.
+    assert calls["head_object"] <= 12
+    assert calls["list_objects_v2"] <= 1
+    assert calls["get_object"] <= 8 * 5
+
+
+@pytest.fixture
+def table() -> pa.Table:
+    return duckdb.sql(
+        """SELECT * FROM (VALUES
+        ('a,"b"', 0.5, [1.5, -2]::FLOAT[2], {'bytes': '\\x00\\xFF'::BLOB, 'path': 'p'},
+        DATE '2024-02-29'),
+        ('ü', 'inf'::DOUBLE, NULL, NULL, NULL)) AS t(name, value, code, picture, day)"""
+    ).to_arrow_table()
+
+
+def test_csv(table: pa.Table, tmp_path: Path) -> None:
+    export(table, str(tmp_path / "t.csv"))
+    first, second = csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text()))
+    assert first["name"] == 'a,"b"'
+    assert json.loads(first["code"]) == [1.5, -2.0]
+    assert json.loads(first["picture"]) == {"bytes": "AP8=", "path": "p"}
+    assert first["day"] == "2024-02-29"
+    assert list(second.values()) == ["ü", "", "", "", ""]
+
+
+def test_json(table: pa.Table, tmp_path: Path) -> None:
+    export(table, str(tmp_path / "t.json"))
+    first, second = json.loads((tmp_path / "t.json").read_text())
+    assert first["code"] == [1.5, -2.0]
+    assert base64.b64decode(first["picture"]["bytes"]) == b"\x00\xff"
+    assert second == {"name": "ü", "value": None, "code": None, "picture": None, "day": None}
+    export(table.slice(0, 0), str(tmp_path / "none.json"))
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+
+
+def test_parquet(table: pa.Table, tmp_path: Path) -> None:
+    export(table, str(tmp_path / "t.parquet"))
+    found = pq.read_table(tmp_path / "t.parquet")
+    assert found.to_pylist() == table.to_pylist()
+    assert found["value"].to_pylist()[1] == math.inf
+    assert found.schema.field("code").type.value_field.name == "element"
+
+
+def test_unknown_ending(table: pa.Table, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected a name ending in \.csv, \.json, \.parquet"):
+        export(table, str(tmp_path / "t.xlsx"))

@@ -1,0 +1,63 @@
+"""Measured speeds and sizes for a plan."""
+
+from pathlib import Path
+
+import pytest
+
+from models.errors import ConfigError, ShardError
+from models.stylegan2.generator import Generator
+from tasks.job import JobConfig
+from tasks.work.invert import Inverter
+from tasks.work.probe import probe
+from tests.tasks.small_run import begin, make_job, write_pictures
+
+
+@pytest.fixture
+def job(tiny_generator: Generator, tmp_path: Path) -> JobConfig:
+    return make_job(tiny_generator, tmp_path)
+
+
+def test_counts_bytes_and_speeds(
+    job: JobConfig, tmp_path: Path, face_bytes: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes)
+    inverter = Inverter(job, "cpu")
+    sizes = []
+    original = inverter.work
+    inverter.work = lambda batch: (sizes.append(len(batch)), original(batch))[1]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    found = probe(job, str(folder), 6, "cpu", inverter=inverter)
+    assert sizes == [3, 3, 3]  # a warm-up batch, then six pictures
+    assert (found.num_images, found.num_failed, found.device) == (6, 0, "cpu")
+    assert sorted(tmp_path.iterdir()) == before
+    assert set(found.images_per_s) == {"read", "decode", "invert", "score", "write", "total"}
+    assert (
+        0
+        < found.images_per_s["total"]
+        < min(speed for stage, speed in found.images_per_s.items() if stage != "total")
+    )
+    run = begin(str(tmp_path / "out"), str(folder), job, inverter, shard_size=6)
+    parts = run.run(0).parts
+    expected = sum(part.bytes for part in parts.values()) / 6
+    assert found.bytes_per_image == pytest.approx(expected, rel=1e-3)
+
+
+def test_more_pictures_asked_for_than_there_are(
+    job: JobConfig, tmp_path: Path, face_bytes: list[bytes]
+) -> None:
+    folder = write_pictures(tmp_path / "in", face_bytes[:2])
+    found = probe(job, str(folder), 100, "cpu")
+    assert (found.num_images, found.num_failed) == (3, 1)
+
+
+def test_nothing_to_probe(job: JobConfig, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inverter = Inverter(job, "cpu")
+    with pytest.raises(ConfigError, match="no pictures in"):
+        probe(job, str(tmp_path / "in"), 4, "cpu", inverter=inverter)
+    with pytest.raises(ConfigError, match="at least one picture"):
+        probe(job, str(tmp_path / "in"), 0, "cpu", inverter=inverter)
+    (tmp_path / "in" / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ShardError, match=r"a\.tar is corrupt"):
+        probe(job, str(tmp_path / "in"), 4, "cpu", inverter=inverter)
