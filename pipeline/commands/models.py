@@ -5,6 +5,7 @@ from typing import Literal
 
 from cyclopts import App
 
+from models.errors import ConfigError
 from pipeline.commands.terminal import OK, Config, Sets, console, error_console
 
 benchmark = App(name="benchmark", help="Measure on pictures of your own: one command, one page.")
@@ -67,11 +68,19 @@ def train(
 
     Args:
         what: generator, trunk, clip, attributes, a method's network (e4e, psp, w-encoder, lsap,
-            cycle, clcae-align, clcae, refine), or release: the bundle of a trained generator.
+            cycle, clcae-align, clcae, refine), or release: the bundle of a trained generator; or
+            all: a recipe, every stage of it that is missing.
         workers: GPUs (or CPU processes) to train on, by Ray Train; 1 trains in this process.
     """
+    from pipeline.recipe import run_recipe
     from pipeline.train import train as train_network
 
+    if what == "all":
+        if config is None:
+            raise ConfigError("train all: expected --config RECIPE.toml")
+        logging.getLogger("pipeline.recipe").setLevel(logging.INFO)
+        console.print(str(run_recipe(config, sets or [])), highlight=False, soft_wrap=True)
+        return OK
     logging.getLogger("tasks.training").setLevel(logging.INFO)
     found = train_network(what, config, sets or [], workers)
     console.print(str(found), highlight=False, soft_wrap=True)

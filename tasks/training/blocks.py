@@ -3,6 +3,7 @@
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.encoders.checkpoint import SizedNetwork, save_encoder
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
+from tasks.training.cards import write_page
 from tasks.training.distributed import average_gradients
 from tasks.training.trainer import TrainingConfig
 
@@ -70,6 +73,27 @@ def card_settings(config: TrainingConfig, files: Sequence[str]) -> dict[str, Any
     for name in files:
         settings[name] = settings[name] and Path(settings[name]).name
     return settings
+
+
+def save_with_page(network: SizedNetwork, path: Path, card: Mapping[str, Any]) -> Path:
+    """The finished weights with their card, and the page about them."""
+    path = save_encoder(network, path, card)
+    write_page(path)
+    return path
+
+
+def started_from(path: str | None) -> dict[str, Any]:
+    """For a card: the file that a run went on from, and how long that one had been trained.
+
+    Empty without a file, or where it has no card.
+    """
+    card = Path(path).with_suffix(".json") if path else None
+    if card is None or not card.is_file():
+        return {}
+    made = json.loads(card.read_text()).get("provenance", {})
+    shown = made.get("images_shown", made.get("pairs_shown", 0))
+    before = {"file": Path(str(path)).name, "method": made.get("method", ""), "images_shown": shown}
+    return {"started_from": before}
 
 
 def example_edit(generator: Generator) -> Float[Tensor, " D"]:

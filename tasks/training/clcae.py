@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.checkpoints.load import load_generator
-from models.encoders.checkpoint import load_network, save_encoder
+from models.encoders.checkpoint import load_network
 from models.encoders.clcae import FEATURE_LAYER, ClcaeArchitecture, ClcaeEncoder
 from models.encoders.contrastive import TOWERS, ContrastiveTowers, info_nce
 from models.errors import AssetError, ConfigError
@@ -34,7 +34,9 @@ from tasks.training.blocks import (
     for_losses,
     prepared,
     rounded_scores,
+    save_with_page,
     settle,
+    started_from,
 )
 from tasks.training.clcae_align import adopt, encoder_state
 from tasks.training.losses import PictureLosses
@@ -330,11 +332,12 @@ class ClcaeObjective(Objective):
                 "generator": Path(config.generator).stem,
                 "images_shown": shown,
                 "perceptual": self.losses.perceptual_name,
+                **started_from(config.start_from),
                 "settings": card_settings(config, ("generator", "identity", "start_from", "align")),
             },
             "scores": rounded_scores(scores),
         }
-        return save_encoder(self.encoder, Path(config.out) / "clcae.safetensors", card)
+        return save_with_page(self.encoder, Path(config.out) / "clcae.safetensors", card)
 
 
 def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.checkpoints.load import load_generator
-from models.encoders.checkpoint import ENCODERS, load_network, save_encoder
+from models.encoders.checkpoint import ENCODERS, load_network
 from models.encoders.contrastive import (
     TOWERS,
     ContrastiveArchitecture,
@@ -34,7 +34,9 @@ from tasks.training.blocks import (
     for_losses,
     prepared,
     rounded_scores,
+    save_with_page,
     settle,
+    started_from,
 )
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
@@ -228,11 +230,12 @@ class AlignObjective(Objective):
                 "tasks.training.clcae_align",
                 "generator": Path(config.generator).stem,
                 "pairs_shown": shown,
+                **started_from(config.start_from),
                 "settings": card_settings(config, ("generator", "start_from")),
             },
             "scores": rounded_scores(scores),
         }
-        return save_encoder(self.towers, Path(config.out) / "clcae-align.safetensors", card)
+        return save_with_page(self.towers, Path(config.out) / "clcae-align.safetensors", card)
 
     # ------------------------------------------------------------------ inside
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.checkpoints.load import load_generator
-from models.encoders.checkpoint import build_encoder, load_encoder, save_encoder
+from models.encoders.checkpoint import build_encoder, load_encoder
 from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, PyramidEncoder
@@ -39,7 +39,9 @@ from tasks.training.blocks import (
     for_losses,
     prepared,
     rounded_scores,
+    save_with_page,
     settle,
+    started_from,
 )
 from tasks.training.encoder_config import FitCycleConfig as FitCycleConfig
 from tasks.training.encoder_config import FitEncoderConfig as FitEncoderConfig
@@ -265,11 +267,12 @@ class EncoderObjective(Objective):
                 "generator": Path(config.generator).stem,
                 "images_shown": shown,
                 "perceptual": self.losses.perceptual_name,
+                **started_from(config.start_from),
                 "settings": card_settings(config, ("generator", "identity", "start_from")),
             },
             "scores": rounded_scores(scores),
         }
-        return save_encoder(self.encoder, Path(config.out) / f"{config.method}.safetensors", card)
+        return save_with_page(self.encoder, Path(config.out) / f"{config.method}.safetensors", card)
 
 
 def absolute_codes(

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.checkpoints.load import load_generator
-from models.encoders.checkpoint import load_encoder, save_encoder
+from models.encoders.checkpoint import load_encoder
 from models.encoders.token_network import Grouping, TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
 from models.inversion.base import SampleRng
@@ -36,7 +36,9 @@ from tasks.training.blocks import (
     for_losses,
     prepared,
     rounded_scores,
+    save_with_page,
     settle,
+    started_from,
 )
 from tasks.training.losses import PictureLosses, delta_penalty
 from tasks.training.schedules import annealed
@@ -257,6 +259,7 @@ class RefineObjective(Objective):
                 "generator": Path(config.generator).stem,
                 "images_shown": shown,
                 "perceptual": self.losses.perceptual_name,
+                **started_from(config.start_from),
                 "settings": card_settings(
                     config, ("generator", "identity", "start_from", "first_stage")
                 ),
@@ -264,7 +267,7 @@ class RefineObjective(Objective):
             "scores": rounded_scores(scores),
         }
         name = "refine" if config.stages == "two" else "refine_one_stage"
-        return save_encoder(self.network, Path(config.out) / f"{name}.safetensors", card)
+        return save_with_page(self.network, Path(config.out) / f"{name}.safetensors", card)
 
 
 def _architecture(
