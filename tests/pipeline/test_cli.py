@@ -58,9 +58,10 @@ def test_help_is_immediate_and_loads_nothing_heavy() -> None:
     assert time.monotonic() - started[1] < 10  # 0.3 s on an idle machine
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "query"])
-def test_looking_at_a_run_does_not_wait_for_torch(command: str, run: str) -> None:
-    tokens = [command, run, *(["SELECT 1"] if command == "query" else [])]
+@pytest.mark.parametrize("command", ["status", "verify", "query", "methods"])
+def test_looking_does_not_wait_for_torch(command: str, run: str) -> None:
+    more = {"query": [run, "SELECT 1"], "methods": []}
+    tokens = [command, *more.get(command, [run])]
     code = (
         f"import sys; from pipeline.cli import run_app; assert run_app({tokens!r}) == 0;"
         "sys.exit(bool({'torch', 'ray', 'prefect', 'pydantic'} & set(sys.modules)))"
