@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.checkpoints.bundled import ASSETS
 from models.errors import ConfigError
 from pipeline.config import (
     RunConfig,
@@ -243,25 +244,20 @@ def _rows(text: str, where: str) -> list[int]:
 
 
 def _resolved(variants: Sequence[VariantConfig], generator_name: str) -> tuple[VariantConfig, ...]:
-    """Names become places that every worker finds, whatever its working directory."""
-    from models.adaptation.domain import find_domain
-    from models.checkpoints.load import load_generator
-    from models.editing.find import find_direction
-    from tasks.work.device import local_copy
-
-    generator = load_generator(local_copy(generator_name))
-
-    def place(name: str, candidates: Sequence[Path], find: Any) -> str:
-        if "://" in name:
-            return name
-        find(name, generator)  # an unknown name fails here, and says what is known
-        return next((_place_of(str(path)) for path in candidates if path.exists()), name)
+    """Names become places that every worker finds, whatever its working directory. Names of what
+    ships stay: the station checks them, and everything else, against its generator."""
 
     def direction(name: str) -> str:
-        return place(name, [Path("directions", f"{name}.json"), Path(name)], find_direction)
+        return place(name, [Path("directions", f"{name}.json"), Path(name)], "directions")
 
     def domain(name: str) -> str:
-        return place(name, [Path(name), Path("domains", name)], find_domain)
+        return place(name, [Path(name), Path("domains", name)], "domains")
+
+    def place(name: str, candidates: Sequence[Path], kind: str) -> str:
+        there = next((str(path) for path in candidates if path.exists()), None)
+        if there is None and "://" not in name and not any(ASSETS.glob(f"*/{kind}/{name}*")):
+            _refuse(name, kind, generator_name)
+        return name if there is None else _place_of(there)
 
     def placed(
         wanted: Sequence[StrengthConfig], found: Callable[[str], str]
@@ -277,6 +273,17 @@ def _resolved(variants: Sequence[VariantConfig], generator_name: str) -> tuple[V
         )
         for variant in variants
     )
+
+
+def _refuse(name: str, kind: str, generator_name: str) -> None:
+    """Say what is known instead: only for that is a generator loaded here."""
+    from models.adaptation.domain import find_domain
+    from models.checkpoints.load import load_generator
+    from models.editing.find import find_direction
+    from tasks.work.device import local_copy
+
+    find: Callable[..., object] = {"directions": find_direction, "domains": find_domain}[kind]
+    find(name, load_generator(local_copy(generator_name)))
 
 
 def _place_of(path: str) -> str:

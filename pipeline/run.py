@@ -10,10 +10,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.errors import ConfigError, LedgerError
+from models.errors import ConfigError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.schedule import Schedule
-from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
+from pipeline.tally import OnProgress, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
@@ -277,20 +277,3 @@ def check_places(input_uri: str, run_uri: str) -> None:
             f"OUT {run_uri} lies inside IN {input_uri}: what it writes would be found as "
             "input; choose a folder outside"
         )
-
-
-__all__ = [
-    "LedgerError",
-    "Outcome",
-    "Plan",
-    "Snapshot",
-    "Summary",
-    "carry_out",
-    "check_places",
-    "finish",
-    "plan",
-    "report",
-    "run",
-    "seal",
-    "verify",
-]

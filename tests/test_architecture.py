@@ -82,6 +82,18 @@ def test_rooms_of_tasks_import_down_only() -> None:
         assert rooms_imported(path) == set(), path
 
 
+def test_what_a_run_holds_is_read_without_torch() -> None:
+    """`refinery status`, `verify` and `query` are immediate."""
+    rooms = ("storage", "input", "run", "verify")
+    paths = [path for name in rooms for path in (ROOT / "tasks" / name).rglob("*.py")]
+    assert [path.name for path in paths if "torch" in imported(path)] == ["stored.py"]
+    device_code = {"models.inversion.base", "models.stylegan2.generator", "models.pictures"}
+    for path in paths:
+        text = path.read_text()
+        found = {name for name in device_code if f"from {name} import" in text}
+        assert found == set() or path.name == "stored.py", path
+
+
 def test_models_have_no_postponed_annotations() -> None:
     """jaxtyping's checks in tests need annotations as objects."""
     marked = [p for p in sources("models") if "from __future__ import annotations" in p.read_text()]

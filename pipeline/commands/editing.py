@@ -1,18 +1,17 @@
 """Commands that edit stored samples and make what edits need. Heavy imports wait inside."""
 
 import logging
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.jobs import begin_flow, run_job, with_engine
+from pipeline.commands.jobs import run_job
 from pipeline.commands.terminal import (
+    DEFAULTS,
     OK,
     Config,
-    Engine,
-    Flow,
-    Limit,
+    JobOptions,
     Out,
     Run,
     Sets,
@@ -21,6 +20,8 @@ from pipeline.commands.terminal import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.edit import Wishes
     from pipeline.run import Summary
 
 directions = App(name="directions", help="Directions of the latent space: fit them, list them.")
@@ -55,11 +56,7 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
     assigned: str | None = None,
     strength: float = 1.0,
     each: bool = False,
-    config: Config = None,
-    sets: Sets = None,
-    engine: Engine = None,
-    limit: Limit = None,
-    flow: Flow = True,
+    options: JobOptions = DEFAULTS,
 ) -> int:
     """Edit every stored sample of RUN into the run OUT, without its original pictures. Run the same
     command again to resume.
@@ -70,26 +67,31 @@ def edit(  # noqa: PLR0913 - a command's options are its arguments
         strength: of every --domain; 0 is the plain generator, between them lies the morph.
         each: one picture for each --edit, --domain and --blend, instead of one with all together.
     """
-    sets = with_engine(sets, engine)
-    flow, server = begin_flow(flow, config, sets)
-    from pipeline.edit import Wishes, load_edit_config
+    config, sets = options.config, options.overrides
 
-    wishes = Wishes(
-        edits=edits or (),
-        domains=domains or (),
-        blends=blends or (),
-        assigned=assigned,
-        strength=strength,
-        is_each=each,
-    )
+    def wishes() -> "Wishes":
+        from pipeline.edit import Wishes
+
+        return Wishes(
+            edits=edits or (),
+            domains=domains or (),
+            blends=blends or (),
+            assigned=assigned,
+            strength=strength,
+            is_each=each,
+        )
+
+    def load() -> "RunConfig[Any]":
+        from pipeline.edit import load_edit_config
+
+        return load_edit_config(run, config, sets, wishes())
 
     def in_flow() -> "Summary":
         from pipeline.edit_flows import edit_dataset
 
-        return edit_dataset(run, output, config, sets, wishes, limit)
+        return edit_dataset(run, output, config, sets, wishes(), options.limit)
 
-    settings = load_edit_config(run, config, sets, wishes)
-    return run_job(run, output, settings, limit, in_flow if flow else None, server)
+    return run_job(run, output, options, load, in_flow)
 
 
 def adapt(

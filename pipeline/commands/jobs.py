@@ -1,9 +1,9 @@
 """How a command runs a job: plainly, or as a Prefect flow; what it shows meanwhile and then."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.terminal import OK, UNCLEAN, console, error_console
+from pipeline.commands.terminal import OK, UNCLEAN, JobOptions, console, error_console
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from pipeline.run import Summary
 
 
-def begin_flow(
-    flow: bool, config: str | None, sets: Sequence[str]
-) -> "tuple[bool, PrivateServer | None]":
+def begin_flow(options: JobOptions) -> "tuple[bool, PrivateServer | None]":
     """Whether to run as a flow, and a private Prefect server where it needs one, which comes up
     while the rest is loading.
 
@@ -23,40 +21,38 @@ def begin_flow(
     from pipeline.config import engine_kind
     from pipeline.prefect_server import has_server, start_server
 
-    if not flow or (engine_kind(config, sets) == "inline" and not has_server()):
+    kind = engine_kind(options.config, options.overrides)
+    if not options.flow or (kind == "inline" and not has_server()):
         return False, None
     return True, start_server()
-
-
-def with_engine(sets: list[str] | None, engine: str | None) -> list[str]:
-    """The overrides, --engine among them."""
-    return [*(sets or []), *([f"engine.kind={engine}"] if engine else [])]
 
 
 def run_job(
     source: str,
     output: str,
-    config: "RunConfig[Any]",
-    limit: int | None,
-    in_flow: "Callable[[], Summary] | None",
-    server: "PrivateServer | None",
+    options: JobOptions,
+    load: "Callable[[], RunConfig[Any]]",
+    in_flow: "Callable[[], Summary]",
 ) -> int:
     """Run a job to its end and show its summary.
 
     Args:
-        in_flow: the same as a flow; None to run plainly.
-        server: of `begin_flow`.
+        load: makes its config.
+        in_flow: all of it as a Prefect flow.
 
     Returns:
         The exit code.
     """
+    is_flow, server = begin_flow(options)
     from pipeline.progress import progress_line
     from pipeline.run import carry_out, check_places
     from pipeline.screen import show_summary
 
+    config = load()
     check_places(source, output)
     with progress_line(error_console) as on_progress:
-        if in_flow is None:
+        if not is_flow:
+            limit = options.limit
             summary = carry_out(source, output, config, limit=limit, on_progress=on_progress)
         else:
             if server is not None:

@@ -1,16 +1,16 @@
 """Commands over runs. Heavy imports wait inside, so that --help is immediate."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.jobs import begin_flow, run_job, with_engine
+from pipeline.commands.jobs import run_job
 from pipeline.commands.terminal import (
+    DEFAULTS,
     OK,
     UNCLEAN,
     Config,
-    Engine,
-    Flow,
     In,
+    JobOptions,
     Limit,
     Methods,
     Out,
@@ -22,6 +22,7 @@ from pipeline.commands.terminal import (
 from tasks.work.kinds import KINDS
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.run import Summary
 
 
@@ -59,64 +60,53 @@ def plan(
     return OK
 
 
-def invert(  # noqa: PLR0913 - a command's options are its arguments
+def invert(
     source: In,
     output: Out,
     /,
     *,
-    config: Config = None,
-    sets: Sets = None,
     methods: Methods = None,
-    engine: Engine = None,
-    limit: Limit = None,
     dry_run: bool = False,
-    flow: Flow = True,
+    options: JobOptions = DEFAULTS,
 ) -> int:
     """Invert every picture of IN into the run OUT. Run the same command again to resume.
 
     Args:
         dry_run: print the plan and the resolved config, do nothing.
     """
-    sets = with_engine(sets, engine)
+    config, sets, limit = options.config, options.overrides, options.limit
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
-    flow, server = begin_flow(flow, config, sets)
-    from pipeline.config import load_config
+
+    def load() -> "RunConfig[Any]":
+        from pipeline.config import load_config
+
+        return load_config(config, sets, methods or [])
 
     def in_flow() -> "Summary":
         from pipeline.flows import invert_dataset
 
         return invert_dataset(source, output, config, sets, methods, limit)
 
-    settings = load_config(config, sets, methods or [])
-    return run_job(source, output, settings, limit, in_flow if flow else None, server)
+    return run_job(source, output, options, load, in_flow)
 
 
 def over_run(kind: str) -> Callable[..., int]:
     """The command of a kind of job that works on the samples of a run."""
 
-    def command(
-        run: Run,
-        output: Out,
-        /,
-        *,
-        config: Config = None,
-        sets: Sets = None,
-        engine: Engine = None,
-        limit: Limit = None,
-        flow: Flow = True,
-    ) -> int:
-        sets = with_engine(sets, engine)
-        flow, server = begin_flow(flow, config, sets)
-        from pipeline.config import load_stored_config
+    def command(run: Run, output: Out, /, *, options: JobOptions = DEFAULTS) -> int:
+        def load() -> "RunConfig[Any]":
+            from pipeline.config import load_stored_config
+
+            return load_stored_config(kind, run, options.config, options.overrides)
 
         def in_flow() -> "Summary":
             from pipeline.flows import run_over_run
 
-            return run_over_run(kind, run, output, config, sets, limit)
+            sets = options.overrides
+            return run_over_run(kind, run, output, options.config, sets, options.limit)
 
-        settings = load_stored_config(kind, run, config, sets)
-        return run_job(run, output, settings, limit, in_flow if flow else None, server)
+        return run_job(run, output, options, load, in_flow)
 
     command.__name__ = kind
     command.__doc__ = KINDS[kind].summary

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Literal, TextIO
 
 from cyclopts import Parameter
@@ -52,3 +53,23 @@ Flow = Annotated[
         "inline engine only on the former.",
     ),
 ]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What every command takes that runs a job."""
+
+    config: Config = None
+    sets: Sets = None
+    engine: Engine = None
+    limit: Limit = None
+    flow: Flow = True
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings of --set and --engine."""
+        return [*(self.sets or []), *([f"engine.kind={self.engine}"] if self.engine else [])]
+
+
+DEFAULTS = JobOptions()

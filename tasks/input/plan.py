@@ -69,7 +69,7 @@ def plan_shards(
     scheme_of(input_uri)
     if is_local(input_uri):
         input_uri = local_path(input_uri)
-    plan = _Plan(input_uri, shard_size, limit, input or InputConfig())
+    plan = _Planner(input_uri, shard_size, limit, input or InputConfig())
     if listing is not None:
         return plan.shards(input_uri, listing)
     single = _single_file(input_uri)
@@ -110,7 +110,7 @@ def _looked_for() -> str:
 
 
 @dataclass
-class _Plan:
+class _Planner:
     """The running state of one pass over a listing."""
 
     input_uri: str

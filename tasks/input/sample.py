@@ -8,26 +8,8 @@ from jaxtyping import Float32
 
 from models.errors import SampleError, ShardError
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "bmp",
-        "gif",
-        "tif",
-        "tiff",
-        "jp2",
-        "avif",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-    )
-)
+_JPEG, _TIFF, _PNM = ("jpg", "jpeg", "jpe", "jfif"), ("tif", "tiff"), ("ppm", "pgm", "pbm", "pnm")
+IMAGE_SUFFIXES = frozenset((*_JPEG, "png", "webp", "bmp", "gif", *_TIFF, "jp2", "avif", *_PNM))
 """File name endings (any case) that count as pictures; what decodes is decided by the bytes."""
 
 

@@ -61,10 +61,10 @@ def places(value: Any, at: str = "", may_be: bool = False) -> Iterator[str]:
     if dataclasses.is_dataclass(value):
         for each in dataclasses.fields(value):
             where = f"{at}.{each.name}" if at else each.name
-            if each.metadata == PLACE:
+            if dict(each.metadata) == PLACE:
                 yield where
             else:
-                yield from places(getattr(value, each.name), where, each.metadata == FILE)
+                yield from places(getattr(value, each.name), where, dict(each.metadata) == FILE)
     elif isinstance(value, tuple | list | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in items:

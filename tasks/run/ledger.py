@@ -11,7 +11,7 @@ No file is ever locked or appended to: each is one atomic write, the last comple
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -164,15 +164,9 @@ def read_run(run_uri: str) -> dict[str, Any]:
             f"{run_uri}: no run here (run.json is missing); give the folder that "
             "`refinery invert IN OUT` wrote as OUT"
         )
-    try:
-        record = json.loads(read_bytes(uri, LedgerError))
-        for key in ("run_id", "config", "manifest", "weights", "num_shards", "code_version"):
-            record[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(
-            f"{uri}: damaged ({type(error).__name__}: {error}); restore it from a copy, or start "
-            "again in another output folder"
-        ) from error
+    keys = ("run_id", "config", "manifest", "weights", "num_shards", "code_version")
+    advice = "restore it from a copy, or start again in another output folder"
+    record = _read_record(uri, keys, advice)
     record.setdefault("declared", None)
     return record
 
@@ -375,16 +369,8 @@ def read_seal(run_uri: str) -> dict[str, Any] | None:
     uri = join(run_uri, "_SEALED.json")
     if not exists(uri):
         return None
-    try:
-        sealed = json.loads(read_bytes(uri, LedgerError))
-        for key in ("run_id", "parts", "quarantined"):
-            sealed[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(
-            f"{uri}: damaged ({type(error).__name__}: {error}); delete it and run the "
-            "run's command again, which seals it anew"
-        ) from error
-    return sealed
+    advice = "delete it and run the run's command again, which seals it anew"
+    return _read_record(uri, ("run_id", "parts", "quarantined"), advice)
 
 
 def remove_orphans(run_uri: str) -> list[str]:
@@ -423,3 +409,14 @@ def _shards_in(folder_uri: str) -> set[int]:
     names = [name for name, _, _ in list_files(folder_uri, LedgerError)]
     stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
     return {int(stem) for stem in stems if stem.isdigit()}
+
+
+def _read_record(uri: str, keys: Sequence[str], advice: str) -> dict[str, Any]:
+    """A JSON object that has the keys."""
+    try:
+        record = json.loads(read_bytes(uri, LedgerError))
+        for key in keys:
+            record[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{uri}: damaged ({type(error).__name__}: {error}); {advice}") from error
+    return record

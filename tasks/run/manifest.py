@@ -61,7 +61,7 @@ class ManifestInfo:
         return self.placed_sha256 if version == 1 else self.sha256
 
 
-class _Tally:
+class _Sum:
     """Adds up a ManifestInfo shard by shard."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ def _in_words(info: ManifestInfo) -> str:
 
 
 def _write(file: BinaryIO, shards: Iterable[ShardSpec]) -> ManifestInfo:
-    tally = _Tally()
+    tally = _Sum()
     rows: list[ShardSpec] = []
     num_members = 0
     with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
@@ -191,19 +191,10 @@ def describe_manifest(run_uri: str) -> ManifestInfo:
     Raises:
         LedgerError: the manifest is missing or corrupt.
     """
-    tally = _Tally()
+    tally = _Sum()
     for spec in read_manifest(run_uri):
         tally.add(spec)
     return tally.info()
-
-
-def manifest_hash(run_uri: str) -> str:
-    """`ManifestInfo.sha256` of the manifest as it is stored.
-
-    Raises:
-        LedgerError: the manifest is missing or corrupt.
-    """
-    return describe_manifest(run_uri).sha256
 
 
 def _open(run_uri: str, stack: ExitStack) -> pq.ParquetFile:

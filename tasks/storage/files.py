@@ -255,17 +255,6 @@ def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
                 fs.rm_file(path)
 
 
-def check_writable(uri: str, error: type[RefineryError] = ConfigError) -> None:
-    """Prove that files can be written below `uri` by writing one small file and deleting it.
-
-    Raises:
-        error: they cannot, with the reason; meant to run before any expensive work.
-    """
-    probe = join(uri, f".refinery-{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    write_bytes(probe, b"probe", error)
-    remove([probe], error)
-
-
 def list_files(
     uri: str, error: type[RefineryError] = ShardError, include_partial: bool = False
 ) -> Iterator[tuple[str, int, str]]:

@@ -211,11 +211,12 @@ def test_entrypoint_parses_with_the_real_command_line(job: dict[str, Any]) -> No
     assert command.__name__ == "invert"
     assert bound.arguments["source"].startswith("s3://")
     assert bound.arguments["output"].startswith("s3://")
-    assert bound.arguments["flow"] is False
+    options = bound.arguments["options"]
+    assert options.flow is False
     # The config is the file that the pods mount, and the overrides fit it.
     mounts = {m["name"]: m["mountPath"] for m in container(_head(job))["volumeMounts"]}
-    assert bound.arguments["config"] == f"{mounts['config']}/nightly.toml"
-    config = load_config(str(ROOT / "deploy" / "nightly.toml"), bound.arguments["sets"])
+    assert options.config == f"{mounts['config']}/nightly.toml"
+    config = load_config(str(ROOT / "deploy" / "nightly.toml"), options.overrides)
     assert config.engine.address == "auto"
     assert config.engine.kind == "ray"
 

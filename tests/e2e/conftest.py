@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_tiny_generator
-from tests.e2e.small_dataset import Dataset, run_inline, write_dataset
+from tests.e2e.small_dataset import Dataset, run_inline, run_kind, write_dataset
 from tests.local_ray import shared_ray
 from tests.s3_server import S3Server
+from tests.tasks.small_edit import write_direction, write_domain
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,27 @@ def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> s
     assert summary.is_clean
     assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
     return run
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A direction and a domain of the dataset's generator."""
+    folder, generator = tmp_path_factory.mktemp("place"), make_tiny_generator()
+    write_direction(generator, folder / "turn.json")
+    write_domain(generator, folder / "oil")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calm(dataset: Dataset, undisturbed: str, place: Path) -> dict[str, str]:
+    """A finished run of each kind that nothing happened to."""
+    runs = {"invert": undisturbed}
+    for kind in ("edit", "rescore"):
+        runs[kind] = str(place / kind)
+        summary = run_kind(kind, dataset, undisturbed, place, runs[kind])
+        assert summary.is_clean
+        assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
+    return runs
 
 
 @pytest.fixture(scope="session")

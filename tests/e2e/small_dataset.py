@@ -4,13 +4,16 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config, load_stored_config
+from pipeline.edit import Wishes, load_edit_config
 from pipeline.run import Summary, carry_out
+from tasks.edit_job import EditJobConfig
 from tasks.run.ledger import read_markers
 from tasks.run.query import query
 
@@ -74,10 +77,34 @@ def run_inline(dataset: Dataset, out: str, *sets: str) -> Summary:
     return carry_out(dataset.source, out, config)
 
 
-def crash_inline(crash: str, dataset: Dataset, out: str) -> None:
+def edit_config(source: str, place: Path, *sets: str) -> RunConfig[EditJobConfig]:
+    """A direction twice and a domain, as they lie at `place`."""
+    wishes = Wishes(
+        edits=[f"{place}/turn.json=-1:1:2"], domains=[f"{place}/oil"], strength=0.7, is_each=True
+    )
+    plain = ["perceptual=none", "attributes=none", "batch=2", "engine.retry_wait_s=0.1"]
+    return load_edit_config(source, None, [*plain, *sets], wishes)
+
+
+def rescore_inline(source: str, out: str, *sets: str) -> Summary:
+    """Scores of another run, all stages in this process."""
+    plain = ["perceptual=none", "batch=2", "engine.kind=inline", "engine.retry_wait_s=0.1"]
+    return carry_out(source, out, load_stored_config("rescore", source, None, [*plain, *sets]))
+
+
+def run_kind(kind: str, dataset: Dataset, source: str, place: Path, out: str) -> Summary:
+    """A job of each kind: over the dataset, or over its finished run `source`."""
+    if kind == "invert":
+        return run_inline(dataset, out)
+    if kind == "rescore":
+        return rescore_inline(source, out)
+    return carry_out(source, out, edit_config(source, place, "engine.kind=inline"))
+
+
+def crash_kind(crash: str, *job: Any) -> None:
     """The body of a driver process that is to die at a crash point."""
     os.environ["REFINERY_CRASH"] = crash
-    run_inline(dataset, out)
+    run_kind(*job)
 
 
 def fingerprint(run_uri: str) -> dict[int, dict[str, str]]:

@@ -1,8 +1,6 @@
 """Edit runs on every engine, killed at any point: the same rows and bytes."""
 
 import hashlib
-import multiprocessing
-import os
 import shutil
 from pathlib import Path
 
@@ -10,54 +8,19 @@ import pytest
 
 from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
-from pipeline.config import RunConfig
 from pipeline.edit import Wishes, load_edit_config
-from pipeline.run import Summary, carry_out, verify
-from tasks.edit_job import EditJobConfig
+from pipeline.run import carry_out
 from tasks.run.ledger import committed, read_run
 from tasks.run.query import query
-from tasks.storage.crash import EXIT_CODE, POINTS
-from tests.conftest import make_tiny_generator
-from tests.e2e.small_dataset import NUM_SHARDS, fingerprint, rows
-from tests.tasks.small_edit import write_direction, write_domain
+from tasks.storage.crash import POINTS
+from tests.e2e.small_dataset import NUM_SHARDS, edit_config, fingerprint, rows
 
 REACHED = tuple(point for point in POINTS if point != "in_decode")
 
 
-def config_of(source: str, place: Path, *sets: str) -> RunConfig[EditJobConfig]:
-    wishes = Wishes(
-        edits=[f"{place}/turn.json=-1:1:2"], domains=[f"{place}/oil"], strength=0.7, is_each=True
-    )
-    plain = ["perceptual=none", "attributes=none", "batch=2", "engine.retry_wait_s=0.1"]
-    return load_edit_config(source, None, [*plain, *sets], wishes)
-
-
-def edit_inline(source: str, out: str, place: Path) -> Summary:
-    return carry_out(source, out, config_of(source, place, "engine.kind=inline"))
-
-
-def crash_edit(crash: str, source: str, out: str, place: Path) -> None:
-    """The body of a driver process that is to die at a crash point."""
-    os.environ["REFINERY_CRASH"] = crash
-    edit_inline(source, out, place)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("place"), make_tiny_generator()
-    write_direction(generator, folder / "turn.json")
-    write_domain(generator, folder / "oil")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def edited(undisturbed: str, place: Path) -> str:
-    """A finished edit run that nothing happened to, on the inline engine."""
-    run = str(place / "edited")
-    summary = edit_inline(undisturbed, run, place)
-    assert summary.is_clean
-    assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
-    return run
+@pytest.fixture
+def edited(calm: dict[str, str]) -> str:
+    return calm["edit"]
 
 
 def test_what_an_edit_run_holds(edited: str) -> None:
@@ -70,36 +33,6 @@ def test_what_an_edit_run_holds(edited: str) -> None:
     page = Path(edited, "report.html").read_text()
     assert '<th scope="col">oil~0.7</th>' in page
     assert "domain oil 0.7" in page
-
-
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.edit"])
-    return context
-
-
-@pytest.mark.parametrize("point", REACHED)
-def test_driver_killed(
-    point: str,
-    processes: multiprocessing.context.ForkServerContext,
-    undisturbed: str,
-    edited: str,
-    place: Path,
-    tmp_path: Path,
-) -> None:
-    run = str(tmp_path / "run")
-    crash = f"{point}:2:{tmp_path / 'token'}"
-    driver = processes.Process(target=crash_edit, args=(crash, undisturbed, run, place))
-    driver.start()
-    driver.join(60)
-    assert driver.exitcode == EXIT_CODE
-    assert committed(run) == ({0, 1, 2} if point == "after_marker" else {0, 1})
-
-    assert edit_inline(undisturbed, run, place).is_clean
-    assert fingerprint(run) == fingerprint(edited)
-    assert rows(run).equals(rows(edited))
-    assert verify(run).problems == []
 
 
 @pytest.mark.slow
@@ -117,7 +50,7 @@ def test_actors_killed_at_each_point(
     crashes = [f"{point}:{shard}:{tokens[point]}" for shard, point in enumerate(REACHED)]
     monkeypatch.setenv("REFINERY_CRASH", ";".join(crashes))
     sets = ("engine.actors=2", "engine.max_attempts=8")
-    summary = carry_out(undisturbed, run, config_of(undisturbed, place, *sets))
+    summary = carry_out(undisturbed, run, edit_config(undisturbed, place, *sets))
     assert all(token.exists() for token in tokens.values())
     assert summary.is_clean
     assert len(committed(run)) == NUM_SHARDS

@@ -24,7 +24,7 @@ from models.errors import ConfigError, LedgerError
 from pipeline import flows
 from pipeline.config import EngineConfig, load_config
 from pipeline.edit_flows import fit_directions, nightly_domains
-from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening
+from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening, run_over_run
 from pipeline.tally import Snapshot
 from tasks.run.query import query
 from tests.e2e.small_dataset import Dataset, fingerprint, write_tars
@@ -52,6 +52,19 @@ def artifacts(flow_run: FlowRun) -> dict[str, Artifact]:
             offset=0,
         )
     return {a.key: a for a in found if a.key}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_kind_without_a_flow_of_its_own(calm: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "scores-{date}")
+    sets = ["perceptual=none", "batch=2", "engine.kind=inline"]
+    summary = run_over_run("rescore", calm["invert"], out, None, sets)
+    assert summary.is_clean
+    assert fingerprint(summary.outcome.run_uri) == fingerprint(calm["rescore"])
+    (run, *_) = flow_runs()
+    assert (run.state_name, run.parameters["kind"]) == ("Completed", "rescore")
+    assert "summary" in artifacts(run)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
-"""The third kind of job through the door: new scores of stored pictures, killed at any point."""
+"""The third kind of job through the door: new scores of stored pictures."""
 
-import multiprocessing
-import os
 import shutil
 from pathlib import Path
 
@@ -12,40 +10,20 @@ import torch
 from models.losses.perceptual import load_perceptual
 from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
-from pipeline.config import load_stored_config
-from pipeline.run import Summary, carry_out, verify
+from pipeline.run import verify
 from tasks.run.ledger import committed, read_declared, read_markers
 from tasks.run.query import query
-from tasks.storage.crash import EXIT_CODE, POINTS
 from tasks.work.device import to_images
-from tests.e2e.small_dataset import Dataset, fingerprint, rows
+from tests.e2e.small_dataset import rescore_inline
 from tests.tasks.small_edit import write_domain
 from tests.tasks.work.test_edit import pictures
 
-REACHED = tuple(point for point in POINTS if point not in ("in_decode", "between_parts"))
-"""Nothing is decoded before the device is asked, and there is one part."""
 SCORES = ("mse", "psnr", "ssim", "nscd")
 
 
-def rescore_inline(source: str, out: str, *sets: str) -> Summary:
-    plain = ["perceptual=none", "batch=2", "engine.kind=inline", "engine.retry_wait_s=0.1"]
-    return carry_out(source, out, load_stored_config("rescore", source, None, [*plain, *sets]))
-
-
-def crash_rescore(crash: str, source: str, out: str) -> None:
-    """The body of a driver process that is to die at a crash point."""
-    os.environ["REFINERY_CRASH"] = crash
-    rescore_inline(source, out)
-
-
-@pytest.fixture(scope="module")
-def rescored(undisturbed: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished run that nothing happened to."""
-    run = str(tmp_path_factory.mktemp("rescored") / "run")
-    summary = rescore_inline(undisturbed, run)
-    assert summary.is_clean
-    assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
-    return run
+@pytest.fixture
+def rescored(calm: dict[str, str]) -> str:
+    return calm["rescore"]
 
 
 def test_the_same_scores_again(undisturbed: str, rescored: str) -> None:
@@ -58,37 +36,8 @@ def test_the_same_scores_again(undisturbed: str, rescored: str) -> None:
     assert "invert_s" not in commits.column_names
 
 
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.rescore"])
-    return context
-
-
-@pytest.mark.parametrize("point", REACHED)
-def test_driver_killed(
-    point: str,
-    processes: multiprocessing.context.ForkServerContext,
-    undisturbed: str,
-    rescored: str,
-    tmp_path: Path,
-) -> None:
-    run = str(tmp_path / "run")
-    crash = f"{point}:2:{tmp_path / 'token'}"
-    driver = processes.Process(target=crash_rescore, args=(crash, undisturbed, run))
-    driver.start()
-    driver.join(60)
-    assert driver.exitcode == EXIT_CODE
-    assert committed(run) == ({0, 1, 2} if point == "after_marker" else {0, 1})
-
-    assert rescore_inline(undisturbed, run).is_clean
-    assert fingerprint(run) == fingerprint(rescored)
-    assert rows(run).equals(rows(rescored))
-    assert verify(run).problems == []
-
-
 def test_the_command_adds_a_network(
-    undisturbed: str, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
     command = ["rescore", undisturbed, out, "--engine", "inline", "--no-flow"]

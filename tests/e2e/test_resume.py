@@ -1,6 +1,5 @@
 """Killed at any point and run again: the same rows and bytes as if nothing had happened."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,58 +12,17 @@ import pytest
 from models.errors import LedgerError
 from pipeline.cli import run_app
 from pipeline.config import load_config
-from pipeline.run import carry_out, plan, verify
-from pipeline.status import read_status
+from pipeline.run import carry_out, plan
 from tasks.run.ledger import committed
-from tasks.storage.crash import EXIT_CODE, POINTS
 from tests.e2e.small_dataset import (
-    NUM_SHARDS,
     Dataset,
-    crash_inline,
     fingerprint,
     rows,
-    run_inline,
 )
 
 MARK = "REFINERY_TEST_MARK"
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own watchers outlive a killed raylet by a minute, in which they wait for its server."""
-
-
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Children of one process that has loaded PyTorch already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.small_dataset", "tasks.work.invert"])
-    return context
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_driver_killed(
-    point: str,
-    processes: multiprocessing.context.ForkServerContext,
-    dataset: Dataset,
-    undisturbed: str,
-    tmp_path: Path,
-) -> None:
-    run = str(tmp_path / "run")
-    crash = f"{point}:2:{tmp_path / 'token'}"
-    driver = processes.Process(target=crash_inline, args=(crash, dataset, run))
-    driver.start()
-    driver.join(60)
-    assert driver.exitcode == EXIT_CODE
-    assert (tmp_path / "token").exists()
-    assert committed(run) == ({0, 1, 2} if point == "after_marker" else {0, 1})
-    assert read_status(run).num_pending == NUM_SHARDS - len(committed(run))
-
-    summary = run_inline(dataset, run)
-    assert summary.is_clean
-    assert summary.outcome.rows == 12
-    assert fingerprint(run) == fingerprint(undisturbed)
-    assert rows(run).equals(rows(undisturbed))
-    assert verify(run).problems == []
-    parts = [p for kind in ("latents", "images") for p in (Path(run) / kind).iterdir()]
-    assert len(parts) == sum(len(kinds) for kinds in fingerprint(run).values())
 
 
 @pytest.mark.slow

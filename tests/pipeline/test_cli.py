@@ -15,6 +15,7 @@ from models.stylegan2.generator import weights_hash
 from pipeline import cli
 from pipeline.cli import app, run_app
 from pipeline.commands.jobs import begin_flow
+from pipeline.commands.terminal import JobOptions
 from pipeline.config import load_config
 from pipeline.method_table import field_docs
 from pipeline.run import carry_out
@@ -57,9 +58,10 @@ def test_help_is_immediate_and_loads_nothing_heavy() -> None:
     assert time.monotonic() - started[1] < 10  # 0.3 s on an idle machine
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "query"])
-def test_looking_at_a_run_does_not_wait_for_torch(command: str, run: str) -> None:
-    tokens = [command, run, *(["SELECT 1"] if command == "query" else [])]
+@pytest.mark.parametrize("command", ["status", "verify", "query", "methods"])
+def test_looking_does_not_wait_for_torch(command: str, run: str) -> None:
+    more = {"query": [run, "SELECT 1"], "methods": []}
+    tokens = [command, *more.get(command, [run])]
     code = (
         f"import sys; from pipeline.cli import run_app; assert run_app({tokens!r}) == 0;"
         "sys.exit(bool({'torch', 'ray', 'prefect', 'pydantic'} & set(sys.modules)))"
@@ -80,12 +82,12 @@ def test_the_inline_engine_starts_no_server_of_its_own(
     command = ["invert", dataset.source, str(tmp_path / "out"), "--config", dataset.config]
     assert run_app([*command, "--limit", "2", "--engine", "inline"]) == 0
     with pytest.raises(AssertionError, match="a private server"):
-        begin_flow(True, dataset.config, [])
+        begin_flow(JobOptions(config=dataset.config))
     config = tmp_path / "inline.toml"
     config.write_text('[engine]\nkind = "inline"\n')
-    assert begin_flow(True, str(config), []) == (False, None)
+    assert begin_flow(JobOptions(config=str(config))) == (False, None)
     with pytest.raises(AssertionError, match="a private server"):
-        begin_flow(True, str(config), ["engine.kind=ray"])
+        begin_flow(JobOptions(config=str(config), sets=["engine.kind=ray"]))
 
 
 @pytest.mark.parametrize(

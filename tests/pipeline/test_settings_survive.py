@@ -14,13 +14,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from models.stylegan2.generator import Generator
-from pipeline.config import load_config, validate
+from pipeline.config import load_config, load_stored_config, validate
 from pipeline.edit import load_edit_config
 from tasks.edit_job import EditJobConfig, VariantConfig
 from tasks.job import InputConfig, Job, JobConfig, MethodConfig, OutputConfig
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
-from tasks.work.kinds import load_job
+from tasks.work.kinds import KINDS, job_class, load_job
 from tests.tasks.small_edit import make_source, write_direction, write_domain
 from tests.tasks.small_run import DECLARED
 
@@ -135,10 +135,26 @@ def test_every_field_of_an_edit_job_arrives(
     assert job.domain_folders == (str(tmp_path / "domains"),)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("invert", "edit")])
+def test_every_field_of_other_jobs_arrives(kind: str, source: str, tmp_path: Path) -> None:
+    default = load_stored_config(kind, source).job
+    from_source = {"source", "source_run", "generator", "method"}
+    own = {k: v for k, v in scalars(type(default), default) if k not in from_source}
+    output = dict(scalars(OutputConfig, default.output))
+    fields = {field.name for field in dataclasses.fields(default)}
+    assert fields == own.keys() | from_source | {"output"}
+    config = load_stored_config(kind, source, None, [*sets("", own), *sets("output.", output)])
+    job = kept(config.job, tmp_path / "out")
+    assert job == config.job
+    check(job, own)
+    check(job.output, output)
+    assert (job.source, job.source_run) == (source, ledger.read_run(source)["run_id"])
+
+
 def test_the_law_sees_each_table() -> None:
     """Every dataclass inside the jobs is compared above."""
     tables: set[type] = set()
-    waiting: list[Any] = [JobConfig, EditJobConfig]
+    waiting: list[Any] = [job_class(kind) for kind in KINDS]
     while waiting:
         kind = waiting.pop()
         waiting += get_args(kind)
@@ -147,5 +163,5 @@ def test_the_law_sees_each_table() -> None:
             tables.add(kind)
             waiting += get_type_hints(kind).values()
     named = {"StrengthConfig", "BlendConfig"}
-    seen = {JobConfig, EditJobConfig, VariantConfig, InputConfig, OutputConfig, MethodConfig}
+    seen = {*map(job_class, KINDS), VariantConfig, InputConfig, OutputConfig, MethodConfig}
     assert {kind.__name__ for kind in tables} == {kind.__name__ for kind in seen} | named
