@@ -8,7 +8,7 @@ morphs. A fine-tuned generator (StyleGAN-NADA) fits behind the same interface as
 On disk a domain is a folder: `tokens.safetensors` (or `weights.safetensors`), `card.json`,
 `preview.png`.
 
-Legend: N batch.
+Legend: N batch, L num_ws, D w_dim.
 """
 
 import difflib
@@ -20,8 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from models.adaptation.mixing import mixed_residual, mixed_weights, summed
 from models.adaptation.token_sets import TokenSets
@@ -231,6 +233,13 @@ def add_domains(inversion: Inversion, mixes: Sequence[Mix]) -> Inversion:
             )
         changed = replace(changed, weights=mixed_weights(weights, n, device))
     return changed
+
+
+def without_noise(w_plus: Float[Tensor, "N L D"], generator: Generator) -> Inversion:
+    """Codes that render without noise: how a domain is learned, shown and scored."""
+    sides = [generator.conv_resolution(index) for index in range(generator.num_convs)]
+    noise = tuple(w_plus.new_zeros(len(w_plus), 1, side, side) for side in sides)
+    return Inversion(w_plus=w_plus, noise=noise)
 
 
 def _read_tokens(file: Path) -> TokenSets:

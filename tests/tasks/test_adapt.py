@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tasks.adapt.job as job_module
-from models.adaptation.domain import add_domains, load_domain
+from models.adaptation.domain import add_domains, load_domain, without_noise
 from models.checkpoints.native import save_generator
 from models.errors import AssetError, ConfigError
-from models.inversion.base import Inversion
 from models.losses.trunk import PerceptualTrunk, TrunkArchitecture
 from models.stylegan2.generator import Generator
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
@@ -40,6 +39,9 @@ class FakeClip(torch.nn.Module):
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
         return F.normalize(F.adaptive_avg_pool2d(images, 8).flatten(1) @ self.matrix, dim=1)
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        return F.unfold(images, 8, stride=8).transpose(1, 2)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         rows = [self.letters[[ord(c) % 128 for c in sorted(text)]].mean(0) for text in texts]
@@ -110,7 +112,7 @@ def test_a_set_of_pictures_pulls_the_colours(place: Path, tmp_path: Path) -> Non
     warm, cold = adapt(config, seen.append)
     generator = make_tiny_generator()
     z = torch.randn(8, generator.z_dim, generator=torch.Generator().manual_seed(5))
-    plain = Inversion(w_plus=generator.mapping(z, truncation_psi=0.8))
+    plain = without_noise(generator.mapping(z, truncation_psi=0.8), generator)
     red_over_blue = {}
     for name, mix in (("plain", []), ("warm", [(load_domain(warm), 1.0)]), ("cold", [
         (load_domain(cold), 1.0)])):  # fmt: skip
@@ -375,7 +377,7 @@ def test_settings_of_a_domain_that_make_no_sense(changes: dict, message: str) ->
         ({"rank": 0}, "rank must be >= 1"),
         ({"truncation_psi": 1.5}, "truncation_psi must be in 0..1"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
-        ({"form": "both"}, 'form: expected "tokens" or "weights"'),
+        ({"form": "both"}, "form: expected one of tokens, style, weights"),
         ({"layers": (99,)}, r"layers: expected indices of 3x3 layers in 0..6, found 99"),
         ({"invert": (MethodConfig(name="magic"),)}, "magic"),
         ({"generator": "nowhere"}, "no bundled generator of that name"),
