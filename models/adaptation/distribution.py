@@ -51,14 +51,18 @@ class ReferenceTaps:
         return found[:, chosen.to(found.device)]
 
 
+PLACE = 0.3
+"""Reach of the place among activations of norm 1, see `placed`."""
+
+
 def placed(taps: Sequence[Float[Tensor, "B C h w"]]) -> list[Float[Tensor, "B D h w"]]:
-    """Activations with their place, (y, x) in [-1, 1], as further channels: on aligned faces a
-    nose is then compared with noses, and a highlight belongs where the references have it."""
+    """Activations with their place, (y, x) in [-PLACE, PLACE], as further channels: on aligned
+    faces noses are then compared with noses, a highlight belongs where the references have it."""
     found = []
     for tap in taps:
         n, _, h, w = tap.shape
-        y = torch.linspace(-1, 1, h, device=tap.device)[:, None].expand(h, w)
-        x = torch.linspace(-1, 1, w, device=tap.device)[None].expand(h, w)
+        y = torch.linspace(-PLACE, PLACE, h, device=tap.device)[:, None].expand(h, w)
+        x = torch.linspace(-PLACE, PLACE, w, device=tap.device)[None].expand(h, w)
         found.append(torch.cat([tap, torch.stack([y, x]).expand(n, 2, h, w)], 1))
     return found
 

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.adaptation.clip_losses import set_direction
-from models.adaptation.distribution import PatchBasis, ReferenceTaps, placed
+from models.adaptation.distribution import PatchBasis, ReferenceTaps
 from models.losses.clip_direction import Embeds, text_direction
 from models.losses.identity import Identity
 from models.losses.trunk import PerceptualTrunk
 from tasks.adapt.config import DomainConfig
 from tasks.adapt.critic import Critic
-from tasks.adapt.terms import TERMS, Scene, units
+from tasks.adapt.terms import TERMS, Scene, styles
 
 
 @dataclass(kw_only=True)
@@ -106,7 +106,7 @@ class Guide:
             _ = self.directions  # says at once where there is none
         self.critic: Critic | None = None
         if "adversarial" in self.terms:
-            self.critic = Critic(judges.trunk, self.pictures, self.taps.spread, rng)
+            self.critic = Critic(judges.trunk, self.pictures, rng)
 
     # ------------------------------------------------------------------ what it stands on
 
@@ -141,7 +141,7 @@ class Guide:
     @cached_property
     @torch.no_grad()
     def taps(self) -> ReferenceTaps:
-        return ReferenceTaps.of(placed(units(self.judges.trunk(self.pictures))))
+        return ReferenceTaps.of(styles(self.judges.trunk(self.pictures)))
 
     @cached_property
     def patches(self) -> ReferenceTaps:

@@ -37,6 +37,9 @@ GIVEN: Mapping[str, frozenset[Need]] = {
 CONTENT_SCALES = slice(2, None)
 """Scales of the trunk that the content term compares: a quarter of the size and coarser. Strokes
 and colours of pixels are the style's."""
+STYLE_SCALES = slice(0, 3)
+"""Scales that are compared with references and that the critic sees: down to a quarter of the size.
+Coarser ones know where a face has its nose, and would move it."""
 SHAPE_SCALES = slice(1, None)
 """Scales whose activations say how alike two pictures are, in the in-domain term."""
 
@@ -144,7 +147,7 @@ def _tokens(scene: Scene) -> Float[Tensor, " B"]:
 
 
 def _distribution(scene: Scene) -> Float[Tensor, " B"]:
-    return sliced_distance(placed(units(scene.after.taps)), [scene.guide.taps], scene.rng)[0]
+    return sliced_distance(styles(scene.after.taps), [scene.guide.taps], scene.rng)[0]
 
 
 def _patches(scene: Scene) -> Float[Tensor, " B"]:
@@ -218,6 +221,11 @@ def units(taps: list[Float[Tensor, "B C h w"]]) -> list[Tensor]:
     """Channel-normalised activations. Compared as they are, a distribution is mostly contrast, and
     noise in flat places costs nothing; normalised, flat places count as much as edges do."""
     return [unit_normalise(tap) for tap in taps]
+
+
+def styles(taps: list[Float[Tensor, "B C h w"]]) -> list[Tensor]:
+    """What is compared with references: normalised activations of the fine scales, and where."""
+    return placed(units(taps[STYLE_SCALES]))
 
 
 def _shape(seen: "Seen") -> Float[Tensor, "B D"]:
