@@ -117,16 +117,24 @@ class Clip(nn.Module):
             )
         if self.known_words is None:
             return set()
-        reader = self.tokenizer.backend_tokenizer
-        parts = reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(prompt))
-        words = {word for word, _ in parts}
-        if not words & self.known_words:
+        if not self._words(prompt) & self.known_words:
             raise ConfigError(
                 f"CLIP {self.name}: no word of prompt {prompt!r} means anything to it; it knows "
                 f"{', '.join(sorted(self.known_words))}. Use these, or a CLIP that reads any text "
                 "(a folder or a hub id such as openai/clip-vit-base-patch32)"
             )
-        return words - set(self.tokenizer.get_vocab())
+        return self.ignored(prompt)
+
+    def ignored(self, text: str) -> set[str]:
+        """Words of a text that mean nothing to a network with a vocabulary of whole words."""
+        if self.known_words is None:
+            return set()
+        return self._words(text) - set(self.tokenizer.get_vocab())
+
+    def _words(self, text: str) -> set[str]:
+        reader = self.tokenizer.backend_tokenizer
+        parts = reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(text))
+        return {word for word, _ in parts}
 
 
 Preprocessing = tuple[int, list[float], list[float]]

@@ -125,8 +125,9 @@ def adaptation(
     *,
     portraits: str,
     squeezenet: str | None = None,
+    identity: str | None = None,
     styles: str | None = None,
-    steps: int = 100,
+    steps: int = 150,
     run: str | None = None,
     generator: str = "faces64",
 ) -> int:
@@ -137,6 +138,7 @@ def adaptation(
         out: folder for the table and the domains.
         portraits: Parquet file with the columns id, image and style.
         squeezenet: SqueezeNet v1.1 weights, for scores by a network that no loss sees.
+        identity: a face recognition network ("dlib" or a file), for a column of identity.
         styles: separated by commas; all of the file without it.
         steps: of every adaptation.
         run: an inversion run on whose codes the bundled directions are measured too.
@@ -148,7 +150,7 @@ def adaptation(
         out,
         portraits=portraits,
         generator_name=generator,
-        squeezenet=squeezenet,
+        networks={"squeezenet": squeezenet, "identity": identity},
         steps=steps,
         styles=styles.split(",") if styles else None,
         run=run,

@@ -34,6 +34,9 @@ class DomainConfig:
     """text: prompts that both texts are put into at {}; embeddings are averaged over them."""
     references: str = ""
     """image, images: a folder or prefix of pictures, a Parquet or tar file of them, or one file."""
+    style: str = ""
+    """image, images: of a Parquet file with the columns id, image and style only the rows of this
+    style, without the fifth that is held out for scoring."""
     reference_limit: int = 500
     """images: so many of them at most, the first by key."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -127,7 +130,7 @@ class AdaptConfig:
     truncation_psi: float = 0.8
     """Of the codes (StyleGAN-NADA: 0.7)."""
     mixing: float = 0.5
-    """Share of the codes that are two, joined at a random row (StyleGAN's mixing regularisation)."""
+    """Share of the codes that are two, joined at a random row (StyleGAN's style mixing)."""
     noise: Literal["none", "const"] = "none"
     """The noise inputs while learning: at "const" a generator's stored grain is part of what the
     losses see."""

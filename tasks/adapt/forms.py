@@ -147,7 +147,8 @@ class WeightForm(Form):
         pictures = []
         for row, codes in enumerate(w_plus):
             weights = {name: t[row] for name, t in zip(self.own, tensors, strict=True)}
-            pictures.append(torch.func.functional_call(self.generator, weights, (codes, self.noise)))
+            inputs = (codes, self.noise)
+            pictures.append(torch.func.functional_call(self.generator, weights, inputs))
         return torch.cat(pictures)
 
     def domain(

@@ -4,6 +4,7 @@ Legend: B pictures of a batch, V views of each, D an embedding, T tokens, C chan
 M references.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from models.adaptation.clip_losses import set_direction
 from models.adaptation.distribution import PatchBasis, ReferenceTaps
+from models.errors import ConfigError
 from models.losses.clip_direction import Embeds, text_direction
 from models.losses.identity import Identity
 from models.losses.trunk import PerceptualTrunk
 from tasks.adapt.config import DomainConfig
 from tasks.adapt.critic import Critic
 from tasks.adapt.terms import TERMS, Scene, styles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -126,6 +130,7 @@ class Guide:
         domain, found = self.domain, []
         for index, (clip, _) in enumerate(self.judges.clips):
             if domain.guidance == "text":
+                check_words(domain, clip)
                 way = text_direction(clip, domain.source_text, domain.target_text, domain.templates)
             else:
                 assert self.source is not None
@@ -190,6 +195,32 @@ class Guide:
         self.rng.set_state(state["rng"])
         if self.critic is not None:
             self.critic.restore(state)
+
+
+def check_words(domain: DomainConfig, clip: Embeds) -> None:
+    """Tell which words a CLIP does not know, and refuse them where they carry the style: where the
+    target says them and the source does not.
+
+    Raises:
+        ConfigError: names the words and what the CLIP knows in their place.
+    """
+    shared = clip.ignored(domain.source_text)
+    carrying = clip.ignored(domain.target_text) - shared
+    if carrying:
+        known = ", ".join(sorted(getattr(clip, "known_words", None) or ()))
+        raise ConfigError(
+            f"{domain.name}: target_text {domain.target_text!r}: CLIP {clip.name} does not know "
+            f"{', '.join(sorted(carrying))}, so the style would be another; it knows {known}. Use "
+            "these words, or a CLIP that reads any text "
+            "(clips.0.source=openai/clip-vit-base-patch32)"
+        )
+    if shared:
+        logger.warning(
+            "%s: CLIP %s does not know %s: the texts are read without",
+            domain.name,
+            clip.name,
+            ", ".join(sorted(shared)),
+        )
 
 
 def look(

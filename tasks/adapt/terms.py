@@ -185,15 +185,9 @@ def _identity(scene: Scene) -> Float[Tensor, " B"]:
 
 
 TERMS: Mapping[str, Term] = {
-    "direction": Term(
-        loss=_direction, needs=frozenset({"clip", "target"}), weights={"text": 1.0}
-    ),
-    "across": Term(
-        loss=_across, needs=frozenset({"clip", "reference"}), weights={"image": 1.0}
-    ),
-    "within": Term(
-        loss=_within, needs=frozenset({"clip", "reference"}), weights={"image": 0.5}
-    ),
+    "direction": Term(loss=_direction, needs=frozenset({"clip", "target"}), weights={"text": 1.0}),
+    "across": Term(loss=_across, needs=frozenset({"clip", "reference"}), weights={"image": 1.0}),
+    "within": Term(loss=_within, needs=frozenset({"clip", "reference"}), weights={"image": 0.5}),
     "reference_clip": Term(
         loss=_reference_clip, needs=frozenset({"clip", "reference"}), weights={"image": 30.0}
     ),
