@@ -7,6 +7,8 @@ steps = 200
 name = "impasto"
 guidance = "images"
 references = "photos/impasto"
+
+`references` beside the tables is that of every table of pictures without its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,12 +47,16 @@ def load_adapt_config(
     tables.setdefault("clips", [{"source": "refinery"}])  # so that clips.0.source can be set
     for item in sets:
         apply_set(tables, item)
+    common = tables.pop("references", None)
     tables.setdefault("device", local_device())
     if not tables.get("domain"):
         raise ConfigError(
             "domain: there is none; write a [[domain]] table with a name and `references` or "
             "`target_text`, or name one on the command line"
         )
+    for _, table in _tables(tables, "domain"):
+        if common is not None and table.get("guidance") != "text":
+            table.setdefault("references", common)
     # Each table by itself, so that a wrong key is named with its place and its neighbours.
     for name, cls in (("domain", DomainConfig), ("clips", ClipConfig)):
         if name in tables:

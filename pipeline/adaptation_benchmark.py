@@ -116,8 +116,8 @@ def benchmark_adaptation(
     Args:
         portraits: Parquet file with columns id, image, style; a fifth of it is held out.
         networks: "squeezenet": SqueezeNet v1.1 weights (torchvision's names), for scores by a
-            network that no loss sees; "identity": a face recognition network (`load_identity`). Without
-            them the table has the scores of our trunk alone.
+            network that no loss sees; "identity": a face recognition network (`load_identity`).
+            Without them the table has the scores of our trunk alone.
         styles: which of the file's; none for all.
         run: an inversion run whose stored codes are edited for the page's second table.
 

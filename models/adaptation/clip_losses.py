@@ -9,6 +9,7 @@ Sources: StyleGAN-NADA (arXiv 2108.00946), Mind the Gap (arXiv 2110.08398), Hype
 Legend: G groups, B pictures of a group, D size of an embedding, T, S tokens, M, K pictures.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor

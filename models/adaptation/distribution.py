@@ -67,6 +67,25 @@ def placed(taps: Sequence[Float[Tensor, "B C h w"]]) -> list[Float[Tensor, "B D 
     return found
 
 
+@torch.no_grad()
+def recoloured(
+    images: Float[Tensor, "M 3 H W"], like: Float[Tensor, "K 3 H W"]
+) -> Float[Tensor, "M 3 H W"]:
+    """Pictures under the affine map of colours that gives all their pixels together the mean and
+    covariance of those of `like`: their strokes and lines in its colours (the colour matching of
+    Gatys et al., arXiv 1611.07865)."""
+    sides = []
+    for given in (images, like):
+        flat = given.transpose(0, 1).flatten(1).double()
+        values, vectors = torch.linalg.eigh(torch.cov(flat) + 1e-6 * torch.eye(3).to(flat))
+        sides.append((flat.mean(1), vectors, values.sqrt()))
+    (mean, vectors, std), (own_mean, own_vectors, own_std) = sides
+    whitened = (vectors / std) @ vectors.T
+    matrix = ((own_vectors * own_std) @ own_vectors.T @ whitened).to(images)
+    moved = torch.einsum("ij,njhw->nihw", matrix, images - mean.to(images)[:, None, None])
+    return (moved + own_mean.to(images)[:, None, None]).clamp(-1, 1)
+
+
 PATCH, WAVES = 5, 24
 """Side of a patch, px; principal components of patches that are compared."""
 

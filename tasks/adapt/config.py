@@ -39,6 +39,9 @@ class DomainConfig:
     style, without the fifth that is held out for scoring."""
     reference_limit: int = 500
     """images: so many of them at most, the first by key."""
+    colour: float = 1.0
+    """images: how far the references' colours are part of the style; at 0 they are recoloured to
+    the source's mean and covariance, and only texture and line are learned."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights of loss terms that replace the guidance's own, by name in tasks/adapt/terms.py."""
     terms: str = "unknown"
@@ -65,6 +68,8 @@ class DomainConfig:
                 f"{self.name}: {self.guidance} guidance needs `references`: a picture, a folder, "
                 "or a Parquet file with an image column"
             )
+        if not 0 <= self.colour <= 1:
+            raise ConfigError(f"{self.name}: colour must be in 0..1, got {self.colour}")
         if self.reference_limit < 1:
             raise ConfigError(f"{self.name}: reference_limit must be >= 1")
         self._check_weights()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.adaptation.clip_losses import set_direction
-from models.adaptation.distribution import PatchBasis, ReferenceTaps
+from models.adaptation.distribution import PatchBasis, ReferenceTaps, recoloured
 from models.errors import ConfigError
 from models.losses.clip_direction import Embeds, text_direction
 from models.losses.identity import Identity
@@ -85,7 +85,7 @@ class Guide:
 
     Args:
         references: [M 3 H W] of `image` and `images`, else None.
-        source: generated source pictures, where a set of pictures has a direction.
+        source: generated source pictures, where a set of pictures has a direction or is recoloured.
         reference: the inverted reference of `image`.
         rng: the domain's own stream, on the CPU.
 
@@ -103,7 +103,11 @@ class Guide:
         rng: torch.Generator,
     ) -> None:
         self.domain, self.judges, self.rng = domain, judges, rng
-        self.references, self.source, self.reference = references, source, reference
+        self.source, self.reference = source, reference
+        if references is not None and domain.colour < 1:
+            assert source is not None
+            references = recoloured(references, source.images).lerp(references, domain.colour)
+        self.references = references
         self.terms = {name: term for name, term in TERMS.items() if domain.weight(name)}
         self.uses_clip = any("clip" in term.needs for term in self.terms.values())
         if "direction" in self.terms:

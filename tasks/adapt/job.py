@@ -130,7 +130,10 @@ class _Job:
     def prepare(self) -> None:
         """Targets of every domain, what is optimised, and the checkpoint where there is one."""
         config = self.config
-        needs_source = any(d.guidance == "images" and d.weight("direction") for d in config.domain)
+        needs_source = any(
+            d.guidance == "images" and (d.weight("direction") or d.colour < 1)
+            for d in config.domain
+        )
         source = self._source() if needs_source else None
         streams = [
             torch.Generator().manual_seed(sample_seed(config.seed, domain.name))

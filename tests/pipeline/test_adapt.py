@@ -50,6 +50,19 @@ def path(tmp_path: Path) -> str:
     return str(file)
 
 
+def test_references_of_all_tables(tmp_path: Path) -> None:
+    file = tmp_path / "adapt.toml"
+    file.write_text(
+        'references = "all.parquet"\n'
+        '[[domain]]\nname = "ink"\nstyle = "ink"\n'
+        '[[domain]]\nname = "own"\nreferences = "own"\n'
+        '[[domain]]\nname = "oil"\nguidance = "text"\ntarget_text = "oil painting"\n'
+    )
+    config = load_adapt_config(str(file), ["references=other.parquet"])
+    assert [d.references for d in config.domain] == ["other.parquet", "own", ""]
+    assert config.domain[0].style == "ink"
+
+
 def test_a_file_with_several_domains(path: str) -> None:
     config = load_adapt_config(path, ["steps=20", "domain.1.weights.content=0.25"])
     assert [d.name for d in config.domain] == ["ink", "oil"]

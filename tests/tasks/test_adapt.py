@@ -22,6 +22,7 @@ from models.stylegan2.generator import Generator
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
 from tasks.adapt.guidance import Guide
 from tasks.adapt.job import AdaptProgress, adapt
+from tasks.adapt.terms import GIVEN, TERMS
 from tasks.job import MethodConfig
 from tests.conftest import make_picture, make_tiny_generator
 
@@ -193,6 +194,88 @@ def test_all_weights_behind_the_same_interface(place: Path, tmp_path: Path) -> N
     assert domain.card["form"] == "weights"
 
 
+def test_style_offsets_behind_the_same_interface(place: Path, tmp_path: Path) -> None:
+    seen: list[AdaptProgress] = []
+    (folder,) = adapt(job(place, tmp_path, images(place), form="style", steps=12), seen.append)
+    domain = load_domain(folder)
+    generator = make_tiny_generator()
+    assert domain.weights is not None
+    assert all(name.endswith(".conv.modulation.bias") for name in domain.weights)
+    wide = sum(generator.conv(i).conv.weight.shape[2] for i in range(generator.num_convs))
+    assert sum(d.codes.numel() for d in domain.weights.values()) == wide
+    assert seen[-1].scores["warm"] < 0.95 * seen[0].scores["warm"]
+    # A change of the affines' biases is an offset of all styles: both doors render the same.
+    codes = without_noise(generator.latent_avg.expand(2, generator.num_ws, -1).clone(), generator)
+    by_bias = add_domains(codes, [[(domain, 0.5)]]).render(generator)
+    at = {f"{name}.conv.modulation.bias": i for i, (name, *_) in enumerate(generator.layers())}
+    shift = {at[k]: 0.5 * d.value() for k, d in domain.weights.items()}
+    torch.testing.assert_close(by_bias, codes.render(generator, shift), atol=1e-4, rtol=0)
+    assert float((by_bias - codes.render(generator)).abs().mean()) > 1e-3
+
+
+def test_tokens_of_clip_and_patches_pull(place: Path, tmp_path: Path) -> None:
+    both = images(place, weights={"distribution": 0.0, "tokens": 1.0, "patches": 1.0})
+    seen: list[AdaptProgress] = []
+    (folder,) = adapt(job(place, tmp_path, both, steps=16), seen.append)
+    scores = json.loads((folder / "card.json").read_text())["scores"]
+    assert set(scores) == {"tokens", "patches", "in_domain", "content"}
+    assert seen[-1].scores["warm"] < 0.9 * seen[0].scores["warm"]
+
+
+def test_half_precision_learns_the_same_domain(place: Path, tmp_path: Path) -> None:
+    found = [
+        json.loads((adapt(config)[0] / "card.json").read_text())
+        for config in (
+            job(place, tmp_path / p, images(place), precision=p) for p in ("float32", "bfloat16")
+        )
+    ]
+    assert found[0]["score"] == pytest.approx(found[1]["score"], rel=0.1)
+    assert found[0]["score"] != found[1]["score"]
+
+
+def test_colours_may_stay_the_sources(place: Path, tmp_path: Path) -> None:
+    """Red references, recoloured to the source's: nothing turns red."""
+    generator = make_tiny_generator()
+    z = torch.randn(8, generator.z_dim, generator=torch.Generator().manual_seed(5))
+    plain = without_noise(generator.mapping(z, truncation_psi=0.8), generator)
+
+    def tint(folder: Path) -> float:
+        mean = add_domains(plain, [[(load_domain(folder), 1.0)]]).render(generator).mean((0, 2, 3))
+        return float(mean[0] - mean[2])
+
+    free = {"in_domain": 0.0, "content": 0.0}
+    config = job(
+        place,
+        tmp_path,
+        replace(images(place, weights=free), name="red"),
+        replace(images(place, weights=free, colour=0.0), name="lines"),
+        steps=24,
+    )
+    red, lines = adapt(config)
+    assert tint(red) > tint(lines) + 0.1
+
+
+def test_words_that_clip_does_not_know(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FakeClip does not know words with a z."""
+    text = DomainConfig(name="ink", guidance="text", target_text="zorn zebra photo of a face")
+    with pytest.raises(ConfigError, match=r"ink: target_text .* does not know zebra, zorn, so"):
+        adapt(job(place, tmp_path, text))
+    assert not list(tmp_path.iterdir())
+    shared = replace(text, source_text="photo of a zebra", target_text="ink drawing of a zebra")
+    with caplog.at_level(logging.WARNING):
+        adapt(job(place, tmp_path, shared, steps=1))
+    assert "ink: CLIP fake does not know zebra" in caplog.text
+
+
+def test_every_term_fits_some_guidance() -> None:
+    for name, term in TERMS.items():
+        guidances = [g for g in GIVEN if term.fits(g)]
+        assert guidances, name
+        assert set(term.weights) <= set(guidances), name
+
+
 def test_an_adversary_may_pull_alone(place: Path, tmp_path: Path) -> None:
     alone = images(place, weights={"distribution": 0.0, "adversarial": 1.0, "in_domain": 1.0})
     (folder,) = adapt(job(place, tmp_path, alone, steps=4))
@@ -359,6 +442,7 @@ def test_limits_of_references(place: Path, tmp_path: Path) -> None:
         ({"references": "a", "weights": {"across": 1.0}}, "weights.across: images guidance has"),
         ({"references": "a", "weights": {"content": -1.0}}, "weights.content must be >= 0"),
         ({"references": "a", "weights": {"distribution": 0.0}}, "no term pulls"),
+        ({"references": "a", "colour": 1.5}, r"colour must be in 0\.\.1"),
         ({"references": "a", "reference_limit": 0}, "reference_limit must be >= 1"),
         ({"references": "a", "name": "a/b"}, "expected the name of a folder, found 'a/b'"),
         (

@@ -22,6 +22,7 @@ from tasks.training.clip import (
     balanced_rows,
     caption_nce,
     fit,
+    refiltered,
     same,
 )
 from tasks.training.clip_files import build_tokenizer
@@ -203,6 +204,31 @@ def test_it_learns_the_media(files: tuple[str, str], tmp_path: Path) -> None:
     clip = load_clip(str(folder))
     painting, photo = clip.texts(["an impasto painting", "a photo"])
     assert float(painting @ photo) < 0.8
+
+
+def test_a_share_of_the_photographs_is_drawn(files: tuple[str, str], tmp_path: Path) -> None:
+    pictures = ClipObjective(config(files, tmp_path)).pictures
+    torch.manual_seed(0)
+    many = pictures.at(torch.zeros(400, dtype=torch.long))
+    found = refiltered(many, 0.5)
+    is_drawn = found.medium != 0
+    assert 160 < int(is_drawn.sum()) < 240
+    assert set(found.medium.tolist()) == {0, *range(4, len(MEDIA))}
+    changed = (found.pictures != many.pictures).flatten(1).any(1)
+    assert torch.equal(changed, is_drawn)
+    assert torch.equal(refiltered(many, 0.0).pictures, many.pictures)
+    painted = pictures.at((pictures.medium > 0).nonzero()[:, 0])
+    assert torch.equal(refiltered(painted, 1.0).medium, painted.medium)
+
+
+def test_it_may_begin_with_a_trained_one(files: tuple[str, str], tmp_path: Path) -> None:
+    first = fit(config(files, tmp_path / "first", images=48))
+    again = ClipObjective(config(files, tmp_path / "again", start=str(first)))
+    trained = load_clip(str(first))
+    for text in ("an impasto painting", "a smiling woman"):
+        torch.testing.assert_close(again.clip().texts([text]), trained.texts([text]))
+    with pytest.raises(AssetError, match=r"start: clip has .* choose the same sizes"):
+        ClipObjective(config(files, tmp_path / "wide", start=str(first), width=32))
 
 
 def test_settings_that_make_no_sense(files: tuple[str, str], tmp_path: Path) -> None:
