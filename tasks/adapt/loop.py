@@ -123,7 +123,9 @@ class Descent:
         for at, (row, values) in enumerate(zip(self.rows, terms, strict=True)):
             scores = {name: float(value.mean()) for name, value in values.items()}
             total, state = sum(scores.values()), self.states[row]
-            if total < state.score:  # False for a score that is not a number
+            # Where a critic pulls, the score does not see what was won by it: the last is kept.
+            is_latest = self.guides[row].critic is not None and math.isfinite(total)
+            if is_latest or total < state.score:  # False for a score that is not a number
                 state.score, state.scores, state.best_step = total, scores, self.step
                 state.misses = 0
                 for best, tensor in zip(self.best, self.adam.tensors, strict=True):

@@ -302,16 +302,17 @@ def begin_with(clip: Clip, model: Any, tokenizer: Any) -> None:
     known, own = clip.tokenizer.get_vocab(), clip.model.state_dict()
     for name, value in state.items():
         given = own[name]
-        if name.endswith("token_embedding.weight"):
-            shared = [word for word in words if word in known]
-            value[[words[w] for w in shared]] = given[[known[w] for w in shared]].to(value)
-        elif given.shape == value.shape:
-            value.copy_(given)
-        else:
+        is_words = name.endswith("token_embedding.weight")
+        if given.shape[is_words:] != value.shape[is_words:]:
             raise AssetError(
                 f"start: {clip.name} has {name} of {list(given.shape)}, this training makes "
                 f"{list(value.shape)}; choose the same sizes, or start without it"
             )
+        if is_words:
+            shared = [word for word in words if word in known]
+            value[[words[w] for w in shared]] = given[[known[w] for w in shared]].to(value)
+        else:
+            value.copy_(given)
 
 
 def refiltered(chosen: LabelledPictures, share: float) -> LabelledPictures:
