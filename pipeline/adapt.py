@@ -12,9 +12,12 @@ references = "photos/impasto"
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from models.adaptation.domain import move_domain, save_domain
+from models.checkpoints.load import load_generator
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from pipeline.config import apply_set, nearest, read_toml, validated
@@ -77,6 +80,20 @@ def adapt(
         ConfigError, AssetError: as `tasks.adapt.job.adapt`.
     """
     return run_job(config, on_progress)
+
+
+def move(name: str, domain: str, generator: str, out: str = "domains") -> Path:
+    """A domain of a parent generator as a domain of its fine-tuned child: `<out>/<name>`.
+
+    Args:
+        domain: a folder, a name below `out`, or a bundled one.
+        generator: the child.
+
+    Raises:
+        ConfigError, AssetError: as `models.adaptation.domain.move_domain`.
+    """
+    moved = move_domain(domain, load_generator(generator), (out,))
+    return save_domain(replace(moved, name=name), Path(out) / name)
 
 
 def _tables(tables: Mapping[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:

@@ -129,6 +129,22 @@ def adapt(
     return OK
 
 
+def move_domain(domain: str, name: str, /, *, generator: str, out: str = "domains") -> int:
+    """Move a DOMAIN of a generator to one that was fine-tuned from it, as OUT/NAME; nothing is
+    learned.
+
+    Args:
+        domain: a folder, a name below OUT or a bundled one.
+        generator: the fine-tuned one, a bundled name or a checkpoint.
+        out: folder of the domains' folders.
+    """
+    from pipeline.adapt import move
+    from pipeline.screen import domains_table
+
+    console.print(domains_table([move(name, domain, generator, out)]))
+    return OK
+
+
 def _wished_domain(
     name: str | None,
     text: str | None,
