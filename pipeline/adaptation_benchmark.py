@@ -20,6 +20,7 @@ from models.checkpoints.bundled import asset_path
 from models.checkpoints.load import load_generator
 from models.errors import ConfigError
 from models.losses.identity import Identity, load_identity
+from models.losses.sface import SFace, load_sface
 from models.losses.trunk import load_trunk
 from models.pictures import save_grid
 from models.stylegan2.generator import Generator
@@ -116,8 +117,9 @@ def benchmark_adaptation(
     Args:
         portraits: Parquet file with columns id, image, style; a fifth of it is held out.
         networks: "squeezenet": SqueezeNet v1.1 weights (torchvision's names), for scores by a
-            network that no loss sees; "identity": a face recognition network (`load_identity`).
-            Without them the table has the scores of our trunk alone.
+            network that no loss sees; "identity": "sface", a face recognition network that no
+            loss sees, or one that `load_identity` reads. Without them the table has the scores of
+            our trunk alone.
         styles: which of the file's; none for all.
         run: an inversion run whose stored codes are edited for the page's second table.
 
@@ -142,7 +144,7 @@ def benchmark_adaptation(
         scorer = Scorer(
             source=source,
             eyes=eyes,
-            identity=None if face is None else load_identity(face),
+            identity=_face_network(face),
             portraits=given,
         )
         bench = _Bench(place, generator_name, generator, portraits, scorer, steps, console)
@@ -176,13 +178,19 @@ def benchmark_adaptation(
     return page
 
 
+def _face_network(name: str | None) -> Identity | SFace | None:
+    if name is None:
+        return None
+    return load_sface() if name == "sface" else load_identity(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """What a domain is scored with."""
 
     source: Source
     eyes: Sequence[Eye]
-    identity: Identity | None
+    identity: Identity | SFace | None
     portraits: Mapping[str, Portraits]
 
     @property

@@ -138,7 +138,8 @@ def adaptation(
         out: folder for the table and the domains.
         portraits: Parquet file with the columns id, image and style.
         squeezenet: SqueezeNet v1.1 weights, for scores by a network that no loss sees.
-        identity: a face recognition network ("dlib" or a file), for a column of identity.
+        identity: a face recognition network for a column of identity: "sface", which no loss sees,
+            "dlib" or a file.
         styles: separated by commas; all of the file without it.
         steps: of every adaptation.
         run: an inversion run on whose codes the bundled directions are measured too.

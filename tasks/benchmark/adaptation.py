@@ -17,6 +17,7 @@ from models.adaptation.domain import Domain, add_domains, without_noise
 from models.inversion.base import Inversion
 from models.losses.frechet import frechet_distance
 from models.losses.identity import Identity
+from models.losses.sface import SFace
 from models.losses.trunk import PerceptualTrunk, unit_normalise
 from models.stylegan2.generator import Generator
 from tasks.training.trunk import Teacher
@@ -111,7 +112,7 @@ def score_pictures(
     source: Source,
     held_out: Float[Tensor, "M 3 H W"] | None,
     eyes: Sequence[Eye],
-    identity: Identity | None = None,
+    identity: Identity | SFace | None = None,
 ) -> dict[str, float]:
     """Scores of the source's own codes in a domain.
 
@@ -158,7 +159,9 @@ def colour_map_share(before: Float[Tensor, "K 3 H W"], after: Float[Tensor, "K 3
 
 @torch.no_grad()
 def mean_identity(
-    before: Float[Tensor, "K 3 H W"], after: Float[Tensor, "K 3 H W"], identity: Identity
+    before: Float[Tensor, "K 3 H W"],
+    after: Float[Tensor, "K 3 H W"],
+    identity: Identity | SFace,
 ) -> float:
     """Mean similarity of each person before and after."""
     pairs = zip(before.split(32), after.split(32), strict=True)
