@@ -41,10 +41,11 @@ from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
 from tasks.benchmark.machine import describe_machine
 from tasks.job import InputConfig
+from tasks.training.trainer import has_bfloat16_instructions
 from tasks.training.trunk import Teacher
 from tasks.work.device import fixed_threads
 
-STEPS, TIMED_STEPS, FEW = 150, 8, 10
+STEPS, TIMED_STEPS, FEW = 120, 8, 10
 BATCHES = (16, 64)
 TIMED_CODES = ((6, 6), (8, 2))
 """Codes of a step with one domain and with four of them: each as many, and as many together."""
@@ -271,6 +272,7 @@ class _Bench:
             "out": str(self.place / "domains"),
             "preview_every": 1000,
             "threads": 1,
+            "precision": "bfloat16" if has_bfloat16_instructions() else "float32",
         }
         return [f"{key}={json.dumps(value)}" for key, value in (fixed | dict(settings)).items()]
 

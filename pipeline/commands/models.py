@@ -127,7 +127,7 @@ def adaptation(
     squeezenet: str | None = None,
     identity: str | None = None,
     styles: str | None = None,
-    steps: int = 150,
+    steps: int = 120,
     run: str | None = None,
     generator: str = "faces64",
 ) -> int:

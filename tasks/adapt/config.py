@@ -129,8 +129,8 @@ class AdaptConfig:
     """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
     clips: tuple[ClipConfig, ...] = (ClipConfig(),)
     """CLIPs of the terms that need one; their losses are added with their weights."""
-    steps: int = 200
-    batch: int = 6
+    steps: int = 150
+    batch: int = 4
     """Codes of a step; every domain sees the same ones."""
     truncation_psi: float = 0.8
     """Of the codes (StyleGAN-NADA: 0.7)."""

@@ -124,14 +124,12 @@ class Descent:
             scores = {name: float(value.mean()) for name, value in values.items()}
             total, state = sum(scores.values()), self.states[row]
             # Where a critic pulls, the score does not see what was won by it: the last is kept.
-            is_latest = self.guides[row].critic is not None and math.isfinite(total)
-            if is_latest or total < state.score:  # False for a score that is not a number
+            is_better = total < state.score  # False for a score that is not a number
+            state.misses = 0 if is_better else state.misses + 1
+            if is_better or (self.guides[row].critic is not None and math.isfinite(total)):
                 state.score, state.scores, state.best_step = total, scores, self.step
-                state.misses = 0
                 for best, tensor in zip(self.best, self.adam.tensors, strict=True):
                     best[row] = tensor[at]
-            else:
-                state.misses += 1
             is_lost.append(not math.isfinite(total))
             patience = self.config.patience
             is_done.append(bool(patience) and state.misses >= patience)

@@ -197,14 +197,20 @@ TERMS: Mapping[str, Term] = {
     "reference_perceptual": Term(
         loss=_reference_perceptual, needs=frozenset({"reference"}), weights={"image": 10.0}
     ),
-    "tokens": Term(loss=_tokens, needs=frozenset({"clip", "references"})),
+    "tokens": Term(loss=_tokens, needs=frozenset({"clip", "references"}), weights={"image": 1.0}),
     "distribution": Term(
         loss=_distribution, needs=frozenset({"references"}), weights={"images": 1.0}
     ),
-    "patches": Term(loss=_patches, needs=frozenset({"references"})),
-    "adversarial": Term(loss=_adversarial, needs=frozenset({"references"}), is_score=False),
-    "in_domain": Term(loss=_in_domain, is_pull=False, weights={"text": 5.0, "images": 1.0}),
-    "content": Term(loss=_content, is_pull=False, weights={"text": 0.2, "images": 0.05}),
+    "patches": Term(
+        loss=_patches, needs=frozenset({"references"}), weights={"image": 0.5, "images": 1.0}
+    ),
+    "adversarial": Term(
+        loss=_adversarial, needs=frozenset({"references"}), is_score=False, weights={"images": 0.1}
+    ),
+    "in_domain": Term(loss=_in_domain, is_pull=False, weights={"text": 1.0, "images": 1.0}),
+    "content": Term(
+        loss=_content, is_pull=False, weights={"text": 0.05, "image": 0.05, "images": 0.1}
+    ),
     "identity": Term(loss=_identity, is_pull=False, needs=frozenset({"identity"})),
 }
 """By name. `image` has Mind the Gap's weights (arXiv 2110.08398); the others are chosen here
