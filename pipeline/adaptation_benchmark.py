@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from tasks.benchmark.adaptation import (
 from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
 from tasks.benchmark.machine import describe_machine
-from tasks.job import InputConfig
+from tasks.job import InputConfig, MethodConfig
 from tasks.training.trainer import has_bfloat16_instructions
 from tasks.training.trunk import Teacher
 from tasks.work.device import fixed_threads
@@ -63,6 +63,8 @@ CURVE: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("all weights", {"form": "weights"}),
 )
 """Forms beside the default, by size: what they cost and what they reach."""
+INVERT = (MethodConfig(name="wplus", settings={"steps": 200}),)
+"""Finds the code of one picture, also for a generator without encoders."""
 SHOWN = 10
 
 logger = logging.getLogger(__name__)
@@ -254,7 +256,8 @@ class _Bench:
         name = row.name.replace(", ", "-").replace(" ", "-")
         tables = self._tables([row], [name])
         sets = {"steps": self.steps, **row.settings, **(settings or {})}
-        return adapt(load_adapt_config(None, self._sets(sets), domains=tables))[0]
+        config = load_adapt_config(None, self._sets(sets), domains=tables)
+        return adapt(replace(config, invert=INVERT))[0]
 
     def _tables(self, rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
         tables = []
