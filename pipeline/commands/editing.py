@@ -129,7 +129,7 @@ def adapt(
     return OK
 
 
-def move_domain(domain: str, name: str, /, *, generator: str, out: str = "domains") -> int:
+def move(domain: str, name: str, /, *, generator: str, out: str = "domains") -> int:
     """Move a DOMAIN of a generator to one that was fine-tuned from it, as OUT/NAME; nothing is
     learned.
 
@@ -138,10 +138,10 @@ def move_domain(domain: str, name: str, /, *, generator: str, out: str = "domain
         generator: the fine-tuned one, a bundled name or a checkpoint.
         out: folder of the domains' folders.
     """
-    from pipeline.adapt import move
+    from pipeline.adapt import move as move_domain
     from pipeline.screen import domains_table
 
-    console.print(domains_table([move(name, domain, generator, out)]))
+    console.print(domains_table([move_domain(name, domain, generator, out)]))
     return OK
 
 

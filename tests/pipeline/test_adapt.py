@@ -169,7 +169,7 @@ def test_a_domain_moves_to_a_fine_tuned_child(
     out = str(tmp_path / "domains")
 
     def command(generator: str) -> int:
-        parts = ["move-domain", "ink", "ink-of-child", "--out", out]
+        parts = ["move", "ink", "ink-of-child", "--out", out]
         return app([*parts, "--generator", str(tmp_path / generator)], result_action="return_value")
 
     assert command("child.safetensors") == 0
