@@ -123,6 +123,7 @@ def benchmark_adaptation(
             network that no loss sees; "identity": "sface", a face recognition network that no
             loss sees, or one that `load_identity` reads. Without them the table has the scores of
             our trunk alone.
+        steps: of every adaptation; 0 scores the bundled domains alone.
         styles: which of the file's; none for all.
         run: an inversion run whose stored codes are edited for the page's second table.
 
@@ -152,9 +153,10 @@ def benchmark_adaptation(
         )
         bench = _Bench(place, generator_name, generator, portraits, scorer, steps, console)
         shipped = bench.shipped()
-        rows = {row.name: bench.row(row) for row in rows_of(chosen)}
+        wanted = rows_of(chosen) if steps else []
+        rows = {row.name: bench.row(row) for row in wanted}
         ceiling = {style: bench.ceiling(style) for style in chosen}
-        timing = bench.timing(chosen)
+        timing = bench.timing(chosen) if steps else {}
         machine = describe_machine()
         edits = None if run is None else run_response(run, generator, EDITS)
     result: dict[str, Any] = {
@@ -175,7 +177,7 @@ def benchmark_adaptation(
     if edits is not None:
         result["edits"] = edits
     (place / "adaptation.json").write_text(json.dumps(result, indent=1) + "\n")
-    bench.grid([row for row in rows_of(chosen) if not row.settings])
+    bench.grid([row for row in wanted if not row.settings])
     page = place / "adaptation.md"
     page.write_text(markdown(result))
     return page
@@ -321,9 +323,11 @@ class _Bench:
         return statistics.median(steps[1:])
 
     def grid(self, rows: Sequence[Row]) -> None:
-        """The same generated people, the source above, a line for each row below."""
+        """The same generated people: the source, the bundled domains, a line for each row."""
         codes = self.scorer.source.w_plus[:SHOWN]
         lines = [self.scorer.source.images[:SHOWN]]
+        for folder in known_domains(self.generator, ()).values():
+            lines.append(render(self.generator, codes, load_domain(folder)))
         for row in rows:
             folder = self.place / "domains" / row.name.replace(", ", "-").replace(" ", "-")
             lines.append(render(self.generator, codes, load_domain(folder)))

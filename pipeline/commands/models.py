@@ -141,7 +141,7 @@ def adaptation(
         identity: a face recognition network for a column of identity: "sface", which no loss sees,
             "dlib" or a file.
         styles: separated by commas; all of the file without it.
-        steps: of every adaptation.
+        steps: of every adaptation; 0 scores the bundled domains alone.
         run: an inversion run on whose codes the bundled directions are measured too.
         generator: a bundled name or a checkpoint.
     """

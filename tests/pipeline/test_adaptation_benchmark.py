@@ -114,6 +114,35 @@ def test_a_run_and_the_run_after_it(place: Path, monkeypatch: pytest.MonkeyPatch
     assert result["rows"]["ink, 10 pictures"]["content_trunk"] == 0.123
 
 
+def test_no_steps_score_the_bundled_domains_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = make_tiny_generator()
+    tokens = TokenSets.fresh(
+        generator, (), "shared", 1, [torch.Generator().manual_seed(0)], q_std=0.2
+    )
+    card = {"domain": {"style": "ink"}, "guidance": "images", "form": "tokens"}
+    card |= {"seconds": 2.0, "status": "finished", "steps": 7}
+    made = Domain.of_tokens("drawn", weights_hash(generator), tokens, card)
+    folder = save_domain(made, place / "bundled" / "drawn")
+    monkeypatch.setattr(module, "known_domains", lambda *_: {"drawn": folder})
+    monkeypatch.setattr(module, "make_source", lambda g, eyes: make_source(g, eyes, 12))
+    page = benchmark_adaptation(
+        str(place / "out"),
+        portraits=str(place / "portraits.parquet"),
+        generator_name=str(place / "tiny.safetensors"),
+        steps=0,
+    )
+    result = json.loads((page.parent / "adaptation.json").read_text())
+    assert result["rows"] == {}
+    assert set(result["shipped"]) == {"drawn"}
+    assert 0 <= result["shipped"]["drawn"]["colour_share"] <= 1
+    assert result["shipped"]["drawn"]["frechet_trunk"] > 0
+    assert "drawn, bundled: colour share | at most 0.35" in page.read_text()
+    with Image.open(page.parent / "adaptation.png") as grid:
+        assert grid.size == (10 * 32, 2 * 32)
+
+
 def test_an_unknown_style(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"styles: \['oil'\] are not in .*it has \['ink'\]"):
         benchmark_adaptation(

@@ -218,3 +218,7 @@ def test_the_page() -> None:
     assert "`refinery benchmark adaptation x`" in page
     assert "(impasto 22)" in page
     assert "## Edits" not in page
+    alone = markdown({**result(), "rows": {}, "timing": {}})
+    assert "## Bundled domains" in alone
+    assert "ink, bundled: identity" in alone
+    assert "## Size against quality" not in alone
