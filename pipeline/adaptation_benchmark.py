@@ -134,6 +134,7 @@ def benchmark_adaptation(
         RefineryError: portraits, generator or weights cannot be read.
     """
     place = Path(out)
+    place.mkdir(parents=True, exist_ok=True)
     generator = load_generator(generator_name)
     given = read_portraits(portraits, generator.resolution)
     chosen = list(styles or sorted(given))
