@@ -7,12 +7,17 @@ steps = 200
 name = "impasto"
 guidance = "images"
 references = "photos/impasto"
+
+`references` beside the tables is that of every table of pictures without its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from models.adaptation.domain import move_domain, save_domain
+from models.checkpoints.load import load_generator
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from pipeline.config import apply_set, nearest, read_toml, validated
@@ -45,12 +50,16 @@ def load_adapt_config(
     tables.setdefault("clips", [{"source": "refinery"}])  # so that clips.0.source can be set
     for item in sets:
         apply_set(tables, item)
+    common = tables.pop("references", None)
     tables.setdefault("device", local_device())
     if not tables.get("domain"):
         raise ConfigError(
             "domain: there is none; write a [[domain]] table with a name and `references` or "
             "`target_text`, or name one on the command line"
         )
+    for _, table in _tables(tables, "domain"):
+        if common is not None and table.get("guidance") != "text":
+            table.setdefault("references", common)
     # Each table by itself, so that a wrong key is named with its place and its neighbours.
     for name, cls in (("domain", DomainConfig), ("clips", ClipConfig)):
         if name in tables:
@@ -71,6 +80,20 @@ def adapt(
         ConfigError, AssetError: as `tasks.adapt.job.adapt`.
     """
     return run_job(config, on_progress)
+
+
+def move(name: str, domain: str, generator: str, out: str = "domains") -> Path:
+    """A domain of a parent generator as a domain of its fine-tuned child: `<out>/<name>`.
+
+    Args:
+        domain: a folder, a name below `out`, or a bundled one.
+        generator: the child.
+
+    Raises:
+        ConfigError, AssetError: as `models.adaptation.domain.move_domain`.
+    """
+    moved = move_domain(domain, load_generator(generator), (out,))
+    return save_domain(replace(moved, name=name), Path(out) / name)
 
 
 def _tables(tables: Mapping[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:

@@ -9,51 +9,62 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.adaptation.domain import CARD, load_domain
+from models.adaptation.domain import CARD, known_domains, load_domain
 from models.checkpoints.bundled import asset_path
 from models.checkpoints.load import load_generator
 from models.errors import ConfigError
+from models.losses.identity import Identity, load_identity
+from models.losses.sface import SFace, load_sface
 from models.losses.trunk import load_trunk
 from models.pictures import save_grid
 from models.stylegan2.generator import Generator
 from pipeline.adapt import adapt, load_adapt_config
 from tasks.adapt.config import DomainConfig
+from tasks.adapt.portraits import Portraits, read_portraits
 from tasks.adapt.references import load_references
 from tasks.benchmark.adaptation import (
     Eye,
-    Portraits,
     Source,
+    frechet_ratios,
     make_source,
-    read_portraits,
     render,
     rendering_ratio,
     score_pictures,
-    write_references,
 )
 from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
 from tasks.benchmark.machine import describe_machine
-from tasks.job import InputConfig
+from tasks.job import InputConfig, MethodConfig
+from tasks.training.trainer import has_bfloat16_instructions
 from tasks.training.trunk import Teacher
 from tasks.work.device import fixed_threads
 
-STEPS, TIMED_STEPS, FEW = 100, 8, 10
+STEPS, TIMED_STEPS, FEW = 120, 8, 10
 BATCHES = (16, 64)
 TIMED_CODES = ((6, 6), (8, 2))
 """Codes of a step with one domain and with four of them: each as many, and as many together."""
 EDITS = ("age", "smile")
 PROMPTS = {
     "impasto": "impasto oil painting of a face with thick brush strokes",
-    "fantasy": "fantasy art of a face",
+    "fantasy": "fantasy painting of a face",
     "illustration": "illustration of a face",
 }
 """Target texts by style, in words that the bundled CLIP knows."""
+CURVE: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("style offsets", {"form": "style"}),
+    ("rank 1", {"rank": 1}),
+    ("rank 16", {"rank": 16}),
+    ("all weights", {"form": "weights"}),
+)
+"""Forms beside the default, by size: what they cost and what they reach."""
+INVERT = (MethodConfig(name="wplus", settings={"steps": 200}),)
+"""Finds the code of one picture, also for a generator without encoders."""
 SHOWN = 10
 
 logger = logging.getLogger(__name__)
@@ -77,8 +88,7 @@ class Row:
 
 
 def rows_of(styles: Sequence[str]) -> list[Row]:
-    """Every style by ten pictures, by text and by one picture; ranks and the baseline for the
-    first."""
+    """Every style by ten pictures, by text and by one picture; the other forms for the first."""
     found = []
     for style in styles:
         found.append(Row(name=f"{style}, 10 pictures", style=style))
@@ -87,11 +97,11 @@ def rows_of(styles: Sequence[str]) -> list[Row]:
         one = {"guidance": "image"}
         found.append(Row(name=f"{style}, 1 picture", style=style, domain=one, references=1))
     first = "impasto" if "impasto" in styles else styles[0]
-    for rank in (1, 16):
-        name = f"{first}, 10 pictures, rank {rank}"
-        found.append(Row(name=name, style=first, settings={"rank": rank}))
-    name = f"{first}, 10 pictures, all weights"
-    return [*found, Row(name=name, style=first, settings={"form": "weights"})]
+    curve = (
+        Row(name=f"{first}, 10 pictures, {name}", style=first, settings=settings)
+        for name, settings in CURVE
+    )
+    return [*found, *curve]
 
 
 def benchmark_adaptation(
@@ -99,7 +109,7 @@ def benchmark_adaptation(
     *,
     portraits: str,
     generator_name: str = "faces64",
-    squeezenet: str | None = None,
+    networks: Mapping[str, str | None] = {},
     steps: int = STEPS,
     styles: Sequence[str] | None = None,
     run: str | None = None,
@@ -109,8 +119,11 @@ def benchmark_adaptation(
 
     Args:
         portraits: Parquet file with columns id, image, style; a fifth of it is held out.
-        squeezenet: SqueezeNet v1.1 weights (torchvision's names) for scores by a network that no
-            loss sees; without it the table has those of our trunk alone.
+        networks: "squeezenet": SqueezeNet v1.1 weights (torchvision's names), for scores by a
+            network that no loss sees; "identity": "sface", a face recognition network that no
+            loss sees, or one that `load_identity` reads. Without them the table has the scores of
+            our trunk alone.
+        steps: of every adaptation; 0 scores the bundled domains alone.
         styles: which of the file's; none for all.
         run: an inversion run whose stored codes are edited for the page's second table.
 
@@ -121,20 +134,30 @@ def benchmark_adaptation(
         RefineryError: portraits, generator or weights cannot be read.
     """
     place = Path(out)
+    place.mkdir(parents=True, exist_ok=True)
     generator = load_generator(generator_name)
     given = read_portraits(portraits, generator.resolution)
     chosen = list(styles or sorted(given))
     if unknown := sorted(set(chosen) - set(given)):
         raise ConfigError(f"styles: {unknown} are not in {portraits}; it has {sorted(given)}")
     eyes = [Eye(load_trunk(asset_path("trunk", "trunk.safetensors"))[0])]
-    if squeezenet:
+    if squeezenet := networks.get("squeezenet"):
         eyes.append(Eye(Teacher(squeezenet)))
+    face = networks.get("identity")
     with fixed_threads(1):
         source = make_source(generator, eyes)
-        bench = _Bench(place, generator_name, generator, given, eyes, source, steps, console)
-        rows = {row.name: bench.row(row) for row in rows_of(chosen)}
+        scorer = Scorer(
+            source=source,
+            eyes=eyes,
+            identity=_face_network(face),
+            portraits=given,
+        )
+        bench = _Bench(place, generator_name, generator, portraits, scorer, steps, console)
+        shipped = bench.shipped()
+        wanted = rows_of(chosen) if steps else []
+        rows = {row.name: bench.row(row) for row in wanted}
         ceiling = {style: bench.ceiling(style) for style in chosen}
-        timing = bench.timing(chosen)
+        timing = bench.timing(chosen) if steps else {}
         machine = describe_machine()
         edits = None if run is None else run_response(run, generator, EDITS)
     result: dict[str, Any] = {
@@ -147,6 +170,7 @@ def benchmark_adaptation(
         "codes": len(source.images),
         "steps": steps,
         "eyes": [eye.name for eye in eyes],
+        "shipped": shipped,
         "rows": rows,
         "training_portraits": ceiling,
         "timing": timing,
@@ -154,10 +178,37 @@ def benchmark_adaptation(
     if edits is not None:
         result["edits"] = edits
     (place / "adaptation.json").write_text(json.dumps(result, indent=1) + "\n")
-    bench.grid([row for row in rows_of(chosen) if not row.settings])
+    bench.grid([row for row in wanted if not row.settings])
     page = place / "adaptation.md"
     page.write_text(markdown(result))
     return page
+
+
+def _face_network(name: str | None) -> Identity | SFace | None:
+    if name is None:
+        return None
+    return load_sface() if name == "sface" else load_identity(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """What a domain is scored with."""
+
+    source: Source
+    eyes: Sequence[Eye]
+    identity: Identity | SFace | None
+    portraits: Mapping[str, Portraits]
+
+    @property
+    def key(self) -> list[str]:
+        """Of kept scores: other networks score anew."""
+        return [eye.name for eye in self.eyes] + ([self.identity.hash] if self.identity else [])
+
+    def score(self, generator: Generator, folder: Path, style: str) -> dict[str, float]:
+        """Of a finished domain; without portraits of its style there is no distance to them."""
+        images = render(generator, self.source.w_plus, load_domain(folder))
+        held_out = self.portraits[style].held_out if style in self.portraits else None
+        return score_pictures(images, self.source, held_out, self.eyes, self.identity)
 
 
 class _Bench:
@@ -168,15 +219,25 @@ class _Bench:
         place: Path,
         generator_name: str,
         generator: Generator,
-        portraits: Mapping[str, Portraits],
-        eyes: Sequence[Eye],
-        source: Source,
+        portraits: str,
+        scorer: Scorer,
         steps: int,
         console: Any,
     ) -> None:
         self.place, self.generator_name, self.generator = place, generator_name, generator
-        self.portraits, self.eyes, self.source = portraits, eyes, source
+        self.portraits, self.scorer = portraits, scorer
         self.steps, self.console = steps, console
+
+    def shipped(self) -> dict[str, dict[str, Any]]:
+        """The generator's bundled domains."""
+        found = {}
+        for name, folder in known_domains(self.generator, ()).items():
+            card = json.loads((folder / CARD).read_text())
+            scores = self.scorer.score(self.generator, folder, card["domain"].get("style", ""))
+            self._say(f"{name}, shipped: {scores}")
+            same = {k: card[k] for k in ("seconds", "bytes", "status", "steps", "form")}
+            found[name] = {**scores, **same, "guidance": card["guidance"]}
+        return found
 
     def row(self, row: Row) -> dict[str, Any]:
         """Adapt and score one row; its numbers."""
@@ -184,15 +245,11 @@ class _Bench:
         card = json.loads((folder / CARD).read_text())
         kept = folder / "scores.json"
         known = json.loads(kept.read_text()) if kept.is_file() else {}
-        if known.get("sha256") != card["sha256"] or known.get("eyes") != [
-            e.name for e in self.eyes
-        ]:
-            images = render(self.generator, self.source.w_plus, load_domain(folder))
-            held_out = self.portraits[row.style].held_out
-            scores = score_pictures(images, self.source, held_out, self.eyes)
-            known = {"sha256": card["sha256"], "eyes": [e.name for e in self.eyes], **scores}
+        key = [card["sha256"], *self.scorer.key]
+        if known.get("key") != key:
+            known = {"key": key, **self.scorer.score(self.generator, folder, row.style)}
             kept.write_text(json.dumps(known))
-        scores = {k: v for k, v in known.items() if k not in ("sha256", "eyes")}
+        scores = {k: v for k, v in known.items() if k != "key"}
         self._say(f"{row.name}: {scores}")
         same = {k: card[k] for k in ("seconds", "bytes", "status", "steps", "best_step")}
         return {**scores, **same, "rank": card["settings"]["rank"], "form": card["form"]}
@@ -203,20 +260,15 @@ class _Bench:
         tables = self._tables([row], [name])
         sets = {"steps": self.steps, **row.settings, **(settings or {})}
         config = load_adapt_config(None, self._sets(sets), domains=tables)
-        try:
-            return adapt(config)[0]
-        finally:
-            shutil.rmtree(self.place / "references", ignore_errors=True)
+        return adapt(replace(config, invert=INVERT))[0]
 
     def _tables(self, rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
         tables = []
         for row, name in zip(rows, names, strict=True):
             table = {"name": name, **row.domain}
             if row.references:
-                pictures = self.place / "references" / name
-                write_references(self.portraits[row.style], row.references, pictures)
-                one = row.domain.get("guidance") == "image"
-                table["references"] = str(next(pictures.iterdir()) if one else pictures)
+                table |= {"references": self.portraits, "style": row.style}
+                table["reference_limit"] = row.references
             tables.append(table)
         return tables
 
@@ -226,18 +278,17 @@ class _Bench:
             "out": str(self.place / "domains"),
             "preview_every": 1000,
             "threads": 1,
+            "precision": "bfloat16" if has_bfloat16_instructions() else "float32",
         }
         return [f"{key}={json.dumps(value)}" for key, value in (fixed | dict(settings)).items()]
 
     def ceiling(self, style: str) -> dict[str, float]:
         """The training portraits themselves against the held-out ones: what the few held-out
         pictures leave of a perfect domain."""
-        folder = write_references(self.portraits[style], None, self.place / "references")
-        domain = DomainConfig(name=style, references=str(folder))
+        domain = DomainConfig(name=style, references=self.portraits, style=style)
         pictures, _ = load_references(domain, InputConfig(), self.generator.resolution)
-        shutil.rmtree(folder)
-        held_out = self.portraits[style].held_out
-        return score_pictures(pictures, self.source, held_out, self.eyes, is_paired=False)
+        held_out = self.scorer.portraits[style].held_out
+        return frechet_ratios(pictures, self.scorer.source, held_out, self.scorer.eyes)
 
     def timing(self, styles: Sequence[str]) -> dict[str, Any]:
         """Seconds of a step with one domain and with four, and the speed of rendering."""
@@ -268,17 +319,19 @@ class _Bench:
         moments: list[float] = []
         config = load_adapt_config(None, self._sets(sets), domains=tables)
         adapt(config, lambda _: moments.append(time.perf_counter()))
-        for folder in (place, self.place / "references"):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         steps = [b - a for a, b in itertools.pairwise(moments)]
         return statistics.median(steps[1:])
 
     def grid(self, rows: Sequence[Row]) -> None:
-        """The same generated people, the source above, a line for each row below."""
-        lines = [self.source.images[:SHOWN]]
+        """The same generated people: the source, the bundled domains, a line for each row."""
+        codes = self.scorer.source.w_plus[:SHOWN]
+        lines = [self.scorer.source.images[:SHOWN]]
+        for folder in known_domains(self.generator, ()).values():
+            lines.append(render(self.generator, codes, load_domain(folder)))
         for row in rows:
             folder = self.place / "domains" / row.name.replace(", ", "-").replace(" ", "-")
-            lines.append(render(self.generator, self.source.w_plus[:SHOWN], load_domain(folder)))
+            lines.append(render(self.generator, codes, load_domain(folder)))
         save_grid(torch.cat(lines), self.place / "adaptation.png", SHOWN)
 
     def _say(self, text: str) -> None:

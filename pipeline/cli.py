@@ -40,6 +40,7 @@ COMMANDS = {
     Group("Models", sort_key=1): (
         models.methods,
         editing.adapt,
+        editing.move,
         models.convert,
         models.statistics,
         models.train,

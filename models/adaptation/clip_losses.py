@@ -6,9 +6,10 @@ embeddings give [*G B]. `after` are the adapted pictures G_B(w), `before` the so
 Sources: StyleGAN-NADA (arXiv 2108.00946), Mind the Gap (arXiv 2110.08398), HyperDomainNet
 (arXiv 2210.08884).
 
-Legend: G groups, B pictures of a group, D size of an embedding, M, K pictures.
+Legend: G groups, B pictures of a group, D size of an embedding, T, S tokens, M, K pictures.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -83,6 +84,17 @@ def in_domain_loss(
     change = after @ after.transpose(-1, -2) - before @ before.transpose(-1, -2)
     others = max(after.shape[-2] - 1, 1)  # the diagonal is 0
     return change.square().sum(-1) / others
+
+
+def relaxed_transport(
+    tokens: Float[Tensor, "B T D"], wanted: Float[Tensor, "B S D"]
+) -> Float[Tensor, " B"]:
+    """The relaxed earth mover's distance of two sets of tokens under the cosine distance: the
+    larger of the mean distance of each token to the nearest wanted one, and of each wanted one to
+    the nearest token (STROTSS, arXiv 1904.12785, equation 5; DiFa, arXiv 2207.08736, for tokens of
+    CLIP's vision tower)."""
+    cost = 1 - F.normalize(tokens, dim=2) @ F.normalize(wanted, dim=2).transpose(1, 2)
+    return torch.maximum(cost.amin(2).mean(1), cost.amin(1).mean(1))
 
 
 def set_direction(

@@ -8,7 +8,7 @@ morphs. A fine-tuned generator (StyleGAN-NADA) fits behind the same interface as
 On disk a domain is a folder: `tokens.safetensors` (or `weights.safetensors`), `card.json`,
 `preview.png`.
 
-Legend: N batch.
+Legend: N batch, L num_ws, D w_dim.
 """
 
 import difflib
@@ -20,8 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from models.adaptation.mixing import mixed_residual, mixed_weights, summed
 from models.adaptation.token_sets import TokenSets
@@ -162,25 +164,53 @@ def find_domain(
         ConfigError: there is none; the message names those that are known.
         AssetError: it belongs to another generator, or cannot be read.
     """
-    known = known_domains(generator, folders)
-    if (Path(name_or_path) / CARD).is_file():
-        domain = load_domain(name_or_path)
-    elif name_or_path in known:
-        domain = load_domain(known[name_or_path])
-    else:
-        strangers = sorted(ASSETS.glob(f"*/domains/{name_or_path}/{CARD}")) if name_or_path else []
-        if not strangers:
-            near = difflib.get_close_matches(name_or_path, known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"domain {name_or_path!r}: not known; {hint}known for this generator: "
-                f"{', '.join(sorted(known)) or '(none)'}; looked in "
-                f"{', '.join(map(str, folders))} and the bundled ones; make one with "
-                "`refinery adapt`"
-            )
-        domain = load_domain(strangers[0].parent)
+    domain = _found(name_or_path, generator, folders)
     domain.check_generator(generator)
     return domain
+
+
+def move_domain(
+    name_or_path: str, child: Generator, folders: Sequence[str | Path] = ("domains",)
+) -> Domain:
+    """A domain of a parent on a generator that was fine-tuned from it: what it adds to the parent's
+    kernels and affines means the same in the child's (StyleDomain, arXiv 2212.10229, section 5).
+
+    Raises:
+        ConfigError: there is no such domain.
+        AssetError: the generator's layers have other shapes: it is no child.
+    """
+    domain = _found(name_or_path, child, folders)
+    own = {name: tuple(p.shape) for name, p in child.named_parameters()}
+    wanted = {k: tuple(d.codes.shape[1:]) for k, d in (domain.weights or {}).items()}
+    for layer, part in (domain.residual or {}).items():
+        at = "conv1" if layer == 0 else f"convs.{layer - 1}"
+        wanted[f"{at}.conv.weight"] = (1, part.u.shape[1], *part.v.shape[2:])
+    if wrong := sorted(name for name, shape in wanted.items() if own.get(name) != shape):
+        raise AssetError(
+            f"domain {domain.name}: {wrong[0]} is {wanted[wrong[0]]} in its generator and "
+            f"{own.get(wrong[0], 'missing')} here; a domain moves to a generator that was "
+            "fine-tuned from its own, not to another one: make it again with `refinery adapt`"
+        )
+    card = {**domain.card, "moved_from": domain.generator_hash}
+    return replace(domain, generator_hash=weights_hash(child), card=card)
+
+
+def _found(name_or_path: str, generator: Generator, folders: Sequence[str | Path]) -> Domain:
+    known = known_domains(generator, folders)
+    if (Path(name_or_path) / CARD).is_file():
+        return load_domain(name_or_path)
+    if name_or_path in known:
+        return load_domain(known[name_or_path])
+    strangers = sorted(ASSETS.glob(f"*/domains/{name_or_path}/{CARD}")) if name_or_path else []
+    if strangers:
+        return load_domain(strangers[0].parent)
+    near = difflib.get_close_matches(name_or_path, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(
+        f"domain {name_or_path!r}: not known; {hint}known for this generator: "
+        f"{', '.join(sorted(known)) or '(none)'}; looked in {', '.join(map(str, folders))} and the "
+        "bundled ones; make one with `refinery adapt`"
+    )
 
 
 def known_domains(
@@ -231,6 +261,13 @@ def add_domains(inversion: Inversion, mixes: Sequence[Mix]) -> Inversion:
             )
         changed = replace(changed, weights=mixed_weights(weights, n, device))
     return changed
+
+
+def without_noise(w_plus: Float[Tensor, "N L D"], generator: Generator) -> Inversion:
+    """Codes that render without noise: how a domain is learned, shown and scored."""
+    sides = [generator.conv_resolution(index) for index in range(generator.num_convs)]
+    noise = tuple(w_plus.new_zeros(len(w_plus), 1, side, side) for side in sides)
+    return Inversion(w_plus=w_plus, noise=noise)
 
 
 def _read_tokens(file: Path) -> TokenSets:

@@ -27,6 +27,20 @@ def random_maps(count: int, size: float, rng: torch.Generator) -> Float[Tensor, 
     return torch.stack(rows, 1).reshape(count, 2, 3)
 
 
+def crop_maps(
+    count: int, rng: torch.Generator, low: float = 0.4, high: float = 0.8
+) -> Float[Tensor, "B 2 3"]:
+    """Affine maps for `moved`: parts of `low` to `high` of the side, inside the picture, half of
+    them mirrored. A part enlarged shows a network lines that the whole hides."""
+    draw = torch.rand(count, 4, generator=rng)
+    scale = low + (high - low) * draw[:, 0]
+    mirror = torch.where(draw[:, 3] < 0.5, -scale, scale)
+    place = (1 - scale)[:, None] * (2 * draw[:, 1:3] - 1)
+    zero = torch.zeros_like(scale)
+    rows = [mirror, zero, place[:, 0], zero, scale, place[:, 1]]
+    return torch.stack(rows, 1).reshape(count, 2, 3)
+
+
 def moved(
     images: Float[Tensor, "B 3 H W"], maps: Float[Tensor, "B 2 3"]
 ) -> Float[Tensor, "B 3 H W"]:

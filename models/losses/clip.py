@@ -4,7 +4,8 @@ What guides a domain by text or by pictures and finds style directions from word
 is small, knows faces and portraits at 64 px and some sixty words; any CLIP of OpenAI's or LAION's
 kind is one setting away, as a folder or an id on the Hugging Face hub.
 
-Legend: N pictures, M prompts, D embedding, H W image, S the network's side in px.
+Legend: N pictures, M prompts, D embedding, T patches, W width of the vision tower, H W image,
+S the network's side in px.
 """
 
 import hashlib
@@ -72,9 +73,20 @@ class Clip(nn.Module):
         As the published preprocessing: the shorter side to S by an antialiased cubic, the centre
         cut out, normalised. Values beyond [-1, 1] are not clamped: their gradient would vanish.
         """
-        pixels = (resized(images.float(), self.size) + 1) / 2
-        found = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std)
+        found = self.model.vision_model(pixel_values=self._pixels(images))
         return F.normalize(self.model.visual_projection(found.pooler_output), dim=1)
+
+    def tokens(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N T W"]:
+        """What the vision tower makes of each patch of a picture at a quarter of its depth, where
+        DiFa (arXiv 2207.08736) finds texture; differentiable."""
+        tower = self.model.vision_model
+        depth = max(1, len(tower.encoder.layers) // 4)
+        found = tower(pixel_values=self._pixels(images), output_hidden_states=True)
+        return found.hidden_states[depth][:, 1:].float()
+
+    def _pixels(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 S S"]:
+        pixels = (resized(images.float(), self.size) + 1) / 2
+        return (pixels - self.mean) / self.std
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Float[Tensor, "M D"]:
@@ -105,16 +117,24 @@ class Clip(nn.Module):
             )
         if self.known_words is None:
             return set()
-        reader = self.tokenizer.backend_tokenizer
-        parts = reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(prompt))
-        words = {word for word, _ in parts}
-        if not words & self.known_words:
+        if not self._words(prompt) & self.known_words:
             raise ConfigError(
                 f"CLIP {self.name}: no word of prompt {prompt!r} means anything to it; it knows "
                 f"{', '.join(sorted(self.known_words))}. Use these, or a CLIP that reads any text "
                 "(a folder or a hub id such as openai/clip-vit-base-patch32)"
             )
-        return words - set(self.tokenizer.get_vocab())
+        return self.ignored(prompt)
+
+    def ignored(self, text: str) -> set[str]:
+        """Words of a text that mean nothing to a network with a vocabulary of whole words."""
+        if self.known_words is None:
+            return set()
+        return self._words(text) - set(self.tokenizer.get_vocab())
+
+    def _words(self, text: str) -> set[str]:
+        reader = self.tokenizer.backend_tokenizer
+        parts = reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(text))
+        return {word for word, _ in parts}
 
 
 Preprocessing = tuple[int, list[float], list[float]]

@@ -1,6 +1,6 @@
 """From one text to another in CLIP's space: what guides a domain and chooses style channels.
 
-Legend: N pictures, M, P prompts, D size of an embedding.
+Legend: N pictures, M, P prompts, D size of an embedding, T tokens of a picture, W their width.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,8 @@ class Embeds(EmbedsTexts, Protocol):
     hash: str
 
     def images(self, images: Float[Tensor, "N 3 H W"], /) -> Float[Tensor, "N D"]: ...
+    def tokens(self, images: Float[Tensor, "N 3 H W"], /) -> Float[Tensor, "N T W"]: ...
+    def ignored(self, text: str, /) -> set[str]: ...
 
 
 def text_direction(

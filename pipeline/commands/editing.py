@@ -131,6 +131,22 @@ def adapt(
     return OK
 
 
+def move(domain: str, name: str, /, *, generator: str, out: str = "domains") -> int:
+    """Move a DOMAIN of a generator to one that was fine-tuned from it, as OUT/NAME; nothing is
+    learned.
+
+    Args:
+        domain: a folder, a name below OUT or a bundled one.
+        generator: the fine-tuned one, a bundled name or a checkpoint.
+        out: folder of the domains' folders.
+    """
+    from pipeline.adapt import move as move_domain
+    from pipeline.screen import domains_table
+
+    console.print(domains_table([move_domain(name, domain, generator, out)]))
+    return OK
+
+
 def _wished_domain(
     name: str | None,
     text: str | None,

@@ -134,8 +134,9 @@ def adaptation(
     *,
     portraits: str,
     squeezenet: str | None = None,
+    identity: str | None = None,
     styles: str | None = None,
-    steps: int = 100,
+    steps: int = 120,
     run: str | None = None,
     generator: str = "faces64",
 ) -> int:
@@ -146,8 +147,10 @@ def adaptation(
         out: folder for the table and the domains.
         portraits: Parquet file with the columns id, image and style.
         squeezenet: SqueezeNet v1.1 weights, for scores by a network that no loss sees.
+        identity: a face recognition network for a column of identity: "sface", which no loss sees,
+            "dlib" or a file.
         styles: separated by commas; all of the file without it.
-        steps: of every adaptation.
+        steps: of every adaptation; 0 scores the bundled domains alone.
         run: an inversion run on whose codes the bundled directions are measured too.
         generator: a bundled name or a checkpoint.
     """
@@ -157,7 +160,7 @@ def adaptation(
         out,
         portraits=portraits,
         generator_name=generator,
-        squeezenet=squeezenet,
+        networks={"squeezenet": squeezenet, "identity": identity},
         steps=steps,
         styles=styles.split(",") if styles else None,
         run=run,

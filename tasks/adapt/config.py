@@ -9,43 +9,11 @@ from typing import Any, ClassVar, Literal, get_args
 from models.errors import ConfigError
 from models.losses.clip_direction import TEMPLATES
 from models.stylegan2.tokens import Factorization, check_tokens
+from tasks.adapt.terms import TERMS, Guidance
 from tasks.job import InputConfig, MethodConfig
 
-Guidance = Literal["text", "image", "images"]
-
-WEIGHTS: dict[str, dict[str, float]] = {
-    "text": {"direction": 1.0, "in_domain": 5.0, "content": 0.2},
-    "image": {
-        "across": 1.0,
-        "within": 0.5,
-        "reference_clip": 30.0,
-        "reference_mse": 10.0,
-        "reference_perceptual": 10.0,
-    },
-    "images": {"distribution": 1.0, "in_domain": 1.0, "content": 0.05},
-}
-"""Weights of the loss terms by guidance, where a domain does not set them. `image` has Mind the
-Gap's (arXiv 2110.08398); the others are chosen here (docs/adaptation.md)."""
-TERMS = (
-    "direction",
-    "across",
-    "within",
-    "reference_clip",
-    "reference_mse",
-    "reference_perceptual",
-    "distribution",
-    "adversarial",
-    "in_domain",
-    "content",
-    "identity",
-)
-CLIP_TERMS = ("direction", "across", "within", "reference_clip")
-ALLOWED = {
-    "text": ("direction", "in_domain", "content", "identity"),
-    "image": tuple(t for t in TERMS if t != "direction"),
-    "images": ("direction", "distribution", "adversarial", "in_domain", "content", "identity"),
-}
-"""Terms that a guidance has what they need for."""
+RATES = {"tokens": 0.015, "style": 0.05, "weights": 0.002}
+"""Peak rate of Adam by form: chosen here, StyleDomain's, StyleGAN-NADA's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +34,16 @@ class DomainConfig:
     """text: prompts that both texts are put into at {}; embeddings are averaged over them."""
     references: str = ""
     """image, images: a folder or prefix of pictures, a Parquet or tar file of them, or one file."""
+    style: str = ""
+    """image, images: of a Parquet file with the columns id, image and style only the rows of this
+    style, without the fifth that is held out for scoring."""
     reference_limit: int = 500
     """images: so many of them at most, the first by key."""
+    colour: float = 1.0
+    """images: how far the references' colours are part of the style; at 0 they are recoloured to
+    the source's mean and covariance, and only texture and line are learned."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Weights of loss terms that replace the guidance's own: direction, across, within,
-    reference_clip, reference_mse, reference_perceptual, distribution, adversarial, in_domain,
-    content, identity."""
+    """Weights of loss terms that replace the guidance's own, by name in tasks/adapt/terms.py."""
     terms: str = "unknown"
     """For the card: on what terms the tokens may be used (those of the references)."""
 
@@ -96,26 +68,32 @@ class DomainConfig:
                 f"{self.name}: {self.guidance} guidance needs `references`: a picture, a folder, "
                 "or a Parquet file with an image column"
             )
+        if not 0 <= self.colour <= 1:
+            raise ConfigError(f"{self.name}: colour must be in 0..1, got {self.colour}")
         if self.reference_limit < 1:
             raise ConfigError(f"{self.name}: reference_limit must be >= 1")
         self._check_weights()
 
     def _check_weights(self) -> None:
-        for term, value in self.weights.items():
-            if term not in ALLOWED[self.guidance]:
+        allowed = [name for name, term in TERMS.items() if term.fits(self.guidance)]
+        for name, value in self.weights.items():
+            if name not in allowed:
                 raise ConfigError(
-                    f"{self.name}: weights.{term}: {self.guidance} guidance has the terms "
-                    f"{', '.join(ALLOWED[self.guidance])}"
+                    f"{self.name}: weights.{name}: {self.guidance} guidance has the terms "
+                    f"{', '.join(allowed)}"
                 )
             if not value >= 0:
-                raise ConfigError(f"{self.name}: weights.{term} must be >= 0, got {value}")
-        pulls = [t for t in TERMS[:8] if self.weight(t)]
-        if not pulls:
+                raise ConfigError(f"{self.name}: weights.{name} must be >= 0, got {value}")
+        if not any(self.weight(name) for name, term in TERMS.items() if term.is_pull):
             raise ConfigError(f"{self.name}: weights: no term pulls towards the domain")
 
     def weight(self, term: str) -> float:
         """Of a loss term; 0 switches it off."""
-        return self.weights.get(term, WEIGHTS[self.guidance].get(term, 0.0))
+        return self.weights.get(term, TERMS[term].weights.get(self.guidance, 0.0))
+
+    def needs(self, what: str) -> bool:
+        """Whether a term that is on stands on it."""
+        return any(self.weight(name) for name, term in TERMS.items() if what in term.needs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,25 +118,33 @@ class AdaptConfig:
     """Folder that gets a folder for each domain."""
     generator: str = "faces64"
     """A bundled name or a checkpoint file; it stays as it is."""
-    form: Literal["tokens", "weights"] = "tokens"
-    """"tokens": kernel tokens (RefineStyle); "weights": all of the synthesis network (the baseline,
-    as StyleGAN-NADA fine-tunes)."""
+    form: Literal["tokens", "style", "weights"] = "tokens"
+    """"tokens": kernel tokens (RefineStyle); "style": offsets in style space (StyleDomain);
+    "weights": all of the synthesis network (the baseline, as StyleGAN-NADA fine-tunes)."""
     factorization: Factorization = "shared"
     """How two token sets become a kernel: "shared", "per_tap" or "conv_lora"."""
     rank: int = 4
     """Tokens of each set ("per_tap": for each tap of the kernel)."""
-    layers: tuple[int, ...] | None = None
-    """Indices of the refined 3x3 layers, 0 at 4x4 px; an empty list stands for all. Without it all
-    but the two of the finest size, whose residuals add grain and little style."""
+    layers: tuple[int, ...] = ()
+    """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
     clips: tuple[ClipConfig, ...] = (ClipConfig(),)
     """CLIPs of the terms that need one; their losses are added with their weights."""
-    steps: int = 200
-    batch: int = 6
+    steps: int = 150
+    batch: int = 4
     """Codes of a step; every domain sees the same ones."""
     truncation_psi: float = 0.8
     """Of the codes (StyleGAN-NADA: 0.7)."""
+    mixing: float = 0.5
+    """Share of the codes that are two, joined at a random row (StyleGAN's style mixing)."""
+    noise: Literal["none", "const"] = "none"
+    """The noise inputs while learning: at "const" a generator's stored grain is part of what the
+    losses see."""
+    views: int = 3
+    """What CLIP sees of a picture: the whole, and so many less one parts of it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks while learning; bfloat16 is twice as fast where a CPU or GPU has it."""
     learning_rate: float | None = None
-    """Peak rate of Adam; none stands for 0.015 on tokens and 0.002 on weights (StyleGAN-NADA's)."""
+    """Peak rate of Adam; none stands for the form's own (`RATES`)."""
     warm_up: int = 10
     """Steps in which the rate grows to its peak."""
     ramp_down: float = 0.5
@@ -192,15 +178,15 @@ class AdaptConfig:
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"domain: expected one or more with different names, found {names}")
         check_tokens(self.factorization, self.rank)
-        if self.form not in ("tokens", "weights"):
-            raise ConfigError(f'form: expected "tokens" or "weights", found {self.form!r}')
+        if self.form not in RATES:
+            raise ConfigError(f"form: expected one of {', '.join(RATES)}, found {self.form!r}")
         self._check_numbers()
         for domain in self.domain:
             if domain.weight("identity") and self.identity is None:
                 raise ConfigError(
                     f"{domain.name}: weights.identity needs `identity`, a file of ArcFace weights"
                 )
-            if self.needs_clip(domain) and not self.clips:
+            if domain.needs("clip") and not self.clips:
                 raise ConfigError(
                     f"{domain.name}: {domain.guidance} guidance needs a CLIP and `clips` is empty"
                 )
@@ -208,25 +194,21 @@ class AdaptConfig:
     def _check_numbers(self) -> None:
         # Pictures are compared with each other: two at least.
         least = {"steps": 1, "validation_every": 1, "preview_every": 1, "warm_up": 0, "augment": 0}
-        least |= {"patience": 0, "batch": 2, "validation_codes": 2}
+        least |= {"patience": 0, "batch": 2, "validation_codes": 2, "views": 1}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ConfigError(f"{name} must be >= {bound}, got {getattr(self, name)}")
-        for name in ("ramp_down", "truncation_psi"):
+        for name in ("ramp_down", "truncation_psi", "mixing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
 
-    @staticmethod
-    def needs_clip(domain: DomainConfig) -> bool:
-        return any(domain.weight(term) for term in CLIP_TERMS)
-
     @property
     def peak_rate(self) -> float:
         if self.learning_rate is not None:
             return self.learning_rate
-        return 0.015 if self.form == "tokens" else 0.002
+        return RATES[self.form]
 
     def rate(self, step: int) -> float:
         """Adam's rate of the update `step`, 0-based."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.adaptation.domain import Domain
 from models.adaptation.token_sets import TokenSets
 from models.inversion.pti import synthesis_parameters
-from models.stylegan2.generator import Generator
+from models.stylegan2.generator import Generator, Noise
 from models.stylegan2.residual import LowRank
 from models.stylegan2.weight_delta import WeightDelta
 from tasks.adapt.config import AdaptConfig
@@ -50,7 +50,9 @@ def make_form(
 ) -> Form:
     """The config's form for as many domains as there are streams of random numbers."""
     if config.form == "weights":
-        return WeightForm(generator, len(streams))
+        return WeightForm(config, generator, len(streams))
+    if config.form == "style":
+        return StyleForm(config, generator, len(streams))
     return TokenForm(config, generator, streams)
 
 
@@ -61,11 +63,9 @@ class TokenForm(Form):
         self, config: AdaptConfig, generator: Generator, streams: Sequence[torch.Generator]
     ) -> None:
         self.generator = generator
-        layers = config.layers
-        if layers is None:
-            layers = tuple(range(max(generator.num_convs - 2, 1)))
+        self.noise: Noise = config.noise
         self.sets = TokenSets.fresh(
-            generator, layers, config.factorization, config.rank, streams, q_std=0.0
+            generator, config.layers, config.factorization, config.rank, streams, q_std=0.0
         )
         device = generator.latent_avg.device
         self.start = [t.to(device) for t in self.sets.tensors().values()]
@@ -84,7 +84,7 @@ class TokenForm(Form):
                 )
                 for layer, part in residual.items()
             }
-        return self.generator.synthesis(w_plus.flatten(0, 1), "const", None, rows)
+        return self.generator.synthesis(w_plus.flatten(0, 1), self.noise, None, rows)
 
     def domain(
         self, name: str, generator_hash: str, tensors: Sequence[Tensor], card: Mapping[str, Any]
@@ -93,17 +93,51 @@ class TokenForm(Form):
         return Domain.of_tokens(name, generator_hash, tokens, card)
 
 
+class StyleForm(Form):
+    """Offsets in style space (StyleDomain, arXiv 2212.10229): one number for each input channel of
+    each 3x3 convolution, added to what its affine says. The same offset for all pictures is a
+    change of the affine's bias, and is stored as one."""
+
+    def __init__(self, config: AdaptConfig, generator: Generator, count: int) -> None:
+        self.generator, self.noise = generator, config.noise
+        chosen = config.layers or range(generator.num_convs)
+        self.layers = {
+            at: (f"{name}.conv.modulation.bias", layer.weight.shape[2])
+            for at, (name, layer, row) in enumerate(generator.layers())
+            if not name.startswith("to_rgb") and row in chosen
+        }
+        like = generator.latent_avg
+        self.start = [like.new_zeros(count, width) for _, width in self.layers.values()]
+
+    def render(
+        self, tensors: Sequence[Tensor], w_plus: Float[Tensor, "A B L D"]
+    ) -> Float[Tensor, "_ 3 H W"]:
+        count = w_plus.shape[1]
+        shift = {
+            at: t.repeat_interleave(count, 0) for at, t in zip(self.layers, tensors, strict=True)
+        }
+        return self.generator.synthesis(w_plus.flatten(0, 1), self.noise, style_shift=shift)
+
+    def domain(
+        self, name: str, generator_hash: str, tensors: Sequence[Tensor], card: Mapping[str, Any]
+    ) -> Domain:
+        pairs = zip(self.layers.values(), tensors, strict=True)
+        weights = {k: WeightDelta.quantised(t.cpu()) for (k, _), t in pairs}
+        return Domain(name=name, generator_hash=generator_hash, weights=weights, card=card)
+
+
 class WeightForm(Form):
     """Every parameter of the synthesis network but ToRGB and the affines, as StyleGAN-NADA trains
     (its ToRGB and mapping are frozen; here the affines stay too, so that edits keep their
     meaning). A domain is a generator of its own: one forward pass each."""
 
-    def __init__(self, generator: Generator, count: int) -> None:
-        self.generator = generator
+    def __init__(self, config: AdaptConfig, generator: Generator, count: int) -> None:
+        self.generator, self.noise = generator, config.noise
+        kept = (".modulation.", *(() if config.noise != "none" else (".noise.",)))
         self.own = {
             name: p
             for name, p in synthesis_parameters(generator).items()
-            if not name.startswith("to_rgb") and ".modulation." not in name
+            if not name.startswith("to_rgb") and not any(part in name for part in kept)
         }
         self.start = [p[None].repeat(count, *[1] * p.ndim) for p in self.own.values()]
 
@@ -113,7 +147,8 @@ class WeightForm(Form):
         pictures = []
         for row, codes in enumerate(w_plus):
             weights = {name: t[row] for name, t in zip(self.own, tensors, strict=True)}
-            pictures.append(torch.func.functional_call(self.generator, weights, (codes,)))
+            inputs = (codes, self.noise)
+            pictures.append(torch.func.functional_call(self.generator, weights, inputs))
         return torch.cat(pictures)
 
     def domain(

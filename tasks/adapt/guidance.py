@@ -1,40 +1,30 @@
 """What pulls one domain towards its target, and what holds it to the source pictures.
 
-Legend: B pictures of a batch, D an embedding, C channels, H W image, M references.
+Legend: B pictures of a batch, V views of each, D an embedding, T tokens, C channels, H W image,
+M references.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.adaptation.adversary import (
-    PatchDiscriminator,
-    discriminator_loss,
-    generator_loss,
-    shifted,
-)
-from models.adaptation.clip_losses import (
-    direction_loss,
-    in_domain_loss,
-    reference_loss,
-    set_direction,
-    within_loss,
-)
-from models.adaptation.distribution import ReferenceTaps, sliced_distance
+from models.adaptation.clip_losses import set_direction
+from models.adaptation.distribution import PatchBasis, ReferenceTaps, recoloured
+from models.errors import ConfigError
 from models.losses.clip_direction import Embeds, text_direction
 from models.losses.identity import Identity
-from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
-from tasks.adapt.config import CLIP_TERMS, TERMS, DomainConfig
+from models.losses.trunk import PerceptualTrunk
+from tasks.adapt.config import DomainConfig
+from tasks.adapt.critic import Critic
+from tasks.adapt.terms import TERMS, Scene, styles
 
-CONTENT_SCALES = slice(2, None)
-"""Scales of the trunk that the content term compares: a quarter of the size and coarser. Strokes
-and colours of pixels are the style's."""
-SHAPE_SCALES = slice(1, None)
-"""Scales whose activations say how alike two pictures are, in the in-domain term."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -43,11 +33,13 @@ class Judges:
 
     Attributes:
         clips: with weights; empty where no domain needs one.
+        reads_tokens: whether a domain looks at the tokens of the CLIPs.
     """
 
     trunk: PerceptualTrunk
     clips: Sequence[tuple[Embeds, float]] = ()
     identity: Identity | None = None
+    reads_tokens: bool = False
 
 
 @dataclass(kw_only=True)
@@ -56,20 +48,23 @@ class Seen:
 
     Attributes:
         taps: activations of the trunk, finest first.
-        embeddings: of every CLIP.
+        embeddings: of every CLIP, [V B D]; the first view is of the whole picture.
+        tokens: of every CLIP, where a domain looks at them: [B T D] of the whole picture.
         faces: of the identity network, where there is one.
     """
 
     images: Float[Tensor, "B 3 H W"]
     taps: list[Tensor]
     embeddings: list[Tensor]
+    tokens: list[Tensor] = field(default_factory=list)
     faces: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Seen":
         return Seen(
             images=self.images[rows],
             taps=[tap[rows] for tap in self.taps],
-            embeddings=[e[rows] for e in self.embeddings],
+            embeddings=[e[:, rows] for e in self.embeddings],
+            tokens=[t[rows] for t in self.tokens],
             faces=None if self.faces is None else self.faces[rows],
         )
 
@@ -90,7 +85,7 @@ class Guide:
 
     Args:
         references: [M 3 H W] of `image` and `images`, else None.
-        source: generated source pictures, where a set of pictures has a direction.
+        source: generated source pictures, where a set of pictures has a direction or is recoloured.
         reference: the inverted reference of `image`.
         rng: the domain's own stream, on the CPU.
 
@@ -108,40 +103,66 @@ class Guide:
         rng: torch.Generator,
     ) -> None:
         self.domain, self.judges, self.rng = domain, judges, rng
-        self.references, self.reference = references, reference
-        self.terms = [term for term in TERMS if domain.weight(term)]
-        self.directions = self._directions(source) if "direction" in self.terms else []
-        self.taps: ReferenceTaps | None = None
-        self.critic: PatchDiscriminator | None = None
-        if references is not None and {"distribution", "adversarial"} & set(self.terms):
-            with torch.no_grad():
-                self.taps = ReferenceTaps.of(_units(judges.trunk(references)))
+        self.source, self.reference = source, reference
+        if references is not None and domain.colour < 1:
+            assert source is not None
+            references = recoloured(references, source.images).lerp(references, domain.colour)
+        self.references = references
+        self.terms = {name: term for name, term in TERMS.items() if domain.weight(name)}
+        self.uses_clip = any("clip" in term.needs for term in self.terms.values())
+        if "direction" in self.terms:
+            _ = self.directions  # says at once where there is none
+        self.critic: Critic | None = None
         if "adversarial" in self.terms:
-            self._make_critic()
+            self.critic = Critic(judges.trunk, self.pictures, rng)
 
-    def _directions(self, source: Seen | None) -> list[Float[Tensor, " D"]]:
+    # ------------------------------------------------------------------ what it stands on
+
+    @property
+    def one(self) -> Reference:
+        assert self.reference is not None
+        return self.reference
+
+    @property
+    def pictures(self) -> Float[Tensor, "M 3 H W"]:
+        assert self.references is not None
+        return self.references
+
+    @cached_property
+    def directions(self) -> list[Float[Tensor, "1 1 D"]]:
+        """From source to target, in every CLIP."""
         domain, found = self.domain, []
         for index, (clip, _) in enumerate(self.judges.clips):
             if domain.guidance == "text":
+                check_words(domain, clip)
                 way = text_direction(clip, domain.source_text, domain.target_text, domain.templates)
             else:
-                assert self.references is not None
-                assert source is not None
-                with torch.no_grad():
-                    own = torch.cat([clip.images(part) for part in self.references.split(32)])
-                way = set_direction(own, source.embeddings[index], clip.name)
-            found.append(way)
+                assert self.source is not None
+                own = self._over_references(clip.images)
+                way = set_direction(own, self.source.embeddings[index][0], clip.name)
+            found.append(way[None, None])
         return found
 
-    def _make_critic(self) -> None:
-        assert self.taps is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.rng)))
-            widths = self.judges.trunk.architecture.widths
-            self.critic = PatchDiscriminator(widths, self.taps.spread)
-        assert self.references is not None
-        self.critic.to(self.references.device)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=2e-3, betas=(0.0, 0.99))
+    @cached_property
+    def tokens(self) -> list[Float[Tensor, "M T D"]]:
+        return [self._over_references(clip.tokens) for clip, _ in self.judges.clips]
+
+    @cached_property
+    @torch.no_grad()
+    def taps(self) -> ReferenceTaps:
+        return ReferenceTaps.of(styles(self.judges.trunk(self.pictures)))
+
+    @cached_property
+    def patches(self) -> ReferenceTaps:
+        return ReferenceTaps.of(self.basis.taps(self.pictures))
+
+    @cached_property
+    def basis(self) -> PatchBasis:
+        return PatchBasis.of(self.pictures)
+
+    @torch.no_grad()
+    def _over_references(self, network: "object") -> Tensor:
+        return torch.cat([network(part) for part in self.pictures.split(32)])  # type: ignore[operator]
 
     # ------------------------------------------------------------------ the loss
 
@@ -160,135 +181,68 @@ class Guide:
             after, before: adapted pictures and their sources.
             own: the reference's code rendered in the new domain (image guidance).
             rng: where lines, places and shifts come from.
-            is_training: False leaves out the adversarial term, which is no score.
+            is_training: False leaves out the terms that are no scores.
         """
-        found: dict[str, Tensor] = {}
-        for term in self.terms:
-            if term == "adversarial":
-                if is_training:
-                    found[term] = self._adversarial(after.images, rng)
-            elif term in ("direction", "across", "within", "reference_clip"):
-                found[term] = self._by_clip(term, after, before, own)
-            elif term in ("reference_mse", "reference_perceptual"):
-                found[term] = self._to_reference(term, own).expand(len(after.images))
-            elif term == "distribution":
-                assert self.taps is not None
-                found[term] = sliced_distance(_units(after.taps), [self.taps], rng)[0]
-            else:
-                found[term] = self._kept(term, after, before)
-        return {term: self.domain.weight(term) * value for term, value in found.items()}
-
-    def _by_clip(
-        self, term: str, after: Seen, before: Seen, own: Seen | None
-    ) -> Float[Tensor, " B"]:
-        """Sum over CLIPs of weight times term."""
-        parts = []
-        for index, (_, weight) in enumerate(self.judges.clips):
-            a, b = after.embeddings[index], before.embeddings[index]
-            if term == "direction":
-                value = direction_loss(a, b, self.directions[index][None])
-            else:
-                assert self.reference is not None
-                target = self.reference.seen.embeddings[index]
-                inverted = self.reference.inverted.embeddings[index]
-                if term == "across":
-                    value = direction_loss(a, b, target - inverted)
-                elif term == "within":
-                    value = within_loss(a, b, target, inverted)
-                else:
-                    assert own is not None
-                    value = reference_loss(own.embeddings[index], target).expand(len(a))
-            parts.append(weight * value)
-        return torch.stack(parts).sum(0)
-
-    def _to_reference(self, term: str, own: Seen | None) -> Float[Tensor, " 1"]:
-        assert own is not None
-        assert self.reference is not None
-        if term == "reference_mse":
-            return (own.images - self.reference.image).square().mean((1, 2, 3))
-        return tap_distance(_units(own.taps), _units(self.reference.seen.taps))
-
-    def _kept(self, term: str, after: Seen, before: Seen) -> Float[Tensor, " B"]:
-        """What is preserved: differences between pictures, coarse content, identity."""
-        if term == "in_domain":
-            value = in_domain_loss(_shape(after.taps), _shape(before.taps))
-            if not set(self.terms) & set(CLIP_TERMS):
-                return value  # a CLIP that is there for another domain has no say
-            for index, (_, weight) in enumerate(self.judges.clips):
-                a, b = after.embeddings[index], before.embeddings[index]
-                value = value + weight * in_domain_loss(a, b)
-            return value
-        if term == "identity":
-            assert self.judges.identity is not None
-            assert after.faces is not None
-            assert before.faces is not None
-            return 1 - self.judges.identity.compare(after.faces, before.faces)
-        return tap_distance(_units(after.taps[CONTENT_SCALES]), _units(before.taps[CONTENT_SCALES]))
-
-    # ------------------------------------------------------------------ the critic
-
-    def _adversarial(
-        self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator
-    ) -> Float[Tensor, " B"]:
-        """One update of the discriminator, then its verdict on the adapted pictures."""
-        assert self.critic is not None
-        assert self.references is not None
-        fake = _units(self.judges.trunk(shifted(images, rng)))
-        rows = torch.randint(len(self.references), (len(images),), generator=rng)
-        real_images = self.references[rows.to(images.device)]
-        is_mirrored = torch.rand(len(rows), generator=rng) < 0.5
-        real_images[is_mirrored] = real_images[is_mirrored].flip(3)
-        with torch.no_grad():
-            real = _units(self.judges.trunk(shifted(real_images, rng)))
-        verdict = discriminator_loss(self.critic(real), self.critic([t.detach() for t in fake]))
-        self.critic_adam.zero_grad()
-        verdict.backward()
-        self.critic_adam.step()
-        self.critic.requires_grad_(False)
-        loss = generator_loss(self.critic(fake))
-        self.critic.requires_grad_(True)
-        return loss
+        scene = Scene(after=after, before=before, own=own, guide=self, rng=rng)
+        return {
+            name: self.domain.weight(name) * term.loss(scene).expand(len(after.images))
+            for name, term in self.terms.items()
+            if is_training or term.is_score
+        }
 
     def state(self) -> dict[str, object]:
         """What a resumed job must find again."""
         found: dict[str, object] = {"rng": self.rng.get_state()}
-        if self.critic is not None:
-            found |= {"critic": self.critic.state_dict(), "adam": self.critic_adam.state_dict()}
-        return found
+        return found if self.critic is None else found | self.critic.state()
 
     def restore(self, state: dict) -> None:
         self.rng.set_state(state["rng"])
         if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-            self.critic_adam.load_state_dict(state["adam"])
+            self.critic.restore(state)
 
 
-def _units(taps: Sequence[Float[Tensor, "B C h w"]]) -> list[Tensor]:
-    """Channel-normalised activations. Compared as they are, a distribution is mostly contrast, and
-    noise in flat places costs nothing; normalised, flat places count as much as edges do."""
-    return [unit_normalise(tap) for tap in taps]
+def check_words(domain: DomainConfig, clip: Embeds) -> None:
+    """Tell which words a CLIP does not know, and refuse them where they carry the style: where the
+    target says them and the source does not.
 
-
-def _shape(taps: Sequence[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B D"]:
-    """Unit vectors whose products are the mean cosine of two pictures over places and scales."""
-    chosen = taps[SHAPE_SCALES]
-    parts = [unit_normalise(t).flatten(1) / (t.shape[2] * t.shape[3]) ** 0.5 for t in chosen]
-    return torch.cat(parts, 1) / len(chosen) ** 0.5
+    Raises:
+        ConfigError: names the words and what the CLIP knows in their place.
+    """
+    shared = clip.ignored(domain.source_text)
+    carrying = clip.ignored(domain.target_text) - shared
+    if carrying:
+        known = ", ".join(sorted(getattr(clip, "known_words", None) or ()))
+        raise ConfigError(
+            f"{domain.name}: target_text {domain.target_text!r}: CLIP {clip.name} does not know "
+            f"{', '.join(sorted(carrying))}, so the style would be another; it knows {known}. Use "
+            "these words, or a CLIP that reads any text "
+            "(clips.0.source=openai/clip-vit-base-patch32)"
+        )
+    if shared:
+        logger.warning(
+            "%s: CLIP %s does not know %s: the texts are read without",
+            domain.name,
+            clip.name,
+            ", ".join(sorted(shared)),
+        )
 
 
 def look(
-    images: Float[Tensor, "B 3 H W"], clip_images: Float[Tensor, "B 3 H W"], judges: Judges
+    images: Float[Tensor, "B 3 H W"], views: Sequence[Float[Tensor, "B 3 H W"]], judges: Judges
 ) -> Seen:
     """What the judges make of pictures.
 
     Args:
-        clip_images: the same, as CLIP shall see them.
+        views: the same, as CLIP shall see them; the first shows the whole picture.
     """
     size = (256, 256) if images.shape[2] > 256 else None
     small = images if size is None else F.adaptive_avg_pool2d(images, size)
+    shown, count = torch.cat(list(views)), len(images)
+    clips = [clip for clip, _ in judges.clips]
     return Seen(
         images=images,
-        taps=judges.trunk(small),
-        embeddings=[clip.images(clip_images) for clip, _ in judges.clips],
+        taps=[tap.float() for tap in judges.trunk(small)],
+        embeddings=[clip.images(shown).float().unflatten(0, (-1, count)) for clip in clips],
+        tokens=[clip.tokens(views[0]).float() for clip in clips] if judges.reads_tokens else [],
         faces=None if judges.identity is None else judges.identity.features(images),
     )

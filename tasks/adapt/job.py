@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.adaptation.domain import CARD, Domain, add_domains, save_domain
+from models.adaptation.domain import CARD, Domain, add_domains, save_domain, without_noise
 from models.checkpoints.bundled import asset_path
 from models.checkpoints.load import load_generator
 from models.errors import AssetError, ConfigError
@@ -32,11 +32,12 @@ from models.losses.identity import load_identity
 from models.losses.trunk import load_trunk
 from models.pictures import save_grid
 from models.stylegan2.generator import Generator, weights_hash
-from tasks.adapt.config import TERMS, AdaptConfig, DomainConfig
+from tasks.adapt.config import AdaptConfig, DomainConfig
 from tasks.adapt.forms import Form, make_form
 from tasks.adapt.guidance import Guide, Judges, Reference, Seen, look
 from tasks.adapt.loop import Descent, DomainState
 from tasks.adapt.references import load_references
+from tasks.adapt.terms import TERMS
 
 SOURCE_PICTURES = 64
 """Generated pictures whose mean embedding a set's direction starts from (StyleGAN-NADA: 16)."""
@@ -129,7 +130,10 @@ class _Job:
     def prepare(self) -> None:
         """Targets of every domain, what is optimised, and the checkpoint where there is one."""
         config = self.config
-        needs_source = any(d.guidance == "images" and d.weight("direction") for d in config.domain)
+        needs_source = any(
+            d.guidance == "images" and (d.weight("direction") or d.colour < 1)
+            for d in config.domain
+        )
         source = self._source() if needs_source else None
         streams = [
             torch.Generator().manual_seed(sample_seed(config.seed, domain.name))
@@ -148,7 +152,7 @@ class _Job:
             )
             for domain, stream in zip(config.domain, streams, strict=True)
         ]
-        _settle(self.generator)
+        _settle(self.generator, config)
         self.descent = Descent(config, self.generator, guides, form, self.judges)
         self._resume()
 
@@ -159,8 +163,9 @@ class _Job:
         w_plus = self.generator.mapping(
             z.to(self.config.device), truncation_psi=self.config.truncation_psi
         )
-        images = torch.cat([self.generator.synthesis(part) for part in w_plus.split(16)])
-        return look(images, images, self.judges)
+        noise = self.config.noise
+        images = torch.cat([self.generator.synthesis(part, noise) for part in w_plus.split(16)])
+        return look(images, [images], self.judges)
 
     def _inverted(self, name: str) -> Reference:
         """The reference's own code by the chain of `invert`."""
@@ -176,12 +181,12 @@ class _Job:
             raise ConfigError(f"{name}: its reference cannot be inverted: {why}")
         w_plus = found.w_plus.detach()
         with torch.no_grad():
-            source = self.generator.synthesis(w_plus)
+            source = self.generator.synthesis(w_plus, self.config.noise)
             return Reference(
                 image=image,
                 w_plus=w_plus,
-                seen=look(image, image, self.judges),
-                inverted=look(source, source, self.judges),
+                seen=look(image, [image], self.judges),
+                inverted=look(source, [source], self.judges),
             )
 
     # ------------------------------------------------------------------ the steps
@@ -215,7 +220,7 @@ class _Job:
     def _previews(self, place: Path, tensors: Sequence[Tensor], rows: Sequence[int]) -> None:
         descent = self.descent
         codes = descent.held_out[:SHOWN]
-        before = self.generator.synthesis(codes)
+        before = self.generator.synthesis(codes, self.config.noise)
         for at, row in enumerate(rows):
             one = [t[at : at + 1] for t in tensors]
             after = descent.form.render(one, codes[None])
@@ -245,6 +250,7 @@ class _Job:
 
     def write(self) -> list[Path]:
         """Every domain's folder; then the checkpoint goes."""
+        self.generator.compute_dtype = None
         folders = []
         for row, (domain, state) in enumerate(
             zip(self.config.domain, self.descent.states, strict=True)
@@ -290,7 +296,7 @@ class _Job:
     @torch.no_grad()
     def _final_preview(self, made: Domain, folder: Path) -> None:
         codes = self.descent.held_out[:SHOWN]
-        plain = Inversion(w_plus=codes)
+        plain = without_noise(codes, self.generator)
         after = add_domains(plain, [[(made, 1.0)]]).render(self.generator)
         before = plain.render(self.generator)
         save_grid(torch.cat([before, after]).cpu(), folder / "preview.png", len(codes))
@@ -298,18 +304,21 @@ class _Job:
 
 def _judges(config: AdaptConfig) -> Judges:
     clips = []
-    if any(config.needs_clip(domain) for domain in config.domain):
+    if any(domain.needs("clip") for domain in config.domain):
         clips = [(load_clip(c.source).to(config.device), c.weight) for c in config.clips]
     identity = None
     if config.identity is not None and any(d.weight("identity") for d in config.domain):
         identity = load_identity(config.identity).to(config.device)
     trunk = load_trunk(asset_path("trunk", "trunk.safetensors"))[0].to(config.device)
-    return Judges(trunk=trunk, clips=clips, identity=identity)
+    reads_tokens = any(d.weight("tokens") for d in config.domain)
+    return Judges(trunk=trunk, clips=clips, identity=identity, reads_tokens=reads_tokens)
 
 
-def _settle(generator: Generator) -> None:
+def _settle(generator: Generator, config: AdaptConfig) -> None:
     """The form that trains fastest (tasks.training.blocks.prepared measures it)."""
     generator.requires_grad_(False)
+    if config.precision == "bfloat16":
+        generator.compute_dtype = torch.bfloat16
     if generator.resolution <= 64:
         generator.form, generator.memory_format = "implicit", torch.channels_last
 

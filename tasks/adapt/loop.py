@@ -9,6 +9,7 @@ Legend: N domains, A active ones, B pictures of each, L num_ws, D w_dim, H W ima
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.adaptation.views import moved, random_maps
+from models.adaptation.views import crop_maps, moved, random_maps
 from models.inversion.base import sample_seed
 from models.optim import RowAdam
 from models.stylegan2.generator import Generator
@@ -83,9 +84,9 @@ class Descent:
         if not self.rows:
             return
         w_plus = self._codes(self.config.batch, self.codes_rng)
-        maps = random_maps(len(w_plus), self.config.augment, self.codes_rng)
+        maps = self._views(len(w_plus))
         with torch.no_grad():
-            before = self._look(self.generator.synthesis(w_plus), maps)
+            before = self._look(self._source(w_plus), maps)
         tensors = [t.detach().requires_grad_() for t in self.adam.tensors]
         terms = self._terms(tensors, w_plus, before, maps, is_training=True)
         losses = torch.stack([torch.stack(list(t.values())).sum(0).mean() for t in terms])
@@ -116,20 +117,19 @@ class Descent:
         """
         if not self.rows:
             return
-        maps = random_maps(len(self.held_out), 0.0, torch.Generator())
-        before = self._look(self.generator.synthesis(self.held_out), maps)
-        terms = self._terms(self.adam.tensors, self.held_out, before, maps, is_training=False)
+        before = self._look(self._source(self.held_out), [])
+        terms = self._terms(self.adam.tensors, self.held_out, before, [], is_training=False)
         is_lost, is_done = [], []
         for at, (row, values) in enumerate(zip(self.rows, terms, strict=True)):
             scores = {name: float(value.mean()) for name, value in values.items()}
             total, state = sum(scores.values()), self.states[row]
-            if total < state.score:  # False for a score that is not a number
+            # Where a critic pulls, the score does not see what was won by it: the last is kept.
+            is_better = total < state.score  # False for a score that is not a number
+            state.misses = 0 if is_better else state.misses + 1
+            if is_better or (self.guides[row].critic is not None and math.isfinite(total)):
                 state.score, state.scores, state.best_step = total, scores, self.step
-                state.misses = 0
                 for best, tensor in zip(self.best, self.adam.tensors, strict=True):
                     best[row] = tensor[at]
-            else:
-                state.misses += 1
             is_lost.append(not math.isfinite(total))
             patience = self.config.patience
             is_done.append(bool(patience) and state.misses >= patience)
@@ -144,14 +144,15 @@ class Descent:
         tensors: Sequence[Tensor],
         w_plus: Float[Tensor, "B L D"],
         before: Seen,
-        maps: Tensor,
+        maps: Sequence[Tensor],
         *,
         is_training: bool,
     ) -> list[dict[str, Float[Tensor, " B"]]]:
         """The loss terms of every active domain: one render and one look for all of them."""
         count = len(self.rows)
         codes = w_plus[None].expand(count, *w_plus.shape)
-        after = self._look(self.form.render(tensors, codes), maps.repeat(count, 1, 1))
+        repeated = [part.repeat(count, 1, 1) for part in maps]
+        after = self._look(self.form.render(tensors, codes), repeated)
         own = self._own_renders(tensors)
         found = []
         for at, row in enumerate(self.rows):
@@ -176,21 +177,42 @@ class Descent:
             return {}
         index = torch.tensor([at for at, _ in chosen], device=tensors[0].device)
         codes = torch.stack([reference.w_plus for _, reference in chosen])  # [A 1 L D]
-        seen = self._look(self.form.render([t[index] for t in tensors], codes), None)
+        seen = self._look(self.form.render([t[index] for t in tensors], codes), [])
         return {self.rows[at]: seen[i : i + 1] for i, (at, _) in enumerate(chosen)}
 
-    def _look(self, images: Float[Tensor, "B 3 H W"], maps: Tensor | None) -> Seen:
-        if maps is None or not self.config.augment or not self.judges.clips:
-            return look(images, images, self.judges)
-        return look(images, moved(images, maps), self.judges)
+    def _look(self, images: Float[Tensor, "B 3 H W"], maps: Sequence[Tensor]) -> Seen:
+        """Through the judges; CLIP sees the pictures under `maps`, or plain where there is none."""
+        with self._precision():
+            views = [moved(images, part) for part in maps] if self.judges.clips else []
+            return look(images, views or [images], self.judges)
+
+    def _source(self, w_plus: Float[Tensor, "B L D"]) -> Float[Tensor, "B 3 H W"]:
+        return self.generator.synthesis(w_plus, self.config.noise)
+
+    def _precision(self) -> AbstractContextManager:
+        device = self.generator.latent_avg.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _views(self, count: int) -> list[Float[Tensor, "B 2 3"]]:
+        """The whole picture, moved a little, and parts of it."""
+        whole = random_maps(count, self.config.augment, self.codes_rng)
+        parts = [crop_maps(count, self.codes_rng) for _ in range(self.config.views - 1)]
+        return [whole, *parts]
 
     def _codes(self, count: int, rng: torch.Generator) -> Float[Tensor, "B L D"]:
+        """Random codes, some of them two that are joined at a random row."""
+        w_plus, other = self._mapped(count, rng), self._mapped(count, rng)
+        rows = torch.randint(1, self.generator.num_ws, (count,), generator=rng)
+        is_mixed = torch.rand(count, generator=rng) < self.config.mixing
+        is_other = is_mixed[:, None] & (torch.arange(self.generator.num_ws) >= rows[:, None])
+        return torch.where(is_other[..., None].to(w_plus.device), other, w_plus)
+
+    @torch.no_grad()
+    def _mapped(self, count: int, rng: torch.Generator) -> Float[Tensor, "B L D"]:
         z = torch.randn(count, self.generator.z_dim, generator=rng)
-        with torch.no_grad():
-            return self.generator.mapping(
-                z.to(self.generator.latent_avg.device),
-                truncation_psi=self.config.truncation_psi,
-            )
+        return self.generator.mapping(
+            z.to(self.generator.latent_avg.device), truncation_psi=self.config.truncation_psi
+        )
 
     def _drop(self, which: Tensor, status: Status, note: str) -> None:
         if not bool(which.any()):

@@ -3,27 +3,21 @@
 Legend: K codes, M held-out portraits, T taps, C channels, H W image.
 """
 
-import hashlib
-import io
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
-from models.adaptation.domain import Domain, add_domains
-from models.errors import ConfigError
+from models.adaptation.domain import Domain, add_domains, without_noise
 from models.inversion.base import Inversion
 from models.losses.frechet import frechet_distance
+from models.losses.identity import Identity
+from models.losses.sface import SFace
 from models.losses.trunk import PerceptualTrunk, unit_normalise
 from models.stylegan2.generator import Generator
 from tasks.training.trunk import Teacher
@@ -35,60 +29,6 @@ PAIRED = 96
 SQUEEZE_TAP = 2
 """SqueezeNet's tap for the Frechet distance: the last fire module at an eighth of the input, 256
 channels. Deeper ones have more channels than twenty held-out pictures can tell apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Portraits:
-    """One style, split by the hash of the identifier.
-
-    Attributes:
-        training: encoded pictures by identifier, sorted.
-        held_out: pictures in [-1, 1] that no domain is adapted to.
-    """
-
-    training: Mapping[str, bytes]
-    held_out: Float[Tensor, "M 3 H W"]
-
-
-def is_held_out(identifier: str) -> bool:
-    """One portrait in five, the same on every machine."""
-    return int(hashlib.sha256(identifier.encode()).hexdigest(), 16) % 5 == 0
-
-
-def read_portraits(path: str, resolution: int) -> dict[str, Portraits]:
-    """Portraits by style from a Parquet file with columns `id`, `image` and `style`.
-
-    Raises:
-        ConfigError: no such file or column, or a style with fewer than two held-out pictures.
-    """
-    try:
-        rows = pq.read_table(path, columns=["id", "image", "style"]).to_pylist()
-    except (OSError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"portraits {path}: expected a Parquet file with columns id, image, style ({error})"
-        ) from error
-    found = {}
-    for style in sorted({row["style"] for row in rows}):
-        own = sorted((r for r in rows if r["style"] == style), key=lambda r: r["id"])
-        held_out = [_picture(r["image"], resolution) for r in own if is_held_out(r["id"])]
-        if len(held_out) < 2:
-            raise ConfigError(f"portraits {path}: style {style} has fewer than 2 held out")
-        found[style] = Portraits(
-            training={r["id"]: _bytes(r["image"]) for r in own if not is_held_out(r["id"])},
-            held_out=torch.stack(held_out),
-        )
-    return found
-
-
-def _bytes(value: Any) -> bytes:
-    return value["bytes"] if isinstance(value, dict) else value
-
-
-def _picture(value: Any, resolution: int) -> Float[Tensor, "3 H W"]:
-    image = Image.open(io.BytesIO(_bytes(value))).convert("RGB")
-    if image.size != (resolution, resolution):
-        image = image.resize((resolution, resolution), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class Eye:
@@ -161,33 +101,71 @@ def make_source(generator: Generator, eyes: Sequence[Eye], codes: int = CODES) -
 def render(
     generator: Generator, w_plus: Float[Tensor, "K L D"], domain: Domain | None
 ) -> Float[Tensor, "K 3 H W"]:
-    """Clamped pictures of codes, in a domain where one is given."""
+    """Clamped pictures of codes without noise, in a domain where one is given."""
     mixes = [[(domain, 1.0)] if domain else []]
-    parts = [add_domains(Inversion(w_plus=part), mixes) for part in w_plus.split(32)]
+    parts = [add_domains(without_noise(part, generator), mixes) for part in w_plus.split(32)]
     return torch.cat([part.render(generator).clamp(-1, 1) for part in parts])
 
 
 def score_pictures(
     images: Float[Tensor, "K 3 H W"],
     source: Source,
+    held_out: Float[Tensor, "M 3 H W"] | None,
+    eyes: Sequence[Eye],
+    identity: Identity | SFace | None = None,
+) -> dict[str, float]:
+    """Scores of the source's own codes in a domain.
+
+    By eye the Frechet distance to the held-out portraits over that of the source pictures, the
+    correlation of all pairwise similarities with the source's (content), and the mean distance of
+    two pictures over the source's (diversity); `colour_share` and, with a network, `identity`.
+    """
+    found = {} if held_out is None else frechet_ratios(images, source, held_out, eyes)
+    for eye in eyes:
+        before, after = source.similarities[eye.name], eye.similarities(images[:PAIRED])
+        pair = compare_pairs(before, after)
+        found[f"content_{eye.name}"], found[f"diversity_{eye.name}"] = pair
+    found["colour_share"] = colour_map_share(source.images, images)
+    if identity is not None:
+        found["identity"] = mean_identity(source.images[:PAIRED], images[:PAIRED], identity)
+    return found
+
+
+def frechet_ratios(
+    images: Float[Tensor, "K 3 H W"],
+    source: Source,
     held_out: Float[Tensor, "M 3 H W"],
     eyes: Sequence[Eye],
-    *,
-    is_paired: bool = True,
 ) -> dict[str, float]:
-    """Frechet distance to the held-out portraits over that of the source pictures; of pictures that
-    are the source's own codes also the correlation of all pairwise similarities with the source's
-    (content) and the mean distance of two pictures over the source's (diversity). By eye."""
+    """`frechet_<eye>`: distance to the held-out portraits over that of the source pictures."""
     found = {}
     for eye in eyes:
-        wanted, name = eye.features(held_out), eye.name
-        plain = frechet_distance(source.features[name], wanted)
-        found[f"frechet_{name}"] = frechet_distance(eye.features(images), wanted) / plain
-        if not is_paired:
-            continue
-        before, after = source.similarities[name], eye.similarities(images[:PAIRED])
-        found[f"content_{name}"], found[f"diversity_{name}"] = compare_pairs(before, after)
+        wanted = eye.features(held_out)
+        plain = frechet_distance(source.features[eye.name], wanted)
+        found[f"frechet_{eye.name}"] = frechet_distance(eye.features(images), wanted) / plain
     return found
+
+
+def colour_map_share(before: Float[Tensor, "K 3 H W"], after: Float[Tensor, "K 3 H W"]) -> float:
+    """Share of the squared change of all pixels that the best quadratic map of colours explains,
+    one for all pictures and places: 1 for a regrade, 0 where no colour tells what became of it."""
+    given = before.permute(0, 2, 3, 1).flatten(0, 2).double()
+    found = after.permute(0, 2, 3, 1).flatten(0, 2).double()
+    pairs = [given[:, i] * given[:, j] for i in range(3) for j in range(i, 3)]
+    terms = torch.stack([torch.ones_like(pairs[0]), *given.T, *pairs], 1)
+    left = found - terms @ torch.linalg.lstsq(terms, found).solution
+    return 1 - float(left.square().sum() / (found - given).square().sum())
+
+
+@torch.no_grad()
+def mean_identity(
+    before: Float[Tensor, "K 3 H W"],
+    after: Float[Tensor, "K 3 H W"],
+    identity: Identity | SFace,
+) -> float:
+    """Mean similarity of each person before and after."""
+    pairs = zip(before.split(32), after.split(32), strict=True)
+    return float(torch.cat([identity(a, b) for a, b in pairs]).mean())
 
 
 def compare_pairs(before: Float[Tensor, "K K"], after: Float[Tensor, "K K"]) -> tuple[float, float]:
@@ -213,12 +191,3 @@ def rendering_ratio(generator: Generator, domain: Domain, batch: int, repeats: i
             if repeat >= 2:  # the first two warm up
                 ratios.append(times[0] / times[1])
     return statistics.median(ratios)
-
-
-def write_references(portraits: Portraits, count: int | None, folder: Path) -> Path:
-    """The first `count` training pictures of a style as files (None: all); the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = list(portraits.training.items())[:count]
-    for identifier, data in chosen:
-        (folder / f"{identifier}.png").write_bytes(data)
-    return folder

@@ -35,8 +35,22 @@ MEDIUM_WORDS: Mapping[str, tuple[str, ...]] = {
         "drawn illustration",
         "drawing",
     ),
+    "pencil": ("pencil sketch", "pencil drawing", "sketch", "graphite pencil sketch"),
+    "charcoal": ("charcoal drawing", "charcoal sketch", "charcoal portrait"),
+    "ink": ("ink drawing", "pen and ink drawing", "line drawing", "black ink line art"),
+    "watercolour": (
+        "watercolour painting",
+        "watercolor painting",
+        "watercolour",
+        "watercolor portrait",
+    ),
+    "oil": ("oil painting", "oil on canvas", "oil portrait", "oil paint on canvas"),
+    "cartoon": ("cartoon", "cartoon drawing", "flat cartoon"),
+    "poster": ("pop art poster", "poster", "pop art print"),
+    "engraving": ("engraving", "woodcut", "engraved print", "woodcut print"),
+    "mosaic": ("mosaic", "pixel art", "mosaic of tiles"),
 }
-"""The first names the medium alone; "painting" is said of two."""
+"""The first names the medium alone; "painting" and "drawing" are said of several."""
 ANY_MEDIUM = ("picture", "image", "portrait")
 """Said of every medium."""
 GENDER_WORDS = (("man", "male person", "gentleman"), ("woman", "female person", "lady"))
@@ -63,7 +77,10 @@ SMILE_WORDS = (
 )
 """Without and with a smile: before the noun, after it."""
 FUNCTION_WORDS = frozenset(
-    ("a", "an", "the", "of", "in", "with", "and", "who", "is", "not", "his", "her", "their")
+    (
+        *("a", "an", "the", "of", "in", "on", "with", "and", "who", "is", "not"),
+        *("his", "her", "their"),
+    )
 )
 """Words that say nothing of a picture by themselves."""
 KEPT = {"medium": 0.75, "age": 0.6, "gender": 0.7, "smile": 0.6}

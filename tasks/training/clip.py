@@ -2,7 +2,8 @@
 
 Both towers are transformers' (arXiv 2103.00020), small. The loss is InfoNCE with a learned
 temperature; captions that say the same are one answer, not each other's negatives. Photographs come
-with age, gender and smile, portraits with their style alone, each style as often as the others.
+with age, gender and smile, portraits with their style alone, each style as often as the others;
+some photographs are drawn or painted by a filter, which is a style with age, gender and smile.
 
 Legend: N batch, M prompts, D embedding, H W image.
 """
@@ -10,26 +11,27 @@ Legend: N batch, M prompts, D embedding, H W image.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from models.errors import AssetError, ConfigError
-from models.losses.clip import Clip
+from models.losses.clip import Clip, load_clip
 from models.losses.torchvision_shim import ensure_torchvision
 from tasks.training.blocks import descend
 from tasks.training.captions import DRAWS, Subject, said, subject, vocabulary, wording
 from tasks.training.clip_files import MEAN, STD, build_tokenizer, save_clip
+from tasks.training.clip_media import FILTERS, in_medium
 from tasks.training.clip_scores import clip_scores
 from tasks.training.labels import MEDIA, LabelledPictures, draw_weights, load_labelled
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
-from tasks.training.views import views
+from tasks.training.views import views, zoomed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,11 @@ class FitClipConfig(TrainingConfig):
     batch: int = 64
     """Pairs of a step: each is told apart from batch - 1 others."""
     portraits: float = 0.35
-    """Share of a batch that is painted or drawn."""
+    """Share of a batch that is painted or drawn, from the files."""
+    filtered: float = 0.5
+    """Share of the photographs that a filter draws or paints (tasks/training/clip_media.py)."""
+    zoomed: float = 0.3
+    """Share of the pictures of which a part is shown alone."""
     age_balance: float = 0.5
     """How evenly decades of age are drawn, see `draw_weights`."""
 
@@ -68,6 +74,9 @@ class FitClipConfig(TrainingConfig):
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    start: str = ""
+    """A CLIP of this training (a folder or "refinery") whose weights and words this one begins
+    with; the sizes must be the same."""
     warm_up: float = 0.03
     """Share of the run in which the rate rises to `learning_rate`."""
     anneal: float = 0.9
@@ -81,7 +90,7 @@ class FitClipConfig(TrainingConfig):
         for name in ("learning_rate", *sizes):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("portraits", "age_balance", "warm_up", "anneal"):
+        for name in ("portraits", "filtered", "zoomed", "age_balance", "warm_up", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.batch < 2:
@@ -164,9 +173,12 @@ class ClipObjective(Objective):
         self.chances = draw_weights(self.pictures.labels, config.age_balance)
         self.held_out = [pictures.at(pictures.is_held_out)]
         if config.validation:
-            self.held_out.append(load_labelled(config.validation, config.resolution))
+            faces = load_labelled(config.validation, config.resolution)
+            self.held_out += [faces, *(drawn(faces, name) for name in FILTERS if config.filtered)]
         self.tokenizer = build_tokenizer(vocabulary())
         self.model = build_model(config, self.tokenizer).to(config.device)
+        if config.start:
+            begin_with(load_clip(config.start), self.model, self.tokenizer)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -182,7 +194,7 @@ class ClipObjective(Objective):
             "architecture": self.model.config.to_diff_dict(),
             "words": vocabulary(),
             "batch": config.batch,
-            "portraits": config.portraits,
+            "shares": [config.portraits, config.filtered, config.zoomed],
         }
 
     def step(self, pictures: Float[Tensor, "0 3 H W"], shown: int) -> dict[str, Tensor]:
@@ -194,10 +206,10 @@ class ClipObjective(Objective):
             group["lr"] = rate
         config, medium = self.config, self.pictures.medium
         rows = balanced_rows(medium, self.chances, config.batch, config.portraits)
-        chosen = self.pictures.at(rows)
+        chosen = refiltered(self.pictures.at(rows), config.filtered)
         subjects = [said(known, draws) for known, draws in drawn_subjects(chosen)]
         captions = [wording(what, torch.rand(DRAWS).tolist()) for what in subjects]
-        seen = views(chosen.pictures).to(self.config.device)
+        seen = zoomed(views(chosen.pictures), config.zoomed).to(self.config.device)
         with torch.autocast(seen.device.type, self.dtype, enabled=self.dtype is not None):
             images = self._embed_pictures(seen)
             texts = self._embed_captions(captions)
@@ -278,6 +290,56 @@ def build_model(config: FitClipConfig, tokenizer: Any) -> Any:
     )
     model: nn.Module = CLIPModel(sizes)
     return model.train()
+
+
+def begin_with(clip: Clip, model: Any, tokenizer: Any) -> None:
+    """Copy the weights of a trained CLIP into a fresh one, words by their name.
+
+    Raises:
+        AssetError: its sizes are others.
+    """
+    words, state = tokenizer.get_vocab(), model.state_dict()
+    known, own = clip.tokenizer.get_vocab(), clip.model.state_dict()
+    for name, value in state.items():
+        given = own[name]
+        is_words = name.endswith("token_embedding.weight")
+        if given.shape[is_words:] != value.shape[is_words:]:
+            raise AssetError(
+                f"start: {clip.name} has {name} of {list(given.shape)}, this training makes "
+                f"{list(value.shape)}; choose the same sizes, or start without it"
+            )
+        if is_words:
+            shared = [word for word in words if word in known]
+            value[[words[w] for w in shared]] = given[[known[w] for w in shared]].to(value)
+        else:
+            value.copy_(given)
+
+
+def refiltered(chosen: LabelledPictures, share: float) -> LabelledPictures:
+    """The same pictures, a share of the photographs in the media of `FILTERS`, each as often."""
+    kinds = torch.randint(len(FILTERS), (len(chosen),)) + MEDIA.index(next(iter(FILTERS)))
+    is_turned = (chosen.medium == 0) & (torch.rand(len(chosen)) < share)
+    medium = torch.where(is_turned, kinds, chosen.medium)
+    pictures = chosen.pictures.clone()
+    for index in medium[is_turned].unique().tolist():
+        rows = is_turned & (medium == index)
+        pictures[rows] = _filtered(pictures[rows], MEDIA[index])
+    return replace(chosen, pictures=pictures, medium=medium)
+
+
+def drawn(faces: LabelledPictures, name: str) -> LabelledPictures:
+    """All photographs in one medium, the same way every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pictures = _filtered(faces.pictures, name)
+    return replace(
+        faces, pictures=pictures, medium=torch.full_like(faces.medium, MEDIA.index(name))
+    )
+
+
+def _filtered(pictures: UInt8[Tensor, "N 3 H W"], name: str) -> UInt8[Tensor, "N 3 H W"]:
+    images = in_medium(pictures.float() / 127.5 - 1, name)
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def drawn_subjects(chosen: LabelledPictures) -> list[tuple[Subject, list[float]]]:

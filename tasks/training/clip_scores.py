@@ -42,7 +42,7 @@ def clip_scores(clip: Clip, parts: Sequence[LabelledPictures]) -> dict[str, floa
     `top1`, `top5`: share of pictures whose own full caption is among the best of all distinct ones.
     `zero_shot_*`: shares of right answers, each kind of picture weighing the same.
     `direction_*`: cosines between what separates two groups of pictures and two groups of prompts.
-    `other_direction_*`: the largest of the same with any other medium's prompts, for comparison.
+    `other_direction_*`: the largest of the same with the prompts of any other medium that is there.
     """
     device = str(clip.mean.device)
     found = [clip.images(to_images(x, device)).cpu() for p in parts for x in p.pictures.split(64)]
@@ -52,7 +52,9 @@ def clip_scores(clip: Clip, parts: Sequence[LabelledPictures]) -> dict[str, floa
     scores = retrieval(clip, images, medium, labels)
     if len(medium.unique()) > 1:
         prompts = torch.stack([_centre(clip, medium_prompts(name)) for name in MEDIA])
-        scores["zero_shot_medium"] = balanced_accuracy(images @ prompts.T, medium)
+        is_absent = medium.bincount(minlength=len(MEDIA)) == 0
+        logits = (images @ prompts.T).masked_fill(is_absent, -torch.inf)
+        scores["zero_shot_medium"] = balanced_accuracy(logits, medium)
         scores |= medium_directions(images, medium, prompts)
     answers = {
         "gender": labels["gender"],
@@ -120,9 +122,14 @@ def medium_directions(
         if not bool((medium == index).any()):
             continue
         way = images[medium == index].mean(0) - photo
-        cosines = [_cosine(way, text - prompts[0]) for text in prompts[1:]]
-        found[f"direction_{name}"] = cosines.pop(index - 1)
-        found[f"other_direction_{name}"] = max(cosines)
+        cosines = {
+            other: _cosine(way, prompts[other] - prompts[0])
+            for other in medium.unique().tolist()
+            if other
+        }
+        found[f"direction_{name}"] = cosines.pop(index)
+        if cosines:
+            found[f"other_direction_{name}"] = max(cosines.values())
     return found
 
 

@@ -15,10 +15,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from models.errors import AssetError
+from tasks.training.clip_media import FILTERS
 from tasks.training.data import load_pictures
 
-MEDIA = ("photo", "impasto", "fantasy", "illustration")
-"""What a picture is made as; the `style` column names it, files without one hold photographs."""
+MEDIA = ("photo", "impasto", "fantasy", "illustration", *FILTERS)
+"""What a picture is made as; the `style` column names it, files without one hold photographs. Those
+of `FILTERS` are made of photographs while training."""
 LABELS = {"age": "age", "gender": "gender", "smile": "smile_prob"}
 """Name of a label -> column of the file."""
 HELD_OUT_SHARE = 5

@@ -10,6 +10,7 @@ Legend: N batch, H W image.
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
@@ -65,6 +66,17 @@ def views(pictures: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
     is_grey = torch.rand(len(images)) < GREY_SHARE
     images[is_grey] = images[is_grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return images.clamp_(-1, 1)
+
+
+def zoomed(images: Float[Tensor, "N 3 H W"], share: float) -> Float[Tensor, "N 3 H W"]:
+    """A share of the pictures replaced by a part of them, half the side to all of it, enlarged."""
+    draw = torch.rand(len(images), 3)
+    scale = torch.where(torch.rand(len(images)) < share, 0.5 + 0.5 * draw[:, 0], torch.ones(()))
+    free = (1 - scale) * (2 * draw[:, 1:] - 1).T
+    zero = torch.zeros_like(scale)
+    maps = torch.stack([scale, zero, free[0], zero, scale, free[1]], 1).reshape(-1, 2, 3)
+    grid = F.affine_grid(maps.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def _cosines() -> Float[Tensor, "8 8"]:

@@ -4,10 +4,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 import pipeline.adapt as adapt_module
-from models.errors import ConfigError
+from models.adaptation.domain import Domain, add_domains, find_domain, save_domain, without_noise
+from models.adaptation.token_sets import TokenSets
+from models.checkpoints.load import load_generator
+from models.checkpoints.native import save_generator
+from models.errors import AssetError, ConfigError
+from models.stylegan2.generator import Generator, GeneratorArchitecture, weights_hash
 from pipeline.adapt import adapt, load_adapt_config
+from pipeline.cli import app
+from tests.conftest import make_tiny_generator
 
 TOML = """\
 steps = 300
@@ -48,6 +56,19 @@ def path(tmp_path: Path) -> str:
     file = tmp_path / "adapt.toml"
     file.write_text(TOML)
     return str(file)
+
+
+def test_references_of_all_tables(tmp_path: Path) -> None:
+    file = tmp_path / "adapt.toml"
+    file.write_text(
+        'references = "all.parquet"\n'
+        '[[domain]]\nname = "ink"\nstyle = "ink"\n'
+        '[[domain]]\nname = "own"\nreferences = "own"\n'
+        '[[domain]]\nname = "oil"\nguidance = "text"\ntarget_text = "oil painting"\n'
+    )
+    config = load_adapt_config(str(file), ["references=other.parquet"])
+    assert [d.references for d in config.domain] == ["other.parquet", "own", ""]
+    assert config.domain[0].style == "ink"
 
 
 def test_a_file_with_several_domains(path: str) -> None:
@@ -121,3 +142,49 @@ def test_the_clip_is_one_setting(tmp_path: Path) -> None:
     path.write_text('[[clips]]\nsource = "a"\n[[clips]]\nsource = "b"\nweight = 0.5\n')
     config = load_adapt_config(str(path), ["clips.1.weight=0.25"], domains=wished)
     assert [(clip.source, clip.weight) for clip in config.clips] == [("a", 1.0), ("b", 0.25)]
+
+
+# ---------------------------------------------------------------------- a child generator
+
+
+def test_a_domain_moves_to_a_fine_tuned_child(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, then the pictures: the child changes as its parent did."""
+    parent, child = make_tiny_generator(), make_tiny_generator()
+    with torch.no_grad():
+        for parameter in child.parameters():
+            parameter.mul_(1.01)
+    save_generator(child, tmp_path / "child.safetensors", {"terms": "test"})
+    widths = {4: 12, 8: 12, 16: 8, 32: 8}
+    sizes = {"resolution": 32, "widths": widths, "z_dim": 16, "w_dim": 16, "mapping_layers": 2}
+    other = Generator(GeneratorArchitecture(**sizes))
+    other.latent_avg.zero_()
+    save_generator(other, tmp_path / "other.safetensors", {})
+    stream = torch.Generator().manual_seed(0)
+    tokens = TokenSets.fresh(parent, (), "shared", 2, [stream], 0.3)
+    card = {"status": "finished", "note": "", "steps": 1, "best_step": 1, "score": 0.1}
+    made = Domain.of_tokens("ink", weights_hash(parent), tokens, card)
+    save_domain(made, tmp_path / "domains" / "ink")
+    out = str(tmp_path / "domains")
+
+    def command(generator: str) -> int:
+        parts = ["move", "ink", "ink-of-child", "--out", out]
+        return app([*parts, "--generator", str(tmp_path / generator)], result_action="return_value")
+
+    assert command("child.safetensors") == 0
+    assert "ink-of-child" in capsys.readouterr().out
+    child = load_generator(str(tmp_path / "child.safetensors"))
+    moved = find_domain("ink-of-child", child, (out,))
+    assert moved.card["moved_from"] == weights_hash(parent)
+    w_plus = parent.latent_avg.expand(3, parent.num_ws, -1) + torch.randn(3, 1, 16)
+    changes = []
+    for generator, domain in ((parent, made), (child, moved)):
+        plain = without_noise(w_plus, generator)
+        after = add_domains(plain, [[(domain, 1.0)]]).render(generator)
+        changes.append((after - plain.render(generator)).flatten())
+    assert float(torch.corrcoef(torch.stack(changes))[0, 1]) > 0.95
+    with pytest.raises(AssetError, match=r"domain ink"):
+        find_domain("ink", child, (out,))
+    with pytest.raises(AssetError, match=r"fine-tuned from its own, not to another one"):
+        command("other.safetensors")

@@ -35,11 +35,12 @@ def test_rows() -> None:
         "impasto, 10 pictures",
         "impasto, text",
         "impasto, 1 picture",
+        "impasto, 10 pictures, style offsets",
         "impasto, 10 pictures, rank 1",
         "impasto, 10 pictures, rank 16",
         "impasto, 10 pictures, all weights",
     ]
-    assert [row.references for row in rows] == [10, 0, 1, 10, 0, 1, 10, 10, 10]
+    assert [row.references for row in rows] == [10, 0, 1, 10, 0, 1, 10, 10, 10, 10]
     assert rows_of(["clay"])[-1].style == "clay"
     assert rows_of(["clay"])[1].domain["target_text"] == "clay of a face"
 
@@ -67,8 +68,10 @@ def test_a_run_and_the_run_after_it(place: Path, monkeypatch: pytest.MonkeyPatch
         folders = []
         for domain in config.domain:
             if domain.references:
-                assert Path(domain.references).exists()
-            card: dict[str, Any] = {"seconds": 1.5, "status": "finished", "steps": config.steps}
+                assert (Path(domain.references).name, domain.style) == ("portraits.parquet", "ink")
+                assert domain.reference_limit == (1 if domain.guidance == "image" else 10)
+            card: dict[str, Any] = {"domain": {"style": domain.style}, "guidance": domain.guidance}
+            card |= {"seconds": 1.5, "status": "finished", "steps": config.steps}
             card |= {"best_step": 2, "settings": {"rank": config.rank}, "form": config.form}
             stream = torch.Generator().manual_seed(config.rank)
             tokens = TokenSets.fresh(generator, (), "shared", config.rank, [stream], 0.2)
@@ -101,14 +104,43 @@ def test_a_run_and_the_run_after_it(place: Path, monkeypatch: pytest.MonkeyPatch
         assert grid.size == (10 * 32, 4 * 32)
     assert "ink, 10 pictures, all weights" in page.read_text()
     count = len(jobs)
-    assert count == 6 + 4  # rows and timings
+    assert count == 7 + 4  # rows and timings
     scores = page.parent / "domains" / "ink-10-pictures" / "scores.json"
     kept = json.loads(scores.read_text())
     scores.write_text(json.dumps({**kept, "content_trunk": 0.123}))
     benchmark_adaptation(str(place / "out"), **settings)
-    assert len(jobs) == count + 6  # a finished job returns at once; no timing again
+    assert len(jobs) == count + 7  # a finished job returns at once; no timing again
     result = json.loads((page.parent / "adaptation.json").read_text())
     assert result["rows"]["ink, 10 pictures"]["content_trunk"] == 0.123
+
+
+def test_no_steps_score_the_bundled_domains_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = make_tiny_generator()
+    tokens = TokenSets.fresh(
+        generator, (), "shared", 1, [torch.Generator().manual_seed(0)], q_std=0.2
+    )
+    card = {"domain": {"style": "ink"}, "guidance": "images", "form": "tokens"}
+    card |= {"seconds": 2.0, "status": "finished", "steps": 7}
+    made = Domain.of_tokens("drawn", weights_hash(generator), tokens, card)
+    folder = save_domain(made, place / "bundled" / "drawn")
+    monkeypatch.setattr(module, "known_domains", lambda *_: {"drawn": folder})
+    monkeypatch.setattr(module, "make_source", lambda g, eyes: make_source(g, eyes, 12))
+    page = benchmark_adaptation(
+        str(place / "out"),
+        portraits=str(place / "portraits.parquet"),
+        generator_name=str(place / "tiny.safetensors"),
+        steps=0,
+    )
+    result = json.loads((page.parent / "adaptation.json").read_text())
+    assert result["rows"] == {}
+    assert set(result["shipped"]) == {"drawn"}
+    assert 0 <= result["shipped"]["drawn"]["colour_share"] <= 1
+    assert result["shipped"]["drawn"]["frechet_trunk"] > 0
+    assert "drawn, bundled: colour share | at most 0.35" in page.read_text()
+    with Image.open(page.parent / "adaptation.png") as grid:
+        assert grid.size == (10 * 32, 2 * 32)
 
 
 def test_an_unknown_style(place: Path) -> None:

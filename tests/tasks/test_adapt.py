@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tasks.adapt.job as job_module
-from models.adaptation.domain import add_domains, load_domain
+from models.adaptation.domain import add_domains, load_domain, without_noise
 from models.checkpoints.native import save_generator
 from models.errors import AssetError, ConfigError
-from models.inversion.base import Inversion
 from models.losses.trunk import PerceptualTrunk, TrunkArchitecture
 from models.stylegan2.generator import Generator
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
 from tasks.adapt.guidance import Guide
 from tasks.adapt.job import AdaptProgress, adapt
+from tasks.adapt.terms import GIVEN, TERMS
 from tasks.job import MethodConfig
 from tests.conftest import make_picture, make_tiny_generator
 
@@ -40,6 +40,12 @@ class FakeClip(torch.nn.Module):
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
         return F.normalize(F.adaptive_avg_pool2d(images, 8).flatten(1) @ self.matrix, dim=1)
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        return F.unfold(images, 8, stride=8).transpose(1, 2)
+
+    def ignored(self, text: str) -> set[str]:
+        return {word for word in text.split() if word.startswith("z")}
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         rows = [self.letters[[ord(c) % 128 for c in sorted(text)]].mean(0) for text in texts]
@@ -77,8 +83,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def images(place: Path, name: str = "warm", **changes: Any) -> DomainConfig:
-    return DomainConfig(name=name, references=str(place / name), **changes)
+def images(
+    place: Path, name: str = "warm", weights: dict[str, float] | None = None, **changes: Any
+) -> DomainConfig:
+    """By their distribution alone, unless `weights` says more: the trunk is random."""
+    plain = {"patches": 0.0, "adversarial": 0.0, "content": 0.05}
+    weights = plain | (weights or {})
+    return DomainConfig(name=name, references=str(place / name), weights=weights, **changes)
 
 
 def job(place: Path, out: Path, *domains: DomainConfig, **changes: Any) -> AdaptConfig:
@@ -110,7 +121,7 @@ def test_a_set_of_pictures_pulls_the_colours(place: Path, tmp_path: Path) -> Non
     warm, cold = adapt(config, seen.append)
     generator = make_tiny_generator()
     z = torch.randn(8, generator.z_dim, generator=torch.Generator().manual_seed(5))
-    plain = Inversion(w_plus=generator.mapping(z, truncation_psi=0.8))
+    plain = without_noise(generator.mapping(z, truncation_psi=0.8), generator)
     red_over_blue = {}
     for name, mix in (("plain", []), ("warm", [(load_domain(warm), 1.0)]), ("cold", [
         (load_domain(cold), 1.0)])):  # fmt: skip
@@ -170,8 +181,11 @@ def test_guidance_by_one_picture(place: Path, tmp_path: Path) -> None:
         "reference_clip",
         "reference_mse",
         "reference_perceptual",
+        "tokens",
+        "patches",
         "distribution",
         "in_domain",
+        "content",
     }
     assert sum(scores.values()) < 0.9 * seen[0].scores["one"]
 
@@ -188,8 +202,90 @@ def test_all_weights_behind_the_same_interface(place: Path, tmp_path: Path) -> N
     assert domain.card["form"] == "weights"
 
 
+def test_style_offsets_behind_the_same_interface(place: Path, tmp_path: Path) -> None:
+    seen: list[AdaptProgress] = []
+    (folder,) = adapt(job(place, tmp_path, images(place), form="style", steps=12), seen.append)
+    domain = load_domain(folder)
+    generator = make_tiny_generator()
+    assert domain.weights is not None
+    assert all(name.endswith(".conv.modulation.bias") for name in domain.weights)
+    wide = sum(generator.conv(i).conv.weight.shape[2] for i in range(generator.num_convs))
+    assert sum(d.codes.numel() for d in domain.weights.values()) == wide
+    assert seen[-1].scores["warm"] < 0.95 * seen[0].scores["warm"]
+    # A change of the affines' biases is an offset of all styles: both doors render the same.
+    codes = without_noise(generator.latent_avg.expand(2, generator.num_ws, -1).clone(), generator)
+    by_bias = add_domains(codes, [[(domain, 0.5)]]).render(generator)
+    at = {f"{name}.conv.modulation.bias": i for i, (name, *_) in enumerate(generator.layers())}
+    shift = {at[k]: 0.5 * d.value() for k, d in domain.weights.items()}
+    torch.testing.assert_close(by_bias, codes.render(generator, shift), atol=1e-4, rtol=0)
+    assert float((by_bias - codes.render(generator)).abs().mean()) > 1e-3
+
+
+def test_tokens_of_clip_and_patches_pull(place: Path, tmp_path: Path) -> None:
+    both = images(place, weights={"distribution": 0.0, "tokens": 1.0, "patches": 1.0})
+    seen: list[AdaptProgress] = []
+    (folder,) = adapt(job(place, tmp_path, both, steps=16), seen.append)
+    scores = json.loads((folder / "card.json").read_text())["scores"]
+    assert set(scores) == {"tokens", "patches", "in_domain", "content"}
+    assert seen[-1].scores["warm"] < 0.9 * seen[0].scores["warm"]
+
+
+def test_half_precision_learns_the_same_domain(place: Path, tmp_path: Path) -> None:
+    found = [
+        json.loads((adapt(config)[0] / "card.json").read_text())
+        for config in (
+            job(place, tmp_path / p, images(place), precision=p) for p in ("float32", "bfloat16")
+        )
+    ]
+    assert found[0]["score"] == pytest.approx(found[1]["score"], rel=0.1)
+    assert found[0]["score"] != found[1]["score"]
+
+
+def test_colours_may_stay_the_sources(place: Path, tmp_path: Path) -> None:
+    """Red references, recoloured to the source's: nothing turns red."""
+    generator = make_tiny_generator()
+    z = torch.randn(8, generator.z_dim, generator=torch.Generator().manual_seed(5))
+    plain = without_noise(generator.mapping(z, truncation_psi=0.8), generator)
+
+    def tint(folder: Path) -> float:
+        mean = add_domains(plain, [[(load_domain(folder), 1.0)]]).render(generator).mean((0, 2, 3))
+        return float(mean[0] - mean[2])
+
+    free = {"in_domain": 0.0, "content": 0.0}
+    config = job(
+        place,
+        tmp_path,
+        replace(images(place, weights=free), name="red"),
+        replace(images(place, weights=free, colour=0.0), name="lines"),
+        steps=24,
+    )
+    red, lines = adapt(config)
+    assert tint(red) > tint(lines) + 0.1
+
+
+def test_words_that_clip_does_not_know(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FakeClip does not know words with a z."""
+    text = DomainConfig(name="ink", guidance="text", target_text="zorn zebra photo of a face")
+    with pytest.raises(ConfigError, match=r"ink: target_text .* does not know zebra, zorn, so"):
+        adapt(job(place, tmp_path, text))
+    assert not list(tmp_path.iterdir())
+    shared = replace(text, source_text="photo of a zebra", target_text="ink drawing of a zebra")
+    with caplog.at_level(logging.WARNING):
+        adapt(job(place, tmp_path, shared, steps=1))
+    assert "ink: CLIP fake does not know zebra" in caplog.text
+
+
+def test_every_term_fits_some_guidance() -> None:
+    for name, term in TERMS.items():
+        guidances = [g for g in GIVEN if term.fits(g)]
+        assert guidances, name
+        assert set(term.weights) <= set(guidances), name
+
+
 def test_an_adversary_may_pull_alone(place: Path, tmp_path: Path) -> None:
-    alone = images(place, weights={"distribution": 0.0, "adversarial": 1.0, "in_domain": 1.0})
+    alone = images(place, weights={"distribution": 0.0, "adversarial": 1.0})
     (folder,) = adapt(job(place, tmp_path, alone, steps=4))
     assert json.loads((folder / "card.json").read_text())["scores"].keys() == {
         "in_domain",
@@ -353,7 +449,14 @@ def test_limits_of_references(place: Path, tmp_path: Path) -> None:
         ({"guidance": "sound"}, "guidance: expected one of text, image, images, found 'sound'"),
         ({"references": "a", "weights": {"across": 1.0}}, "weights.across: images guidance has"),
         ({"references": "a", "weights": {"content": -1.0}}, "weights.content must be >= 0"),
-        ({"references": "a", "weights": {"distribution": 0.0}}, "no term pulls"),
+        (
+            {
+                "references": "a",
+                "weights": {"distribution": 0.0, "patches": 0.0, "adversarial": 0.0},
+            },
+            "no term pulls",
+        ),
+        ({"references": "a", "colour": 1.5}, r"colour must be in 0\.\.1"),
         ({"references": "a", "reference_limit": 0}, "reference_limit must be >= 1"),
         ({"references": "a", "name": "a/b"}, "expected the name of a folder, found 'a/b'"),
         (
@@ -375,7 +478,7 @@ def test_settings_of_a_domain_that_make_no_sense(changes: dict, message: str) ->
         ({"rank": 0}, "rank must be >= 1"),
         ({"truncation_psi": 1.5}, "truncation_psi must be in 0..1"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
-        ({"form": "both"}, 'form: expected "tokens" or "weights"'),
+        ({"form": "both"}, "form: expected one of tokens, style, weights"),
         ({"layers": (99,)}, r"layers: expected indices of 3x3 layers in 0..6, found 99"),
         ({"invert": (MethodConfig(name="magic"),)}, "magic"),
         ({"generator": "nowhere"}, "no bundled generator of that name"),

@@ -9,7 +9,7 @@ from models.adaptation.adversary import (
     generator_loss,
     shifted,
 )
-from models.adaptation.views import moved, random_maps
+from models.adaptation.views import crop_maps, moved, random_maps
 
 
 def stream(seed: int = 0) -> torch.Generator:
@@ -74,3 +74,19 @@ def test_maps_are_small_and_mirror_half() -> None:
     assert float((torch.linalg.det(linear) < 0).float().mean()) == pytest.approx(0.5, abs=0.04)
     turn = torch.atan2(-linear[:, 0, 1], linear[:, 1, 1])
     assert 0.14 < float(turn.abs().max()) <= 0.1 * torch.pi / 2 + 1e-5
+
+
+def test_parts_are_inside_the_picture() -> None:
+    maps = crop_maps(200, torch.Generator().manual_seed(0))
+    reach = maps[:, 0, 0].abs() + maps[:, 0, 2].abs()
+    assert float(reach.max()) <= 1
+    assert float((maps[:, 1, 1] + maps[:, 1, 2].abs()).max()) <= 1
+    assert 0.4 <= float(maps[:, 1, 1].min()) < 0.45
+    assert 0.75 < float(maps[:, 1, 1].max()) <= 0.8
+    ramp = torch.linspace(-1, 1, 32).expand(200, 3, 32, 32)
+    parts = moved(ramp, maps)
+    is_mirrored = maps[:, 0, 0] < 0
+    assert 60 < int(is_mirrored.sum()) < 140
+    assert bool(((parts[:, 0, 0, -1] < parts[:, 0, 0, 0]) == is_mirrored).all())
+    spread = (parts[:, 0, 0, -1] - parts[:, 0, 0, 0]).abs()
+    torch.testing.assert_close(spread, 2 * maps[:, 1, 1], atol=0.05, rtol=0)

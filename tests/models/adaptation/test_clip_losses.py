@@ -9,6 +9,7 @@ from models.adaptation.clip_losses import (
     direction_loss,
     in_domain_loss,
     reference_loss,
+    relaxed_transport,
     set_direction,
     soft_cosine,
     within_loss,
@@ -80,3 +81,11 @@ def test_set_direction() -> None:
     torch.testing.assert_close(set_direction(references, source, "c"), expected)
     with pytest.raises(ConfigError, match="no direction to follow"):
         set_direction(source.flip(0), source, "c")
+
+
+def test_relaxed_transport_by_hand() -> None:
+    tokens = torch.tensor([[[1.0, 0], [0, 2]], [[1, 0], [1, 0]]])
+    wanted = torch.tensor([[[3.0, 0], [0, 1]], [[1, 0], [0, 1]]])
+    # Equal up to length; then: each token finds its own, but one wanted token finds none.
+    assert relaxed_transport(tokens, wanted).tolist() == pytest.approx([0.0, 0.5])
+    assert relaxed_transport(wanted, tokens).tolist() == pytest.approx([0.0, 0.5])

@@ -1,9 +1,18 @@
 """The sliced distance against a slow twin, its zero, and what shuffling does not change."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from models.adaptation.distribution import ReferenceTaps, _quantiles, sliced_distance
+from models.adaptation.distribution import (
+    PLACE,
+    PatchBasis,
+    ReferenceTaps,
+    _quantiles,
+    placed,
+    recoloured,
+    sliced_distance,
+)
 
 
 def taps(n: int, seed: int = 0, shift: float = 0.0) -> list[torch.Tensor]:
@@ -105,3 +114,69 @@ def test_scales_have_weights() -> None:
         for w in ([1.0, 0.0], [0.0, 1.0], [3.0, 1.0])
     ]
     torch.testing.assert_close(each[2], 0.75 * each[0] + 0.25 * each[1])
+
+
+# ---------------------------------------------------------------------- patches, places, colours
+
+
+def pictures(n: int, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 5, 5, generator=rng) * 1.2 - 0.6
+    return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=False)
+
+
+def striped(images: torch.Tensor) -> torch.Tensor:
+    lines = images.clone()
+    lines[:, :, ::3] -= 0.4
+    return lines
+
+
+def test_patches_tell_lines_and_not_colours() -> None:
+    plain, drawn = pictures(4), striped(pictures(6, 1))
+    basis = PatchBasis.of(drawn)
+    assert [kernel.shape for kernel in basis.kernels] == [(24, 3, 5, 5)] * 2
+    flat = torch.tensor([0.3, -0.2, 0.5])[:, None, None].expand(2, 3, 32, 32)
+    assert all(float(tap.abs().max()) < 1e-4 for tap in basis.taps(flat))
+    references = [ReferenceTaps.of(basis.taps(drawn))]
+
+    def distance(images: torch.Tensor) -> float:
+        return float(sliced_distance(basis.taps(images), references, stream()).mean())
+
+    assert distance(striped(plain)) < 0.4 * distance(plain)
+    assert abs(distance(plain + 0.3) - distance(plain)) < 1e-4
+
+
+def test_components_of_patches_are_half_whitened() -> None:
+    drawn = striped(pictures(6))
+    (tap, _) = PatchBasis.of(drawn).taps(drawn)
+    flat = tap.transpose(0, 1).flatten(1)
+    covariance = flat @ flat.T / flat.shape[1]
+    values = covariance.diagonal()
+    off = covariance - values.diag()
+    assert float(off.abs().max()) < 1e-3 * float(values.max())
+    kernel = PatchBasis.of(drawn).kernels[0].flatten(1)
+    # A component of variance v has weights v^-1/4 and so the variance v^1/2.
+    torch.testing.assert_close(kernel.square().sum(1) * values, torch.ones(24), atol=0.02, rtol=0)
+
+
+def test_places_are_further_channels() -> None:
+    (found,) = placed([torch.zeros(2, 4, 3, 5)])
+    assert found.shape == (2, 6, 3, 5)
+    assert found[0, 4, :, 0].tolist() == pytest.approx([-PLACE, 0, PLACE])
+    assert found[1, 5, 0].tolist() == pytest.approx([-PLACE, -PLACE / 2, 0, PLACE / 2, PLACE])
+
+
+def test_recoloured_pictures_have_the_others_colours() -> None:
+    images, like = (
+        pictures(5) * 0.5 + 0.2,
+        pictures(7, 3) * torch.tensor([0.5, 0.2, 0.3])[:, None, None],
+    )
+    found = recoloured(images, like)
+
+    def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = x.transpose(0, 1).flatten(1)
+        return flat.mean(1), torch.cov(flat)
+
+    for own, wanted in zip(moments(found), moments(like), strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(recoloured(images, images), images, atol=1e-4, rtol=0)

@@ -11,20 +11,23 @@ import torch
 from models.adaptation.domain import Domain
 from models.adaptation.token_sets import TokenSets
 from models.errors import ConfigError
+from models.losses.identity import Identity
 from models.losses.trunk import PerceptualTrunk
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.adapt.portraits import read_portraits
 from tasks.benchmark.adaptation import (
     Eye,
+    colour_map_share,
     compare_pairs,
-    is_held_out,
+    frechet_ratios,
     make_source,
-    read_portraits,
+    mean_identity,
     render,
     rendering_ratio,
     score_pictures,
-    write_references,
 )
-from tasks.benchmark.adaptation_page import domain_table, goal_table, markdown
+from tasks.benchmark.adaptation_page import curve_table, domain_table, goal_table, markdown
+from tasks.training.labels import is_held_out
 from tests.conftest import make_picture
 
 
@@ -58,8 +61,6 @@ def test_the_split_is_by_the_hash_of_the_identifier(tmp_path: Path) -> None:
     held_out = sum(len(s.held_out) for s in found.values())
     assert held_out + sum(len(s.training) for s in found.values()) == 30
     assert held_out == sum(is_held_out(f"p{i:02}") for i in range(30))
-    folder = write_references(found["ink"], 2, tmp_path / "few")
-    assert [p.stem for p in sorted(folder.iterdir())] == list(found["ink"].training)[:2]
 
 
 def test_portraits_that_cannot_be_read(tmp_path: Path) -> None:
@@ -94,15 +95,48 @@ def test_scores_of_the_source_itself_and_of_the_portraits(
 ) -> None:
     source = make_source(tiny_generator, [eye], 12)
     held_out = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) - 1
-    same = score_pictures(source.images, source, held_out, [eye])
+    darker = 0.5 * source.images - 0.2
+    regrade = score_pictures(darker, source, held_out, [eye])
+    assert regrade["colour_share"] == pytest.approx(1.0, abs=1e-4)
+    same = score_pictures(source.images + 1e-5, source, held_out, [eye])
     assert same == pytest.approx(
-        {"frechet_trunk": 1.0, "content_trunk": 1.0, "diversity_trunk": 1.0}, abs=1e-4
+        {"frechet_trunk": 1.0, "content_trunk": 1.0, "diversity_trunk": 1.0, "colour_share": 1.0},
+        abs=1e-4,
     )
-    ceiling = score_pictures(held_out, source, held_out, [eye], is_paired=False)
+    assert "frechet_trunk" not in score_pictures(source.images, source, None, [eye])
+    ceiling = frechet_ratios(held_out, source, held_out, [eye])
     assert ceiling == pytest.approx({"frechet_trunk": 0.0}, abs=1e-6)
     one = source.images[:1].expand(12, -1, -1, -1)
     with_noise = one + 0.01 * torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     assert score_pictures(with_noise, source, held_out, [eye])["diversity_trunk"] < 0.2
+
+
+def test_a_regrade_is_told_from_lines() -> None:
+    rng = torch.Generator().manual_seed(0)
+    before = torch.rand(4, 3, 32, 32, generator=rng) * 1.6 - 0.8
+    r, g, b = before.unbind(1)
+    regrade = torch.stack([0.2 + r * g, 0.5 * b - 0.3 * r.square(), 0.1 - g], 1)
+    assert colour_map_share(before, regrade) == pytest.approx(1.0, abs=1e-6)
+    lines = before.clone()
+    lines[:, :, ::4] -= 0.5
+    share = colour_map_share(before, lines)
+    # A quarter of the rows 0.5 darker: the best constant explains 1/4 of the squares.
+    assert share == pytest.approx(0.25, abs=0.01)
+    # Both: what is a regrade of (before + lines) is the regrade's part alone.
+    assert share < colour_map_share(before, regrade + lines - before) < 1
+
+
+def test_identity_is_a_mean_over_persons() -> None:
+    class Sums(torch.nn.Module):
+        def forward(self, faces: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.normalize(faces.mean((2, 3)), dim=1)
+
+    before = torch.zeros(40, 3, 8, 8)
+    before[:, 0] = 1.0
+    after = before.clone()
+    after[:10] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
+    network = Identity(Sums(), lambda images: images)
+    assert mean_identity(before, after, network) == pytest.approx(0.75)
 
 
 def test_rendering(tiny_generator: Generator, eye: Eye) -> None:
@@ -142,7 +176,10 @@ def result() -> dict:
         "rows": {
             "impasto, 10 pictures": row,
             "impasto, text": {**row, "status": "diverged", "frechet_trunk": 0.8},
-            "impasto, all weights": {**row, "form": "weights", "bytes": 900_000},
+            "impasto, 10 pictures, all weights": {**row, "form": "weights", "bytes": 900_000},
+        },
+        "shipped": {
+            "ink": {**row, "colour_share": 0.25, "identity": 0.55, "frechet_squeezenet": 0.6}
         },
         "training_portraits": {"impasto": {"frechet_trunk": 0.03}},
         "timing": {
@@ -153,7 +190,7 @@ def result() -> dict:
 
 
 def test_the_page() -> None:
-    table = domain_table(result())
+    table = domain_table(result()["rows"], result()["training_portraits"])
     assert table[0].startswith("| domain | Frechet, trunk ↓ | content, trunk ↑ | diversity, trunk")
     assert table[2] == "| impasto, 10 pictures | 0.50 | 0.70 | 0.90 | 61 | 69 |"
     assert table[3].startswith("| impasto, text (diverged) | 0.80 |")
@@ -164,6 +201,14 @@ def test_the_page() -> None:
     assert "largest tokens | at most 300 kB | 69 kB | met |" in goals
     assert "4 domains of 6 codes over one of 6 | at most 1.6 | 2.50 | **not met** |" in goals
     assert "plain, batch 16 | at least 0.9 | 0.93 | met |" in goals
+    assert "ink, bundled: colour share | at most 0.35 | 0.25 | met |" in goals
+    assert "ink, bundled: frechet squeezenet | at most 0.6 | 0.60 | met |" in goals
+    assert "ink, bundled: identity | at least 0.6 | 0.55 | **not met** |" in goals
+    curve = curve_table(result())
+    assert [line.split(" |")[0] for line in curve[2:]] == [
+        "| impasto, 10 pictures",
+        "| impasto, 10 pictures, all weights",
+    ]
     edited = {**result(), "edits": {"rows": {"age": {"monotone": 0.875}}}}
     assert (
         "| edit age: pictures with a monotone response over -3..3 | at least 90 % | 87.5 % |"
@@ -173,3 +218,7 @@ def test_the_page() -> None:
     assert "`refinery benchmark adaptation x`" in page
     assert "(impasto 22)" in page
     assert "## Edits" not in page
+    alone = markdown({**result(), "rows": {}, "timing": {}})
+    assert "## Bundled domains" in alone
+    assert "ink, bundled: identity" in alone
+    assert "## Size against quality" not in alone

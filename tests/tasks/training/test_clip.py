@@ -22,6 +22,7 @@ from tasks.training.clip import (
     balanced_rows,
     caption_nce,
     fit,
+    refiltered,
     same,
 )
 from tasks.training.clip_files import build_tokenizer
@@ -175,10 +176,7 @@ def test_the_folder_is_a_clip_and_its_card_describes_it(
     row = (tmp_path / "log.jsonl").read_text().splitlines()[-1]
     scores = {k.removeprefix("validation_"): v for k, v in json.loads(row).items()}
     # Settled before the last scores: the file says what they are of.
-    assert {**scores, "images": 96} == {
-        **{name: float(f"{value:.4g}") for name, value in card["scores"].items()},
-        "images": 96,
-    }
+    assert scores == pytest.approx({**card["scores"], "images": 96}, rel=1e-3, abs=1e-5)
 
 
 def test_held_out_portraits_are_never_trained_on(files: tuple[str, str], tmp_path: Path) -> None:
@@ -194,15 +192,41 @@ def test_held_out_portraits_are_never_trained_on(files: tuple[str, str], tmp_pat
 
 def test_it_learns_the_media(files: tuple[str, str], tmp_path: Path) -> None:
     """Textures tell three kinds apart; chance would be a third, a coin for two of them 0.67."""
-    settings = {"images": 3200, "batch": 32, "width": 32, "patch": 8, "portraits": 0.6}
+    settings = {"images": 4800, "batch": 32, "width": 32, "patch": 8, "portraits": 0.6}
     settings |= {"learning_rate": 3e-3, "checkpoint_images": 10_000, "log_images": 10_000}
+    settings |= {"filtered": 0.0, "zoomed": 0.0}
     folder = fit(config(files, tmp_path, validation=(files[0],), **settings))
     scores = json.loads((folder / "clip.json").read_text())["scores"]
     assert scores["zero_shot_medium"] > 0.8
     assert scores["direction_impasto"] > max(0.4, scores["other_direction_impasto"])
     clip = load_clip(str(folder))
     painting, photo = clip.texts(["an impasto painting", "a photo"])
-    assert float(painting @ photo) < 0.8
+    assert float(painting @ photo) < 0.9
+
+
+def test_a_share_of_the_photographs_is_drawn(files: tuple[str, str], tmp_path: Path) -> None:
+    pictures = ClipObjective(config(files, tmp_path)).pictures
+    torch.manual_seed(0)
+    many = pictures.at(torch.zeros(400, dtype=torch.long))
+    found = refiltered(many, 0.5)
+    is_drawn = found.medium != 0
+    assert 160 < int(is_drawn.sum()) < 240
+    assert set(found.medium.tolist()) == {0, *range(4, len(MEDIA))}
+    changed = (found.pictures != many.pictures).flatten(1).any(1)
+    assert torch.equal(changed, is_drawn)
+    assert torch.equal(refiltered(many, 0.0).pictures, many.pictures)
+    painted = pictures.at((pictures.medium > 0).nonzero()[:, 0])
+    assert torch.equal(refiltered(painted, 1.0).medium, painted.medium)
+
+
+def test_it_may_begin_with_a_trained_one(files: tuple[str, str], tmp_path: Path) -> None:
+    first = fit(config(files, tmp_path / "first", images=48))
+    again = ClipObjective(config(files, tmp_path / "again", start=str(first)))
+    trained = load_clip(str(first))
+    for text in ("an impasto painting", "a smiling woman"):
+        torch.testing.assert_close(again.clip().texts([text]), trained.texts([text]))
+    with pytest.raises(AssetError, match=r"start: clip has .* choose the same sizes"):
+        ClipObjective(config(files, tmp_path / "wide", start=str(first), width=32))
 
 
 def test_settings_that_make_no_sense(files: tuple[str, str], tmp_path: Path) -> None:
@@ -269,7 +293,7 @@ def test_scores_of_an_oracle_and_of_one_that_errs() -> None:
     perfect = clip_scores(Oracle(), [labelled(medium, medium)])  # type: ignore[arg-type]
     assert perfect["captions"] == 4
     assert perfect["top1"] == perfect["top5"] == perfect["zero_shot_medium"] == 1
-    for name in MEDIA[1:]:
+    for name in MEDIA[1:4]:
         assert perfect[f"direction_{name}"] == pytest.approx(1, abs=1e-4)
         assert perfect[f"other_direction_{name}"] == pytest.approx(0.5, abs=1e-4)
     assert "zero_shot_gender" not in perfect
