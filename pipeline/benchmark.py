@@ -169,7 +169,7 @@ def _ray(engine: str) -> Any:
 
 def _note(chain: Chain, config: RunConfig) -> str:
     settings = [f"{link.method} {dict(link.settings)}" for link in chain.links if link.settings]
-    losses = [_identity_loss(str(m.settings.get("checkpoint") or "")) for m in config.method]
+    losses = [_identity_loss(str(m.settings.get("checkpoint") or "")) for m in config.job.methods]
     return "; ".join(filter(None, [chain.note, *settings, *losses]))
 
 

@@ -6,6 +6,9 @@ H100 it was half of a training step of a 64 px StyleGAN2.
 Legend: N batch, C channels, H W input size, h w output size.
 """
 
+# Triton comes with PyTorch's GPU builds only, and its kernels are no ordinary functions.
+# pyright: reportMissingImports=false, reportMissingParameterType=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -99,7 +99,8 @@ class StyleForm(Form):
     change of the affine's bias, and is stored as one."""
 
     def __init__(self, config: AdaptConfig, generator: Generator, count: int) -> None:
-        self.generator, self.noise = generator, config.noise
+        self.generator = generator
+        self.noise: Noise = config.noise
         chosen = config.layers or range(generator.num_convs)
         self.layers = {
             at: (f"{name}.conv.modulation.bias", layer.weight.shape[2])

@@ -310,7 +310,7 @@ def begin_with(clip: Clip, model: Any, tokenizer: Any) -> None:
             )
         if is_words:
             shared = [word for word in words if word in known]
-            value[[words[w] for w in shared]] = given[[known[w] for w in shared]].to(value)
+            value[[words[word] for word in shared]] = given[[known[word] for word in shared]].to(value)
         else:
             value.copy_(given)
 

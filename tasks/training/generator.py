@@ -8,6 +8,9 @@ updated together: a pass of each network fewer a step.
 Legend: N batch, H W image.
 """
 
+# torch keeps its fused list operations behind names with an underscore.
+# pyright: reportPrivateImportUsage=false
+
 import json
 import logging
 import math
