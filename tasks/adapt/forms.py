@@ -108,7 +108,8 @@ class StyleForm(Form):
     change of the affine's bias, and is stored as one."""
 
     def __init__(self, config: AdaptConfig, generator: Generator, count: int) -> None:
-        self.generator, self.noise = generator, config.noise
+        self.generator = generator
+        self.noise: Noise = config.noise
         chosen = config.layers or range(generator.num_convs)
         self.layers = {
             at: (f"{name}.conv.modulation.bias", layer.weight.shape[2])
@@ -141,7 +142,8 @@ class WeightForm(Form):
     meaning). A domain is a generator of its own: one forward pass each."""
 
     def __init__(self, config: AdaptConfig, generator: Generator, count: int) -> None:
-        self.generator, self.noise = generator, config.noise
+        self.generator = generator
+        self.noise: Noise = config.noise
         kept = (".modulation.", *(() if config.noise != "none" else (".noise.",)))
         self.own = {
             name: p
