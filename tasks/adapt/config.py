@@ -42,6 +42,9 @@ class DomainConfig:
     colour: float = 1.0
     """images: how far the references' colours are part of the style; at 0 they are recoloured to
     the source's mean and covariance, and only texture and line are learned."""
+    strength: float = 1.0
+    """Scale of what was learned, in the file: below 1 the faces are more their own. Previews while
+    learning and scores are of 1."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights of loss terms that replace the guidance's own, by name in tasks/adapt/terms.py."""
     terms: str = "unknown"
@@ -68,6 +71,8 @@ class DomainConfig:
                 f"{self.name}: {self.guidance} guidance needs `references`: a picture, a folder, "
                 "or a Parquet file with an image column"
             )
+        if not self.strength > 0:
+            raise ConfigError(f"{self.name}: strength must be > 0, got {self.strength}")
         if not 0 <= self.colour <= 1:
             raise ConfigError(f"{self.name}: colour must be in 0..1, got {self.colour}")
         if self.reference_limit < 1:

@@ -38,6 +38,11 @@ class Form(ABC):
     ) -> Float[Tensor, "_ 3 H W"]:
         """A B pictures, a domain's pictures next to each other; differentiable in the tensors."""
 
+    def scaled(self, tensors: Sequence[Tensor], strength: float, row: int) -> list[Tensor]:
+        """One row's tensors [1 ...] whose change of the generator is `strength` times as large."""
+        own = [t[row : row + 1] for t in self.start]
+        return [a.lerp(t, strength) for a, t in zip(own, tensors, strict=True)]
+
     @abstractmethod
     def domain(
         self, name: str, generator_hash: str, tensors: Sequence[Tensor], card: Mapping[str, Any]
@@ -86,6 +91,10 @@ class TokenForm(Form):
             }
         return self.generator.synthesis(w_plus.flatten(0, 1), self.noise, None, rows)
 
+    def scaled(self, tensors: Sequence[Tensor], strength: float, row: int) -> list[Tensor]:
+        pairs = zip(self.sets.tensors(), tensors, strict=True)
+        return [t * strength if name.endswith("_gain") else t for name, t in pairs]
+
     def domain(
         self, name: str, generator_hash: str, tensors: Sequence[Tensor], card: Mapping[str, Any]
     ) -> Domain:
@@ -133,7 +142,8 @@ class WeightForm(Form):
     meaning). A domain is a generator of its own: one forward pass each."""
 
     def __init__(self, config: AdaptConfig, generator: Generator, count: int) -> None:
-        self.generator, self.noise = generator, config.noise
+        self.generator = generator
+        self.noise: Noise = config.noise
         kept = (".modulation.", *(() if config.noise != "none" else (".noise.",)))
         self.own = {
             name: p

@@ -285,8 +285,10 @@ class _Job:
             "clips": [clip.name for clip, _ in self.judges.clips],
             "hashes": {k: v for k, v in self.hashes.items() if _concerns(k, domain)},
         }
-        tensors = [t[row : row + 1] for t in self.descent.best]
-        made = self.descent.form.domain(domain.name, self.generator_hash, tensors, card)
+        form = self.descent.form
+        best = [t[row : row + 1] for t in self.descent.best]
+        tensors = form.scaled(best, domain.strength, row)
+        made = form.domain(domain.name, self.generator_hash, tensors, card)
         folder = self.folder(domain)
         folder.mkdir(parents=True, exist_ok=True)
         self._final_preview(made, folder)

@@ -30,7 +30,7 @@ over the source's. "trunk" is our own perceptual trunk, whose activations the lo
 pictures see too; "SqueezeNet" (v1.1, ImageNet, the activations of its seventh module) no loss
 sees. Each over the mean of places. Colour map: share of the squared change of all pixels that one
 quadratic map of colours explains; 100 % is a regrade. Identity: mean similarity of a person before
-and after. All without noise inputs; {steps} steps, seconds on one thread, file in half precision
+and after. All without noise inputs;{steps} seconds on one thread, file in half precision
 (all weights: one byte each). "Training portraits" are the style's other pictures themselves: what
 the few held-out pictures leave of a perfect domain."""
 
@@ -48,7 +48,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     legend = LEGEND.format(
         codes=result["codes"],
-        steps=result["steps"],
+        steps=f" {result['steps']} steps," if result["rows"] else "",
         held_out=", ".join(f"{style} {n}" for style, n in result["held_out"].items()),
     )
     parts = [*head, *domain_table(result["rows"], result["training_portraits"]), ""]

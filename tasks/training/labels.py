@@ -3,7 +3,6 @@
 Legend: M pictures, H W image.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from models.errors import AssetError
+from tasks.adapt.portraits import is_held_out as is_held_out
 from tasks.training.clip_media import FILTERS
 from tasks.training.data import load_pictures
 
@@ -23,14 +23,6 @@ MEDIA = ("photo", "impasto", "fantasy", "illustration", *FILTERS)
 of `FILTERS` are made of photographs while training."""
 LABELS = {"age": "age", "gender": "gender", "smile": "smile_prob"}
 """Name of a label -> column of the file."""
-HELD_OUT_SHARE = 5
-"""One portrait in so many is never trained on."""
-
-
-def is_held_out(name: str) -> bool:
-    """Whether a portrait belongs to the fifth that only scores: decided by its id alone, so that
-    every training and every benchmark leaves out the same ones."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def test_a_file_with_several_domains(path: str) -> None:
     ink, oil = config.domain
     assert (ink.weight("direction"), ink.weight("distribution")) == (0.5, 1.0)
     assert (oil.weight("content"), oil.weight("direction")) == (0.25, 1.0)
-    assert not ink.weight("adversarial")
+    assert not ink.weight("tokens")
 
 
 def test_domains_from_the_command_line(path: str) -> None:

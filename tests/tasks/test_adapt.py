@@ -263,6 +263,20 @@ def test_colours_may_stay_the_sources(place: Path, tmp_path: Path) -> None:
     assert tint(red) > tint(lines) + 0.1
 
 
+@pytest.mark.parametrize("form", ["tokens", "style", "weights"])
+def test_a_file_of_half_the_strength(form: str, place: Path, tmp_path: Path) -> None:
+    generator = make_tiny_generator()
+    codes = without_noise(generator.latent_avg.expand(2, generator.num_ws, -1).clone(), generator)
+    whole, half = (
+        load_domain(adapt(job(place, tmp_path / str(s), images(place, strength=s), form=form))[0])
+        for s in (1.0, 0.5)
+    )
+    by_mix = add_domains(codes, [[(whole, 0.5)]]).render(generator)
+    by_file = add_domains(codes, [[(half, 1.0)]]).render(generator)
+    torch.testing.assert_close(by_file, by_mix, atol=0.02, rtol=0)
+    assert float((by_file - codes.render(generator)).abs().mean()) > 1e-3
+
+
 def test_words_that_clip_does_not_know(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

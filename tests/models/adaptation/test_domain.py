@@ -323,5 +323,5 @@ def test_faces64_ships_styles() -> None:
         assert float((pictures[a] - pictures[b]).abs().mean()) > 0.03
     # Lines on paper: nearly grey, and far brighter than the photographs.
     pencil = pictures["pencil"]
-    assert float((pencil.amax(1) - pencil.amin(1)).mean()) < 0.2
+    assert float((pencil.amax(1) - pencil.amin(1)).mean()) < 0.25
     assert float(pencil.mean()) > float(source.images.mean()) + 0.3
