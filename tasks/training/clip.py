@@ -309,8 +309,9 @@ def begin_with(clip: Clip, model: Any, tokenizer: Any) -> None:
                 f"{list(value.shape)}; choose the same sizes, or start without it"
             )
         if is_words:
-            shared = [word for word in words if word in known]
-            value[[words[word] for word in shared]] = given[[known[word] for word in shared]].to(value)
+            shared = sorted(words.keys() & known.keys())
+            rows = [words[word] for word in shared]
+            value[rows] = given[[known[word] for word in shared]].to(value)
         else:
             value.copy_(given)
 
