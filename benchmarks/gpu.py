@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import gpu_page, gpu_rows
 from benchmarks.gpu_rows import BASIC, SEARCHED, Bench, Row
-from tasks.machine import describe_machine
+from tasks.benchmark.machine import describe_machine
 
 HERE = Path(__file__).parent
 Group = tuple[str, float, Callable[[], list[Row]]]
