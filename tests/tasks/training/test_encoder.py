@@ -410,3 +410,38 @@ def test_an_impossible_way_back_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(config, **settings)
+
+
+# ---------------------------------------------------------------------- settings and the page
+
+
+def test_the_rate_of_cycle_does_not_fall_before_only_w_is_left(config: FitEncoderConfig) -> None:
+    with pytest.raises(ConfigError, match=r"anneal: .* 1 - close_end = 0\.2, got 0\.3"):
+        preset(FitCycleConfig, config, close_end=0.8, close_start=0.7, anneal=0.3)
+    preset(FitCycleConfig, config, close_end=0.8, close_start=0.7, anneal=0.2)
+
+
+def test_the_last_pictures_are_held_out(config: FitEncoderConfig) -> None:
+    pictures = trainer.load_pictures(config.data, 32)
+    wanted = dataclasses.replace(config, validation=(), validation_last=3)
+    kept, held = trainer._pictures(wanted, 32)
+    assert held is not None
+    assert torch.equal(held, pictures[-3:])
+    assert torch.equal(kept, pictures[:-3])
+    with pytest.raises(ConfigError, match="validation_last: expected 0"):
+        dataclasses.replace(config, validation_last=3)
+    with pytest.raises(ConfigError, match="leave none"):
+        trainer._pictures(dataclasses.replace(wanted, validation_last=10**6), 32)
+
+
+def test_a_page_says_what_the_network_is_and_went_on_from(config: FitEncoderConfig) -> None:
+    first = fit(config)
+    page = first.with_name("E4E_CARD.md").read_text()
+    assert "# e4e for tiny" in page
+    assert "From random weights." in page
+    again = dataclasses.replace(
+        config, out=str(Path(config.out).parent / "again"), start_from=str(first), images=16
+    )
+    page = fit(again).with_name("E4E_CARD.md").read_text()
+    assert "From e4e.safetensors (refinery train e4e), which had been shown 64." in page
+    assert "**Shown.** 16" in page

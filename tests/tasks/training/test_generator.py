@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,7 +134,48 @@ def test_training_learns_the_colours(data: tuple[str], tmp_path: Path) -> None:
     assert inside - outside > 0.3
 
 
-@pytest.mark.parametrize(("key", "value"), [("precision", "float8"), ("batch", 6)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("precision", "float8"), ("batch", 6), ("loss", "hinge")]
+)
 def test_bad_settings(data: tuple[str], tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key):
         config(data, tmp_path, **{key: value})
+
+
+def test_without_noise_the_strengths_stay_zero(data: tuple[str], tmp_path: Path) -> None:
+    settings = config(data, tmp_path, images=16, has_noise=False)
+    state = GeneratorState(settings)
+    state.load(fit(settings), "cpu")
+    assert all(float(state.ema.conv(i).noise.weight) == 0 for i in range(state.ema.num_convs))
+    with torch.no_grad():
+        w_plus = state.g.mapping(torch.randn(2, 8))
+        assert torch.equal(state.g.synthesis(w_plus, "const"), state.g.synthesis(w_plus, "none"))
+
+
+def test_with_noise_the_strengths_are_learned(data: tuple[str], tmp_path: Path) -> None:
+    settings = config(data, tmp_path, images=16)
+    state = GeneratorState(settings)
+    state.load(fit(settings), "cpu")
+    assert any(float(state.ema.conv(i).noise.weight) != 0 for i in range(state.ema.num_convs))
+
+
+def test_the_relativistic_loss_is_of_pairs(data: tuple[str], tmp_path: Path) -> None:
+    """With a discriminator that says the same to everything both losses are log 2."""
+    settings = config(data, tmp_path, loss="relativistic", ada_images=0)
+    state = GeneratorState(settings)
+    with torch.no_grad():
+        state.d.final_linear[-1].weight.zero_()
+        state.d.final_linear[-1].bias.fill_(7.0)  # only differences count
+    training = GeneratorTraining(state, settings, torch.zeros(8, 3, 16, 16, dtype=torch.uint8))
+    losses = training.step()
+    for name in ("loss_g", "loss_d"):
+        assert float(losses[name]) == pytest.approx(math.log(2), abs=1e-5)
+    assert {"r1", "r2"} <= losses.keys()
+
+
+def test_the_logistic_loss_has_no_penalty_of_fakes(data: tuple[str], tmp_path: Path) -> None:
+    settings = config(data, tmp_path)
+    pictures = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    losses = GeneratorTraining(GeneratorState(settings), settings, pictures).step()
+    assert "r1" in losses
+    assert "r2" not in losses
