@@ -195,7 +195,8 @@ class _Running:
         if code == 0:
             return []
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        said = lines[-1] if lines else "it printed nothing"
+        errors = [line for line in lines if "error" in line.lower()]
+        said = (errors or lines or ["it printed nothing"])[-1]
         return [f"stage {self.work.name}: status {code}: {said} (all of it: {self.log})"]
 
 

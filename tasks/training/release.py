@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.checkpoints.load import load_generator
 from models.checkpoints.native import save_generator
+from models.errors import ConfigError
 from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.losses.perceptual import load_perceptual
 from models.statistics import compute_statistics, save_statistics
@@ -25,6 +26,9 @@ from models.stylegan2.generator import Generator, weights_hash
 from tasks.training.data import load_pictures
 from tasks.training.generator import save_samples
 from tasks.training.judge import Judge
+
+SAMPLES = 10_000
+"""Samples of W for all statistics but the anchors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,15 @@ class ReleaseConfig:
     frechet_images: int = 5_000
     """Samples for the Frechet trunk distance."""
     anchor_samples: int = 100_000
-    """Samples of W for LSAP's anchors; the other statistics take 10,000."""
+    """Samples of W for LSAP's anchors, at least `SAMPLES`."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.anchor_samples < SAMPLES:
+            raise ConfigError(
+                f"anchor_samples: expected at least {SAMPLES}, of which the other statistics are "
+                f"made, got {self.anchor_samples}"
+            )
 
 
 def fit(config: ReleaseConfig) -> Path:
@@ -85,7 +96,7 @@ def fit(config: ReleaseConfig) -> Path:
     # From here on the stored values count, not those of the checkpoint.
     generator = load_generator(path)
     statistics = compute_statistics(
-        generator, seed=config.seed, anchor_samples=config.anchor_samples
+        generator, SAMPLES, seed=config.seed, anchor_samples=config.anchor_samples
     )
     save_statistics(statistics, out / "statistics.safetensors")
     save_samples(generator, out / "samples.png", rows=6, columns=10, truncation_psi=1.0)

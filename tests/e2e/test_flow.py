@@ -197,7 +197,10 @@ def test_a_night_of_restyling(adaptation: str, undisturbed: str, tmp_path: Path)
     assert names == ["sample_key", "input", "inversion", "Oil-1~0.5"]
     assert Path(tmp_path / "domains" / "Oil 1" / "tokens.safetensors").is_file()
 
-    runs = {f.flow_id: f for f in flow_runs() if f.parameters.get("source_uri") == undisturbed}
+    mine = [
+        f for f in flow_runs() if str(f.parameters.get("output_uri", "")).startswith(str(tmp_path))
+    ]
+    runs = {f.flow_id: f for f in mine}
     assert len(runs) == 2  # the night, and its edits
     assert all(f.state is not None and f.state.is_completed() for f in runs.values())
     (learnt,) = (f for f in flow_runs() if f.parameters.get("config") == adaptation)

@@ -57,7 +57,7 @@ def recipe(tmp_path: Path) -> Path:
                     "held_out": [str(data)],
                     "data_note": "noise",
                     "frechet_images": 100,
-                    "anchor_samples": 1000,
+                    "anchor_samples": 10_000,
                 },
             },
             "generator": {
