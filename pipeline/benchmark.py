@@ -175,8 +175,10 @@ def _note(chain: Chain, config: RunConfig) -> str:
 
 def _identity_loss(checkpoint: str) -> str:
     """Whether a network was trained with an identity loss, as its card says."""
+    if not checkpoint:
+        return ""
     card = Path(checkpoint).with_suffix(".json")
-    if not checkpoint or not card.is_file():
+    if not card.is_file():
         return ""
     used = json.loads(card.read_text())["provenance"].get("settings", {}).get("identity")
     return f"{card.stem} was trained with an identity loss ({used})" if used else ""
