@@ -44,7 +44,8 @@ class TrainingConfig:
     validation: tuple[str, ...] = ()
     """Parquet files with pictures that are never trained on; empty skips validation."""
     validation_last: int = 0
-    """Instead of `validation`: so many pictures at the end of `data` that are never trained on."""
+    """Instead of `validation`: so many pictures at the end of `data` that are never trained on.
+    Where the files are sorted, by age say, the last are not like the rest."""
     images: int = 120_000
     """Budget: stop after so many pictures shown. Schedules are shares of it."""
     batch: int = 16
