@@ -45,6 +45,8 @@ class Stage:
     """What other stages mean by "@name": a path inside the stage's folder, or the folder."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Written to a TOML file and given with --config; none gives none."""
+    after: tuple[str, ...] = ()
+    """Stages that must be done before, beside those of its references."""
     ship: tuple[str, ...] = ()
     """Patterns of files in the stage's folder that are copied to the bundle."""
 
@@ -69,11 +71,10 @@ class Recipe:
         if self.jobs < 1:
             raise ConfigError(f"jobs must be >= 1, got {self.jobs}")
         for name, stage in self.stage.items():
-            for needed in sorted(_references([*stage.run, stage.settings])):
-                if needed not in self.stage:
-                    raise ConfigError(
-                        f"stage {name}: @{needed} is no stage; known: {', '.join(self.stage)}"
-                    )
+            for needed in sorted(_needs(stage) - self.stage.keys()):
+                raise ConfigError(
+                    f"stage {name}: @{needed} is no stage; known: {', '.join(self.stage)}"
+                )
 
 
 def run_recipe(path: str, sets: Sequence[str]) -> Path:
@@ -201,7 +202,7 @@ class _Running:
 
 
 def _needs(stage: Stage) -> set[str]:
-    return set(_references([*stage.run, stage.settings]))
+    return {*_references([*stage.run, stage.settings]), *stage.after}
 
 
 def _references(value: Any) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from PIL import Image
 from models.checkpoints.load import load_generator
 from models.stylegan2.generator import weights_hash
 from pipeline.cli import run_app
+from pipeline.config import load_dataclass
+from pipeline.recipe import Recipe
+from pipeline.train import FITS
 
 
 @pytest.fixture
@@ -132,6 +137,8 @@ def test_a_failure_names_the_stage_and_stops_what_needs_it(
     [
         ("stage.e4e.settings.generator=@nobody", "stage e4e: @nobody is no stage"),
         ("stage.generator.settings.grow_from=@e4e", "need each other in a circle"),
+        ("stage.release.after=['nobody']", "stage release: @nobody is no stage"),
+        ("stage.generator.after=['e4e']", "need each other in a circle"),
         ("jobs=0", "jobs must be >= 1"),
     ],
 )
@@ -145,3 +152,20 @@ def test_bad_recipes(
 def test_all_needs_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["train", "all"]) == 2
     assert "--config RECIPE.toml" in capsys.readouterr().err
+
+
+def test_the_bundled_recipe_is_one() -> None:
+    """Its keys, references and commands are known; every folder that a stage means is its own."""
+    path = Path(__file__).resolve().parents[2] / "deploy" / "recipes" / "faces64.toml"
+    recipe = load_dataclass(Recipe, str(path), [])
+    assert {"generator", "release", "e4e", "directions", "domains", "benchmark"} <= set(
+        recipe.stage
+    )
+    for name, stage in recipe.stage.items():
+        if stage.run[0] == "train":
+            module, config = FITS[stage.run[1]]
+            known = {f.name for f in fields(getattr(import_module(module), config))}
+            assert set(stage.settings) <= known, name
+        for place in [*stage.run, str(stage.settings.get("out", ""))]:
+            if place.startswith(recipe.out):
+                assert place.startswith(f"{recipe.out}/{name}"), name
