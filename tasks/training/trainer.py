@@ -25,6 +25,7 @@ from models.errors import AssetError, ConfigError
 from tasks.training.data import load_pictures
 from tasks.training.distributed import is_main_process
 from tasks.training.grids import save_grid
+from tasks.training.views import disturb
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class TrainingConfig:
     log_images: int = 1_000
     checkpoint_images: int = 20_000
     """Checkpoint and validate after so many pictures."""
+    disturbed: float = 0.0
+    """Share of the pictures shown that are moved, turned, scaled and recoloured a little; a few
+    thousand pictures are otherwise known by heart after some ten passes."""
     validation_images: int = 128
     """Pictures of `validation` that are scored on the way; the end scores all of them."""
     time_limit_s: float = math.inf
@@ -72,6 +76,8 @@ class TrainingConfig:
                 f"validation_last: expected 0, or pictures of `data` where `validation` is empty; "
                 f"got {self.validation_last} with {len(self.validation)} files of validation"
             )
+        if not 0 <= self.disturbed <= 1:
+            raise ConfigError(f"disturbed: expected a share in 0..1, got {self.disturbed}")
         if self.precision not in PRECISIONS:
             raise ConfigError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
@@ -145,7 +151,8 @@ def train(objective: Objective, config: TrainingConfig) -> Path:
         logger.info("resumed %s at %d images", checkpoint, shown)
     progress = _Progress(out, config, shown)
     while shown < config.images:
-        losses = objective.step(draw(pictures, config.batch, config.device), shown)
+        images = draw(pictures, config.batch, config.device)
+        losses = objective.step(disturb(images, config.disturbed), shown)
         before, shown = shown, shown + config.batch
         progress.add(losses, shown)
         if not is_main_process():

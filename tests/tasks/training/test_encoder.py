@@ -434,6 +434,19 @@ def test_the_last_pictures_are_held_out(config: FitEncoderConfig) -> None:
         trainer._pictures(dataclasses.replace(wanted, validation_last=10**6), 32)
 
 
+def test_disturbed_pictures_train_another_network(config: FitEncoderConfig, tmp_path: Path) -> None:
+    def heads(share: float) -> torch.Tensor:
+        out = str(tmp_path / f"share-{share}")
+        file = fit(dataclasses.replace(config, disturbed=share, out=out, images=16))
+        state = load_encoder(file, 8, 16).encoder.state_dict()
+        return torch.cat([v.float().flatten() for v in state.values()])
+
+    assert torch.equal(heads(0.0), heads(0.0))
+    assert not torch.equal(heads(0.0), heads(1.0))
+    with pytest.raises(ConfigError, match=r"disturbed: expected a share in 0\.\.1, got 1\.5"):
+        dataclasses.replace(config, disturbed=1.5)
+
+
 def test_a_page_says_what_the_network_is_and_went_on_from(config: FitEncoderConfig) -> None:
     first = fit(config)
     page = first.with_name("E4E_CARD.md").read_text()
