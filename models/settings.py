@@ -27,9 +27,12 @@ class Bounds:
         return (value > self.least if self.is_open else value >= self.least) and value <= self.most
 
     def __str__(self) -> str:
-        if self.most < math.inf:
-            return f"in {self.least:g}..{self.most:g}"
-        return f"{'>' if self.is_open else '>='} {self.least:g}"
+        least = f"{'>' if self.is_open else '>='} {self.least:g}"
+        if self.most == math.inf:
+            return least
+        if self.is_open:
+            return f"{least} and <= {self.most:g}"
+        return f"in {self.least:g}..{self.most:g}"
 
 
 Positive = Annotated[float, Bounds(0, is_open=True)]
@@ -41,11 +44,14 @@ CountOrNone = Annotated[int, Bounds(0)]
 Several = Annotated[int, Bounds(2)]
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: Any, where: str = "") -> None:
     """Check a settings dataclass against the types and bounds of its fields.
 
     For `__post_init__`. Fields of other types than numbers, texts, truth values and choices among
     them are left to their own checks.
+
+    Args:
+        where: comes before the field in the message, for one table of several.
 
     Raises:
         ConfigError: a value of another type or out of bounds; the message starts with the field.
@@ -53,7 +59,7 @@ def check_fields(config: Any) -> None:
     for name, rule in _rules(type(config)):
         value = getattr(config, name)
         if not (value is None and rule.is_optional):
-            rule.check(name, value)
+            rule.check(where + name, value)
 
 
 def check_loss_weights(config: Any) -> None:
