@@ -19,7 +19,7 @@ from PIL import Image
 from models.errors import LedgerError
 from tasks.job import JobConfig, MethodConfig, OutputConfig
 from tasks.report import write_report
-from tasks.report.style import CSS
+from tasks.report.look import CSS
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
@@ -117,6 +117,9 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "wbr":  # a place to break a name, which stays one word
+            self.text = self.text.removesuffix(" ")
+            return
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
         self._is_style = tag == "style"
 
