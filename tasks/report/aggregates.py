@@ -176,7 +176,7 @@ def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tu
             f"ORDER BY {order} LIMIT {shown}"
         ).to_pylist()
     keys = {row["sample_key"] for found in chosen.values() for row in found}
-    pictures = _pictures(ask, stored, keys)
+    pictures = pictures_of(ask, stored, keys)
     return tuple(
         PairGroup(
             title=title,
@@ -199,11 +199,11 @@ def _picture_columns(images: pa.Schema | None) -> list[str]:
     return [name for name in ("input", "inversion") if images and name in images.names]
 
 
-def _pictures(
+def pictures_of(
     ask: Ask, stored: list[str], keys: set[str]
 ) -> Mapping[str, Mapping[str, bytes | None]]:
     """The encoded pictures of a few samples; statistics skip the row groups without them."""
-    if not keys:
+    if not keys or not stored:
         return {}
     wanted = ", ".join(f"{quoted(name)}.bytes AS {quoted(name)}" for name in stored)
     listed = ", ".join("'" + key.replace("'", "''") + "'" for key in sorted(keys))
