@@ -49,7 +49,10 @@ def rows_of(shard: int, count: int, w_plus: np.ndarray, pictures: list[bytes]) -
             row.w_plus = w_plus[face] + rng.normal(0, 0.05, w_plus[face].shape).astype(np.float32)
             values = np.abs(rng.normal((0.02, 22, 0.8, 0.2, 1.0), (0.01, 3, 0.05, 0.05, 0.2)))
             row.metrics = dict(zip(METRICS, map(float, values), strict=True))
-            row.pictures = {"input": pictures[int(rng.integers(FACES))], "inversion": pictures[face]}
+            row.pictures = {
+                "input": pictures[int(rng.integers(FACES))],
+                "inversion": pictures[face],
+            }
         yield row
 
 

@@ -181,9 +181,13 @@ def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
     return OK
 
 
-def report(run: Run, /) -> int:
-    """Write the run's page of pictures and figures, one HTML file."""
+def report(run: Run, /, *, against: str | None = None) -> int:
+    """Write the run's page of pictures and figures, one HTML file.
+
+    Args:
+        against: another run, whose distributions these are compared with.
+    """
     from tasks.report import write_report
 
-    console.print(write_report(run), highlight=False, soft_wrap=True)
+    console.print(write_report(run, against), highlight=False, soft_wrap=True)
     return OK

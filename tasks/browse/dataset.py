@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.browse.pictures import media_type
@@ -94,11 +93,11 @@ def _tables(
 
 def _rows(run_uri: str, part: Part, keys: Sequence[str]) -> pa.Table:
     uri = join(run_uri, part.path)
-    wanted = pa.array(keys, pa.string())
+    wanted = set(keys)
     with part_errors(uri):
         file = pq.ParquetFile(PartFile(uri, part.bytes))
         groups = [
-            table.filter(pc.is_in(table["sample_key"], wanted))
+            table.filter(pa.array([key in wanted for key in table["sample_key"].to_pylist()]))
             for table in map(file.read_row_group, range(file.num_row_groups))
         ]
     return pa.concat_tables(groups)

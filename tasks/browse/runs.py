@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from models.errors import ConfigError, LedgerError, RefineryError
 from tasks.browse.pictures import Pictures
@@ -11,6 +12,7 @@ from tasks.storage.files import is_local, join, local_path, open_filesystem
 
 DEPTH = 4
 """Folders below the given one in which runs are looked for."""
+Entries = dict[str, dict[str, object]]
 STRIP = 6
 """Pictures on the card of a run."""
 
@@ -50,7 +52,10 @@ def find_runs(place: str) -> dict[str, str]:
         LedgerError: the place cannot be listed.
     """
     place = local_path(place) if is_local(place) else place.rstrip("/")
-    found = {name or place.rsplit("/", 1)[-1]: join(place, name) for name in _below(place)}
+    found = {
+        name or place.rsplit("/", 1)[-1]: join(place, name) if name else place
+        for name in _below(place)
+    }
     if not found:
         raise ConfigError(
             f"{place}: no run here and none in {DEPTH} levels of folders below; expected a folder "
@@ -62,7 +67,8 @@ def find_runs(place: str) -> dict[str, str]:
 def _below(place: str) -> Iterator[str]:
     fs, root = open_filesystem(place)
     with storage_errors("list", place, LedgerError):
-        for folder, folders, files in fs.walk(root, maxdepth=DEPTH + 1, detail=True):
+        walk = fs.walk(root, maxdepth=DEPTH + 1, detail=True)
+        for folder, folders, files in cast(Iterator[tuple[str, Entries, Entries]], walk):
             if "run.json" in files:
                 yield folder.removeprefix(root).strip("/")
                 folders.clear()
@@ -100,8 +106,8 @@ def _card(name: str, run_uri: str) -> Card:
         created=record["created_at"],
         done=len(done),
         planned=record["num_shards"],
-        rows=seal and seal["rows"],
-        failed=seal and seal["failed"],
+        rows=seal["rows"] if seal else None,
+        failed=seal["failed"] if seal else None,
         is_sealed=seal is not None,
         front=front,
         column=column,

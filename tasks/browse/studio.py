@@ -40,7 +40,11 @@ Kind = Literal["direction", "domain", "residual"]
 
 @dataclass(frozen=True, kw_only=True)
 class Slider:
-    """One thing that can be moved, in the units of `refinery edit`."""
+    """One thing that can be moved, in the units of `refinery edit`.
+
+    Attributes:
+        argument: what `refinery edit` calls it: its name, or where it lies.
+    """
 
     kind: Kind
     name: str
@@ -48,6 +52,7 @@ class Slider:
     high: float
     step: float
     start: float
+    argument: str = ""
 
     @property
     def id(self) -> str:
@@ -90,6 +95,7 @@ class Studio:
         check_run_generator(run_uri, self.generator)
         if config["precision"] != "float32":
             self.generator.compute_dtype = getattr(torch, config["precision"])
+        self._arguments: dict[tuple[str, str], str] = {}
         self.directions = self._find_directions([Path(f, "directions") for f in folders])
         self.domains = self._find_domains([Path(f, "domains") for f in folders])
         self.sample = lru_cache(64)(self._sample)
@@ -98,12 +104,28 @@ class Studio:
     def sliders(self, inversion: Inversion) -> list[Slider]:
         """What can be moved of a picture."""
         found = [
-            Slider(kind="direction", name=n, low=-REACH, high=REACH, step=0.1, start=0.0)
-            for n in self.directions
+            Slider(
+                kind="direction",
+                name=name,
+                low=-REACH,
+                high=REACH,
+                step=0.1,
+                start=0.0,
+                argument=self._arguments["direction", name],
+            )
+            for name in self.directions
         ]
         found += [
-            Slider(kind="domain", name=n, low=0.0, high=1.5, step=0.05, start=0.0)
-            for n, domain in self.domains.items()
+            Slider(
+                kind="domain",
+                name=name,
+                low=0.0,
+                high=1.5,
+                step=0.05,
+                start=0.0,
+                argument=self._arguments["domain", name],
+            )
+            for name, domain in self.domains.items()
             if inversion.weights is None or domain.weights is None
         ]
         if inversion.residual is not None:
@@ -199,13 +221,22 @@ class Studio:
                 found[name] = find_direction(name, self.generator, folders)
             except AssetError:  # of another generator
                 continue
+            places = [path for f in folders if (path := Path(f, f"{name}.json")).is_file()]
+            self._arguments["direction", name] = _argument(name, places, "directions")
         return found
 
     def _find_domains(self, folders: Sequence[Path]) -> dict[str, Domain]:
         found = {}
-        for name in sorted(known_domains(self.generator, folders)):
+        for name, place in sorted(known_domains(self.generator, folders).items()):
             try:
                 found[name] = find_domain(name, self.generator, folders)
             except AssetError:  # of another generator
                 continue
+            places = [place] if place.parent in folders else []
+            self._arguments["domain", name] = _argument(name, places, "domains")
         return found
+
+
+def _argument(name: str, places: Sequence[Path], folder: str) -> str:
+    """The name where `refinery edit` finds it by that, else the place."""
+    return name if not places or places[0].parent == Path(folder) else str(places[0])

@@ -184,10 +184,14 @@ class Table:
         rows = self._ask(sql, values)
         has_more = len(rows) > size
         rows = rows[:size][::-1] if is_back else rows[:size]
-        ends = [
-            Cursor(value=_plain(row[wish.sort]), key=row["sample_key"], is_back=back)
-            for row, back in ((rows[0], True), (rows[-1], False))
-        ] if rows else [None, None]
+        ends = (
+            [
+                Cursor(value=_plain(row[wish.sort]), key=row["sample_key"], is_back=back)
+                for row, back in ((rows[0], True), (rows[-1], False))
+            ]
+            if rows
+            else [None, None]
+        )
         return Page(
             rows=rows,
             total=total,

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from tasks.report.pictures import data_uri, is_pixelated
+from tasks.report.pictures import data_uri
 from tasks.report.words import counted, duration, number, when
 
 CSS = (files("tasks.report") / "static/style.css").read_text()
@@ -29,7 +29,9 @@ def environment(*packages: str) -> Environment:
         lstrip_blocks=True,
     )
     words = {"number": number, "counted": counted, "duration": duration, "when": when}
-    made.filters.update(words, breakable=breakable, data_uri=data_uri, is_pixelated=is_pixelated)
+    made.filters.update(
+        words, breakable=breakable, short=short, data_uri=data_uri, is_pixelated=is_pixelated
+    )
     made.globals["titles"] = TITLES
     return made
 
@@ -47,6 +49,11 @@ def macro(template: str, name: str, *values: Any) -> Markup:
     """What a macro of one of this room's templates makes of the values."""
     made = environment().get_template(template).module
     return Markup(getattr(made, name)(*values))
+
+
+def short(key: str) -> str:
+    """The last part of a key: in a narrow place its beginning, which many share, says little."""
+    return re.split(r"[/:]", key.rstrip("/:"))[-1] or key
 
 
 def breakable(text: str) -> Markup:

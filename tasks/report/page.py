@@ -12,7 +12,7 @@ from tasks.report.aggregates import FAILURES_SHOWN
 from tasks.report.data import ReportData
 from tasks.report.edits import edit_pictures, edit_summary
 from tasks.report.look import CSS, environment, section
-from tasks.report.results import metrics, pictures, stages, throughput
+from tasks.report.results import codes, metrics, pictures, stages, throughput
 from tasks.report.words import duration, number, when
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -21,10 +21,13 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def render_page(data: ReportData) -> str:
     """The whole page as HTML text."""
     edits = data.edits
+    has_drift = data.statistics is not None and bool(data.statistics.against)
     parts = [
         ("pictures", "Pictures", edit_pictures(edits) if edits else pictures(data)),
         *([("edits", "Edits", edit_summary(edits))] if edits else []),
         ("metrics", "Metrics", metrics(data)),
+        ("codes", "Outliers and clusters", codes(data.statistics)),
+        *([("drift", "Drift", section("drift", data.statistics))] if has_drift else []),
         ("throughput", "Throughput", throughput(data)),
         ("stages", "Where the time went", stages(data)),
         ("failures", "Failures", section("failures", data, FAILURES_SHOWN)),

@@ -7,6 +7,7 @@ from tasks.report.charts import Axis, Marker, bars, stacked
 from tasks.report.data import ReportData
 from tasks.report.look import section
 from tasks.report.pictures import is_pixelated
+from tasks.report.statistics import FAR, Statistics
 from tasks.report.words import counted, duration, number, time_unit
 
 HEADROOM = 1.12
@@ -56,6 +57,11 @@ def histogram(metric: Metric) -> dict[str, Any]:
     )
     text = "; ".join(filter(None, [note, *outside]))
     return {"name": metric.name, "chart": chart, "note": text}
+
+
+def codes(found: Statistics | None) -> str:
+    """Clusters and outliers of the codes, outliers of the metrics."""
+    return section("codes", found, FAR)
 
 
 # ------------------------------------------------------------------ time

@@ -7,18 +7,20 @@ thousand do.
 Legend: N sampled rows, K components.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
-from tasks.report.aggregates import Ask, pictures_of, quoted
+from tasks.report.aggregates import Ask, Metric, metrics, pictures_of, quoted
+from tasks.report.asking import asking
 from tasks.run.ledger import read_markers
 from tasks.run.marker import Marker
 from tasks.storage.files import join
@@ -111,6 +113,37 @@ class Other:
     latents: pa.Schema
 
 
+@contextmanager
+def other_run(run_uri: str | None) -> Iterator[Other | None]:
+    """A run to compare with, open; None for none.
+
+    Raises:
+        LedgerError: there is no such run, or it has no row yet.
+    """
+    if run_uri is None:
+        yield None
+        return
+    with asking(run_uri) as (ask, schemas):
+        yield Other(run_uri=run_uri, ask=ask, latents=schemas["latents"])
+
+
+def read_statistics(
+    run_uri: str, against: str | None = None
+) -> tuple[tuple[Metric, ...], Statistics | None]:
+    """Distributions of a run's metrics, and what `gather_statistics` finds; nothing of a run that
+    has no row yet.
+
+    Raises:
+        LedgerError: there is no run, or a part is damaged.
+    """
+    rows = sum(marker.rows for marker in read_markers(run_uri).values())
+    if not rows:
+        return (), None
+    with asking(run_uri) as (ask, schemas), other_run(against) as other:
+        found = metrics(ask, schemas["latents"], rows)
+        return found, gather_statistics(run_uri, ask, schemas, other)
+
+
 def gather_statistics(
     run_uri: str, ask: Ask, schemas: Mapping[str, pa.Schema], other: Other | None = None
 ) -> Statistics:
@@ -173,7 +206,7 @@ def sample_codes(
         with part_errors(uri):
             file = pq.ParquetFile(PartFile(uri, part.bytes))
             table = file.read(["sample_key", "status", "w_plus"])
-        table = table.filter(pc.equal(table["status"], "ok"))
+        table = table.filter(pa.array([s == "ok" for s in table["status"].to_pylist()]))
         rows = _spread(len(table), SAMPLE // len(chosen))
         table = table.take(rows)
         keys += table["sample_key"].to_pylist()
@@ -194,7 +227,7 @@ def _components(
     mean = codes.mean(0)
     count = min(COMPONENTS, *(size - 1 for size in codes.shape))
     start = np.random.default_rng(0).standard_normal(min(codes.shape)).astype(np.float32)
-    _, sizes, rows = svds(codes - mean, k=count, v0=start)
+    _, sizes, rows = cast(tuple[Any, Any, Any], svds(codes - mean, k=count, v0=start))
     deviations = sizes / np.sqrt(len(codes))
     kept = deviations > 1e-4 * deviations.max(initial=1e-12)
     return mean, (rows[kept] / deviations[kept, None]).T
@@ -209,13 +242,14 @@ def _clusters(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tup
         (members,) = np.nonzero(labels == label)
         if len(members):
             far = ((points[members] - means[label]) ** 2).sum(1)
-            found.append((keys[members[far.argmin()]], len(members) / len(points)))
+            found.append((keys[int(members[far.argmin()])], len(members) / len(points)))
     return sorted(found, key=lambda pair: -pair[1])
 
 
 def _outliers(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tuple[str, float]]:
     distance = np.sqrt((points**2).mean(1))
-    return [(keys[i], float(distance[i])) for i in np.argsort(-distance, kind="stable")[:OUTLIERS]]
+    furthest = np.argsort(-distance, kind="stable")[:OUTLIERS].tolist()
+    return [(keys[at], float(distance[at])) for at in furthest]
 
 
 def _code_shift(
