@@ -28,10 +28,8 @@ def environment(*packages: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = {"number": number, "counted": counted, "duration": duration, "when": when}
-    made.filters.update(
-        words, breakable=breakable, short=short, data_uri=data_uri, is_pixelated=is_pixelated
-    )
+    words = (number, counted, duration, when, breakable, short, data_uri)
+    made.filters.update({function.__name__: function for function in words})
     made.globals["titles"] = TITLES
     return made
 

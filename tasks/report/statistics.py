@@ -248,7 +248,7 @@ def _clusters(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tup
 
 def _outliers(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tuple[str, float]]:
     distance = np.sqrt((points**2).mean(1))
-    furthest = np.argsort(-distance, kind="stable")[:OUTLIERS].tolist()
+    furthest = [int(at) for at in np.argsort(-distance, kind="stable")[:OUTLIERS]]
     return [(keys[at], float(distance[at])) for at in furthest]
 
 
