@@ -55,6 +55,10 @@ def short(key: str) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """A name that may break after its separators, and so nowhere inside a word."""
-    pieces = re.findall(r"[^/_.:\-]+[/_.:\-]*|[/_.:\-]+", text)
+    """A name that may break after its separators, and a hash after every eighth digit: nowhere
+    inside a word."""
+    if re.fullmatch(r"[0-9a-f]{32,}", text):
+        pieces = re.findall(r".{1,8}", text)
+    else:
+        pieces = re.findall(r"[^/_.:\-]+[/_.:\-]*|[/_.:\-]+", text)
     return Markup("<wbr>").join(escape(piece) for piece in pieces)

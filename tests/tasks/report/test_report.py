@@ -175,7 +175,8 @@ def test_pictures_are_the_stored_ones_best_first_and_worst_last(tmp_path: Path) 
 
     html = Path(write_report(uri)).read_text()
 
-    images = Page(html).all("img")
+    ranks = ("Original of", "Inversion of")
+    images = [i for i in Page(html).all("img") if i["alt"].startswith(ranks)]
     alts = [image["alt"] for image in images]
     assert alts[0] == "Original of face-000"
     assert alts[1] == "Inversion of face-000, trunk_distance 0"
@@ -249,7 +250,8 @@ def test_run_that_stores_inversions_only(tmp_path: Path) -> None:
 
     page = Page(Path(write_report(make_run(str(tmp_path / "run"), job=job))).read_text())
 
-    assert {image["alt"].split()[0] for image in page.all("img")} == {"Inversion"}
+    alts = {image["alt"].split()[0] for image in page.all("img")}
+    assert alts == {"Inversion", "Cluster", "Outlier"}
     assert page.text.count("not stored") == 24
 
 
@@ -401,7 +403,7 @@ def test_no_width_scrolls_sideways(chromium: str, report_html: str, tmp_path: Pa
     assert found, dom[:500]
     for frame in json.loads(found[1]):
         assert frame["scroll"] == frame["width"], frame
-        assert frame["images"] == 48
+        assert frame["images"] == 64  # pairs, clusters, outliers
         assert frame["shown"] == 128  # twice its 64 px: every pixel is a square
         assert frame["look"] == "pixelated"
         assert frame["text"] == "12px"
