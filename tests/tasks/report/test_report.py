@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -72,7 +73,12 @@ def make_run(
     job = job or make_job()
     manifest = ManifestInfo(shards + given_up, None, 1000, "ab" * 32)
     run = ledger.create_run(
-        uri, job, manifest, {"generator": GENERATOR_HASH}, "0.1.0+g123", DECLARED
+        uri,
+        job,
+        manifest,
+        {"generator": GENERATOR_HASH},
+        "0.1.0+g123",
+        replace(DECLARED, pictures=job.output.pictures),
     )
     layout = Layout(
         method="e4e+wplus",
