@@ -10,7 +10,7 @@ from models.errors import AssetError, ConfigError
 from tasks.run.ledger import open_run
 from tasks.run.manifest import read_shard_spec
 from tasks.run.metadata import Snapshot, read_snapshot
-from tasks.run.query import ask
+from tasks.run.query import ask, unknown_key
 from tasks.run.rows import Row
 from tasks.run.views import Session, open_session
 from tasks.work.attempt import Attempt
@@ -70,9 +70,7 @@ def _stored(session: Session, snapshot: Snapshot, key: str) -> dict[str, Any]:
             rows = ask(session, sql, {"key": key}).to_pylist()
             found |= rows[0] if rows else {}
     if not found:
-        sql = "SELECT sample_key FROM samples ORDER BY levenshtein(sample_key, $key) LIMIT 1"
-        (nearest,) = ask(session, sql, {"key": key})["sample_key"].to_pylist() or [None]
-        raise ConfigError(f"{snapshot.uri} has no row {key!r}; did you mean {nearest!r}?")
+        raise unknown_key(session, snapshot.uri, key)
     return found
 
 

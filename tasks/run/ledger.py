@@ -15,14 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import LedgerError
 from tasks.job import Job
 from tasks.run.identity import VERSION, contents, identity_digest, make_identity
-from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.storage.files import exists, join, list_files, read_bytes, remove, write_bytes
+
+if TYPE_CHECKING:
+    from tasks.run.manifest import ManifestInfo
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def shard_name(shard: int) -> str:
 def create_run(
     run_uri: str,
     job: Job,
-    manifest_info: ManifestInfo,
+    manifest_info: "ManifestInfo",
     hashes: Mapping[str, str],
     code_version: str,
     declared: Declared,

@@ -106,6 +106,19 @@ def ask(session: Session, sql: str, parameters: Mapping[str, Any] | None = None)
         raise ConfigError(f"query: {_first_line(error)}{_nearest(session, error)}") from error
 
 
+def unknown_key(session: Session, uri: str, key: str) -> ConfigError:
+    """What is wrong with a key that no inverted sample has."""
+    known = "SELECT error FROM samples WHERE sample_key = $key"
+    if "samples" not in session.names:
+        return ConfigError(f"{uri} has no sample {key!r}: no row is committed yet")
+    failed = session.ask(known, {"key": key})["error"].to_pylist()
+    if failed:
+        return ConfigError(f"{uri}: the sample {key!r} was not inverted: {failed[0]}")
+    near = "SELECT sample_key FROM samples ORDER BY levenshtein(sample_key, $key), 1 LIMIT 1"
+    nearest = session.ask(near, {"key": key})["sample_key"][0].as_py()
+    return ConfigError(f"{uri} has no sample {key!r}; did you mean {nearest!r}?")
+
+
 def _check_is_select(session: Session, sql: str) -> None:
     found = session.statements(sql)
     if len(found) != 1:
@@ -123,18 +136,18 @@ def _check_is_select(session: Session, sql: str) -> None:
 
 
 def _first_line(error: duckdb.Error) -> str:
-    text = str(error).split("\n\nLINE ")[0].split("\nCandidate bindings")[0]
+    text = re.split(r"\n\nLINE |\nCandidate bindings|\nDid you mean", str(error))[0]
     return " ".join(text.split()).rstrip("!. ")
 
 
 def _nearest(session: Session, error: duckdb.Error) -> str:
-    """Names like the one that is not known, or the views."""
+    """The view or column most like the one that is not known, and the views."""
     views = ", ".join(sorted(session.names))
-    unknown = re.search(r'(?:column|Table with name|named) "?([^"\s]+)"?', str(error))
+    unknown = re.search(r'(Table with name|column|named) "?([^"\s]+)"?', str(error))
     if unknown and isinstance(error, duckdb.BinderException | duckdb.CatalogException):
         columns = session.columns()
-        known = {*columns, *(name for names in columns.values() for name in names)}
-        found = difflib.get_close_matches(unknown[1], known, 3, 0.5)
-        if found:
-            return f"; did you mean {' or '.join(map(repr, found))}? Views: {views}"
+        is_view = unknown[1].startswith("Table")
+        known = columns if is_view else {name for names in columns.values() for name in names}
+        for found in difflib.get_close_matches(unknown[2], known, 1, 0.5):
+            return f"; did you mean {found!r}? Views: {views}"
     return f". Views: {views}; `DESCRIBE samples` lists the columns of one"

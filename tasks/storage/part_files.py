@@ -103,6 +103,10 @@ class Fetched:
         """The end of a file of `size` bytes."""
         return cls([(max(size - length, 0), size)])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: without the bytes, which they fetch themselves."""
+        return Fetched, (tuple(self._locks),)
+
     def add(self, regions: Iterable[Region]) -> None:
         """Further regions; they may overlap those that are there, which come first."""
         self._locks |= {region: threading.Lock() for region in regions}
