@@ -33,7 +33,7 @@ from tasks.browse.pictures import media_type
 from tasks.browse.studio import Photo
 from tasks.browse.table import KEYS
 from tasks.report.look import CSS
-from tasks.run.query import export
+from tasks.run.export import export
 from tasks.run.rows import encode_picture
 
 UPLOAD_BYTES = 20_000_000

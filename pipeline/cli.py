@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import browse, editing, models, runs
+from pipeline.commands import asking, browse, editing, models, runs
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -34,8 +34,11 @@ COMMANDS = {
         editing.edit,
         runs.status,
         runs.verify,
-        runs.query,
         runs.report,
+        asking.runs,
+        asking.query,
+        asking.diff,
+        asking.reproduce,
         browse.browse,
     ),
     Group("Models", sort_key=1): (

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.errors import ConfigError, RefineryError
+from models.errors import LedgerError, RefineryError
 from tasks.browse.pictures import Pictures
-from tasks.browse.runs import Card, find_runs, read_card
+from tasks.browse.runs import Card, browsed, read_card
 from tasks.browse.studio import Studio
-from tasks.browse.table import Table, read_table
+from tasks.browse.table import Table, read_rows
 from tasks.run import ledger
 from tasks.run.marker import Marker
+from tasks.run.metadata import read_snapshot
 from tasks.storage.files import is_local, local_path
 
 OPEN_RUNS, OPEN_STUDIOS = 4, 2
@@ -69,13 +70,13 @@ class Library:
         place: a run, or a folder with runs below it.
 
     Raises:
-        ConfigError: there is none.
+        LedgerError: there is none.
     """
 
     def __init__(self, place: str) -> None:
         self.place = place
         self._lock = threading.RLock()
-        self._found, self._found_at = find_runs(place), time.monotonic()
+        self._found, self._found_at = browsed(place), time.monotonic()
         self._open: OrderedDict[str, tuple[OpenRun, float]] = OrderedDict()
         self._studios: OrderedDict[str, Studio] = OrderedDict()
         self._cards: dict[str, Card] = {}
@@ -91,8 +92,8 @@ class Library:
         with self._lock:
             if time.monotonic() - self._found_at > FRESH_S:
                 try:
-                    self._found = find_runs(self.place)
-                except ConfigError:  # the last one is gone
+                    self._found = browsed(self.place)
+                except LedgerError:  # the last one is gone
                     self._found = {}
                 self._found_at = time.monotonic()
             return self._found
@@ -178,16 +179,16 @@ class Library:
 
 
 def _open_run(name: str, uri: str) -> OpenRun:
-    markers = ledger.read_markers(uri)
+    snapshot = read_snapshot(uri)
     return OpenRun(
         name=name,
         uri=uri,
-        record=ledger.read_run(uri),
-        declared=ledger.read_declared(uri),
-        markers=markers,
-        is_sealed=ledger.read_seal(uri) is not None,
-        table=read_table(uri, markers),
-        pictures=Pictures(uri, markers),
+        record=snapshot.record,
+        declared=snapshot.declared,
+        markers=snapshot.markers,
+        is_sealed=snapshot.is_sealed,
+        table=Table(read_rows(snapshot)),
+        pictures=Pictures(uri, snapshot.markers),
     )
 
 

@@ -1,18 +1,13 @@
 """The runs below a folder, by name; what is not in this table cannot be asked for."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
 
-from models.errors import ConfigError, LedgerError, RefineryError
+from models.errors import RefineryError
 from tasks.browse.pictures import Pictures
 from tasks.run import ledger
-from tasks.storage.errors import storage_errors
-from tasks.storage.files import is_local, join, local_path, open_filesystem
+from tasks.storage.files import is_local, local_path
 
-DEPTH = 4
-"""Folders below the given one in which runs are looked for."""
-Entries = dict[str, dict[str, object]]
 STRIP = 6
 """Pictures on the card of a run."""
 
@@ -42,42 +37,23 @@ class Card:
     problem: str = ""
 
 
-def find_runs(place: str) -> dict[str, str]:
-    """Places of runs by name, relative to `place`; `place` itself may be the only one.
+def browsed(place: str) -> dict[str, str]:
+    """Places of runs by name, relative to `place`, which may be a run itself.
 
-    Symbolic links are not followed, so that nothing outside is found.
+    A run behind a symbolic link that leads out of the place is none of them.
 
     Raises:
-        ConfigError: there is none.
-        LedgerError: the place cannot be listed.
+        LedgerError: there is none, or the place cannot be listed.
     """
-    place = local_path(place) if is_local(place) else place.rstrip("/")
-    found = {
-        name or place.rsplit("/", 1)[-1]: join(place, name) if name else place
-        for name in _below(place)
+    found = find_runs(place)
+    if not is_local(place):
+        return found
+    inside = Path(local_path(place)).resolve()
+    return {
+        name: uri
+        for name, uri in found.items()
+        if Path(local_path(uri)).resolve().is_relative_to(inside)
     }
-    if not found:
-        raise ConfigError(
-            f"{place}: no run here and none in {DEPTH} levels of folders below; expected a folder "
-            "with run.json, as `refinery invert` makes it"
-        )
-    return found
-
-
-def _below(place: str) -> Iterator[str]:
-    fs, root = open_filesystem(place)
-    with storage_errors("list", place, LedgerError):
-        walk = fs.walk(root, maxdepth=DEPTH + 1, detail=True)
-        for folder, folders, files in cast(Iterator[tuple[str, Entries, Entries]], walk):
-            if "run.json" in files:
-                yield folder.removeprefix(root).strip("/")
-                folders.clear()
-            for name in [n for n, info in folders.items() if _is_hidden(n, info)]:
-                del folders[name]
-
-
-def _is_hidden(name: str, info: dict[str, object]) -> bool:
-    return name.startswith(".") or bool(info.get("islink"))
 
 
 def read_card(name: str, run_uri: str) -> Card:

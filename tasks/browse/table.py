@@ -1,6 +1,6 @@
 """The rows of a run without their vectors, in memory: filtered, sorted, paged by key.
 
-    table = read_table(run_uri, markers)
+    table = Table(read_rows(read_snapshot(run_uri)))
     page = table.page(Wish(sort="psnr", ranges={"psnr": (None, 20.0)}))
 
 A user's SQL condition runs on this copy alone, on a connection that can open no file and whose
@@ -15,13 +15,11 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from models.errors import ConfigError
 from tasks.report.aggregates import quoted
-from tasks.run.marker import Marker
-from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.run.metadata import Snapshot
+from tasks.run.views import open_session
 
 SHARD = "shard"
 PAGE = 48
@@ -77,24 +75,16 @@ class Page:
     after: Cursor | None
 
 
-def read_table(run_uri: str, markers: Mapping[int, Marker]) -> "Table":
-    """Every column of `latents/` that is no vector, and the number of the shard.
+def read_rows(snapshot: Snapshot) -> pa.Table:
+    """Every row of a run without its codes, with the number of its shard.
 
     Raises:
         LedgerError: a part is missing or damaged.
     """
-    tables = []
-    for shard, marker in markers.items():
-        if "latents" not in marker.parts:
-            continue
-        part = marker.parts["latents"]
-        uri = join(run_uri, part.path)
-        with part_errors(uri):
-            file = pq.ParquetFile(PartFile(uri, part.bytes))
-            names = [f.name for f in file.schema_arrow if not pa.types.is_nested(f.type)]
-            table = file.read(names)
-        tables.append(table.append_column(SHARD, pa.repeat(pa.scalar(shard), len(table))))
-    return Table(pa.concat_tables(tables, promote_options="default") if tables else _EMPTY)
+    if not snapshot.num_rows:
+        return _EMPTY
+    with open_session({"": snapshot}) as session:
+        return session.ask("SELECT * EXCLUDE (run) FROM samples")
 
 
 _EMPTY = pa.schema(

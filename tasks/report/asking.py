@@ -18,14 +18,14 @@ def asking(run_uri: str) -> Iterator[tuple[Ask, dict[str, pa.Schema]]]:
     Raises:
         LedgerError: there is no run, nothing is committed, or (while asking) a part is damaged.
     """
-    with open_views(run_uri) as (connection, views):
+    with open_views(run_uri) as session:
 
         def ask(sql: str) -> pa.Table:
             try:
-                return connection.sql(sql).to_arrow_table()
+                return session.ask(sql)
             except duckdb.Error as error:
                 raise LedgerError(
                     f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
                 ) from error
 
-        yield ask, {view: ask(f"SELECT * FROM {view} LIMIT 0").schema for view in views}
+        yield ask, {view: ask(f"SELECT * FROM {view} LIMIT 0").schema for view in session.names}
