@@ -26,7 +26,9 @@ from tasks.storage.files import exists, join, list_files, read_bytes, remove, wr
 
 logger = logging.getLogger(__name__)
 
-PART_KINDS = ("latents", "images", "residuals")
+TABLE_KINDS = ("latents", "images", "residuals")
+"""Parts in Parquet, which SQL sees."""
+PART_KINDS = (*TABLE_KINDS, "vectors", "exact")
 _READERS = 16  # markers are fetched by so many threads: a GET is mostly waiting
 
 

@@ -6,6 +6,10 @@
                  than w_plus: optimised noise maps, replaced features, low-rank kernel residuals.
                  With w_plus they render the inversion again. Half precision (relative error 5e-4):
                  a noise map has as many values as its layer has pixels.
+    vectors/     of an index: one row per inverted sample with its key, scores and 8-bit code, as an
+                 Arrow file, which readers map into memory
+    exact/       of an index: the float16 vectors behind the codes, [N E] in NumPy's format: row n
+                 is read without its neighbours
 
 The bytes of a part depend on the rows alone: no time, attempt, host or number of workers is inside.
 A part without rows is not written: `datasets` cannot open a Parquet file of zero rows.
@@ -37,6 +41,8 @@ from tasks.run.rows import SUFFIX, Row
 from tasks.storage.crash import crash_point
 from tasks.storage.files import join, write_bytes
 
+ENDINGS = {"vectors": "arrow", "exact": "npy"}
+"""Of the names of parts that are not Parquet."""
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -122,6 +128,20 @@ def residuals_table(rows: Sequence[Row]) -> pa.Table:
     return _table(columns)
 
 
+def vectors_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
+    """sample_key, metrics, and `code`, a fixed-size list of uint8."""
+    codes = pa.list_(pa.field("element", pa.uint8()), len(rows[0].vectors["code"]))
+    columns: list[tuple[pa.Field, Any]] = [
+        (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows]),
+        *(
+            (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
+            for name in layout.metrics
+        ),
+        (pa.field("code", codes), _tensor_array([r.vectors["code"] for r in rows], codes)),
+    ]
+    return _table(columns)
+
+
 def _table(columns: list[tuple[pa.Field, Any]], metadata: dict[str, str] | None = None) -> pa.Table:
     arrays = [
         values if isinstance(values, pa.Array) else pa.array(values, type=field_.type)
@@ -164,21 +184,24 @@ def write_parts(
     rows = sorted(rows, key=lambda row: row.sample_key)
     _refuse_duplicates(rows, shard)
     inverted = [row for row in rows if row.error_kind is None]
-    tables: dict[str, Callable[[], pa.Table]] = {}
+    files: dict[str, Callable[[], bytes]] = {}
     if rows:
-        tables["latents"] = lambda: latents_table(rows, layout, run.run_id)
+        files["latents"] = lambda: to_parquet(latents_table(rows, layout, run.run_id), "latents")
     if inverted and layout.pictures:
-        tables["images"] = lambda: images_table(inverted, layout)
+        files["images"] = lambda: to_parquet(images_table(inverted, layout), "images")
     if inverted and inverted[0].doors:
-        tables["residuals"] = lambda: residuals_table(inverted)
+        files["residuals"] = lambda: to_parquet(residuals_table(inverted), "residuals")
+    if inverted and inverted[0].vectors:
+        files["vectors"] = lambda: to_arrow(vectors_table(inverted, layout))
+        files["exact"] = lambda: to_npy([row.vectors["exact"] for row in inverted])
     parts: dict[str, Part] = {}
-    for kind, build in tables.items():
-        table = build()
-        data = to_parquet(table, kind)
-        path = f"{kind}/{shard_name(shard)}-{attempt}.parquet"
+    for kind, build in files.items():
+        data = build()
+        path = f"{kind}/{shard_name(shard)}-{attempt}.{ENDINGS.get(kind, 'parquet')}"
         write_bytes(join(run.uri, path), data)
         digest = hashlib.sha256(data).hexdigest()
-        parts[kind] = Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
+        count = len(rows if kind == "latents" else inverted)
+        parts[kind] = Part(path=path, rows=count, bytes=len(data), sha256=digest)
         if len(parts) == 1:
             crash_point("between_parts", shard)
     return parts
@@ -212,6 +235,21 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
         write_page_index=True,
         store_schema=True,
     )
+    return buffer.getvalue()
+
+
+def to_arrow(table: pa.Table) -> bytes:
+    """An uncompressed Arrow file of one record batch: every column is one piece of the file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def to_npy(vectors: Sequence[np.ndarray]) -> bytes:
+    """[N E] in NumPy's format."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack(vectors))
     return buffer.getvalue()
 
 

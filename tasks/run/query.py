@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
-from tasks.run.ledger import PART_KINDS, read_declared, read_markers, read_run
+from tasks.run.ledger import TABLE_KINDS, read_declared, read_markers, read_run
 from tasks.run.marker import Marker
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import file_info, is_local, join, local_path, write_bytes
@@ -119,7 +119,7 @@ def _open(run_uri: str) -> Iterator[_Views]:
             connection.register_filesystem(files)
         connection.from_arrow(commits_table(markers, stages)).create_view("commits")
         views = _Views(connection=connection, names=["commits"], files=files)
-        for kind in PART_KINDS:
+        for kind in TABLE_KINDS:
             paths = [m.parts[kind].path for m in markers.values() if kind in m.parts]
             if paths:
                 try:

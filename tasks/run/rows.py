@@ -27,6 +27,7 @@ class Row:
         metrics: by column name.
         pictures: encoded, by column name ("input", "inversion").
         doors: float16 arrays by column name; 8-bit codes of tuned weights.
+        vectors: what an index keeps: "code", uint8, and "exact", float16.
     """
 
     sample_key: str
@@ -39,6 +40,7 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     doors: dict[str, np.ndarray] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
 
     def fail(self, kind: str, reason: str) -> None:
         """Mark the row as failed."""

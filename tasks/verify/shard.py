@@ -21,6 +21,7 @@ from tasks.job import InputConfig, ShardSpec
 from tasks.run.ledger import PART_KINDS, read_marker, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.source import read_rows, source_marker
+from tasks.run.vectors import open_vectors
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import file_info, is_local, join, local_path, open_filesystem
 
@@ -105,11 +106,11 @@ def _is_intact(run_uri: str, part: Part, check: ShardCheck, deep: bool) -> bool:
 
 def _check_counts(marker: Marker, check: ShardCheck) -> None:
     good = marker.rows - marker.failed
-    expected = {"latents": marker.rows, "images": good, "residuals": good}
     for kind, part in sorted(marker.parts.items()):
-        if part.rows != expected.get(kind):
+        expected = marker.rows if kind == "latents" else good
+        if part.rows != expected:
             check.complain(
-                f"the marker counts {part.rows} rows in {kind}, expected {expected.get(kind)} of "
+                f"the marker counts {part.rows} rows in {kind}, expected {expected} of "
                 f"{marker.rows} samples with {marker.failed} failures"
             )
     if marker.rows and "latents" not in marker.parts:
@@ -138,6 +139,9 @@ def _check_rows(
         if kind in marker.parts:
             found = _read_columns(join(run_uri, marker.parts[kind].path), ["sample_key"])
             _compare(f"{kind} against the good rows of latents", found["sample_key"], good, check)
+    if "vectors" in marker.parts:
+        keys_found = open_vectors(run_uri, marker.parts["vectors"])["sample_key"].to_pylist()
+        _compare("vectors against the good rows of latents", keys_found, good, check)
     check.key_hashes = np.fromiter((_key_hash(key) for key in keys), np.uint64, len(keys))
     if spec is None:
         return

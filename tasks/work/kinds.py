@@ -25,6 +25,11 @@ KINDS = {
         "tasks.work.rescore:Rescorer",
         "Score the stored pictures of RUN again into the run OUT, with other metrics or networks.",
     ),
+    "index": Kind(
+        "tasks.work.index:IndexJob",
+        "tasks.work.index:Indexer",
+        "Index the samples of RUN for `similar` and `duplicates`: quantised vectors, shard by shard.",
+    ),
 }
 
 

@@ -87,7 +87,7 @@ class Rescorer(StoredStation):
         assert batch.inversion is not None
         started = time.perf_counter()
         images = {
-            name: to_images(_decoded(batch.encoded[name]), self.device)
+            name: to_images(decoded(batch.encoded[name]), self.device)
             for name in dict.fromkeys(name for pair in self.pairs.values() for name in pair)
         }
         decoded_s = time.perf_counter() - started
@@ -106,6 +106,6 @@ class Rescorer(StoredStation):
         )
 
 
-def _decoded(pictures: Sequence[bytes]) -> np.ndarray:
+def decoded(pictures: Sequence[bytes]) -> np.ndarray:
     """uint8 [N H W 3]."""
     return np.stack([np.array(Image.open(io.BytesIO(data))) for data in pictures])

@@ -81,6 +81,7 @@ class Result:
         inversion: what is stored of codes and other doors, on the CPU.
         pictures: uint8 [N H W 3] by column, to be stored; the inputs are the batch's.
         metrics: float32 [N] by column.
+        vectors: what an index keeps, [N E] by name; such rows hold no codes of their own.
         failures: (kind, reason) by row; the row's other values must not be used.
         seconds: by stage.
         notes: what an operator should know.
@@ -89,6 +90,7 @@ class Result:
     inversion: Inversion
     pictures: dict[str, np.ndarray]
     metrics: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     failures: Failures = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ class Result:
             inversion=Inversion.cat([p.inversion for p in parts]),
             pictures={k: np.concatenate([p.pictures[k] for p in parts]) for k in first.pictures},
             metrics={k: np.concatenate([p.metrics[k] for p in parts]) for k in first.metrics},
+            vectors={k: np.concatenate([p.vectors[k] for p in parts]) for k in first.vectors},
             failures=failures,
             seconds={k: sum(p.seconds[k] for p in parts) for k in first.seconds},
             notes=notes,
@@ -250,7 +253,8 @@ def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
     if at in result.failures:
         row.fail(*result.failures[at])
         return
-    row.w_plus = result.inversion.w_plus[at].numpy()
+    row.vectors = {name: values[at] for name, values in result.vectors.items()}
+    row.w_plus = None if row.vectors else result.inversion.w_plus[at].numpy()
     row.metrics = {name: float(values[at]) for name, values in result.metrics.items()}
     row.doors = stored_doors(result.inversion, at) if station.stores_doors else {}
     for name in station.layout.pictures:
