@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import editing, models, runs
+from pipeline.commands import editing, models, runs, similar
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -35,6 +35,9 @@ COMMANDS = {
         runs.status,
         runs.verify,
         runs.query,
+        similar.index,
+        similar.similar,
+        similar.duplicates,
         runs.report,
     ),
     Group("Models", sort_key=1): (

@@ -95,6 +95,12 @@ class Projection:
             ) from error
 
 
+def default_index(run_uri: str, space: str = "w_plus") -> str:
+    """Where `refinery index` puts the index of a run: beside it."""
+    end = "" if space == "w_plus" else f"-{space}"
+    return f"{run_uri.rstrip('/')}-index{end}"
+
+
 def open_vectors(run_uri: str, part: Part) -> pa.Table:
     """Keys, scores and codes of a shard: mapped where the index is local, else fetched.
 

@@ -6,7 +6,8 @@
                                                         distance is twice the mean of 1 - cosine
     clip         CLIP's embedding of the picture        what it shows; can be asked in words
     identity     a face network's embedding             who it shows
-    perceptual   mean features of the perceptual net    what it looks like
+    perceptual   mean features of the perceptual net    what it looks like; the same for a mirrored
+                 over the picture and its mirror image  copy
 
 The last three are of unit length and of the stored pictures: the input where the run has it, else
 the inversion.
@@ -71,5 +72,6 @@ class PictureSpace:
             return self.network.images(images)
         if self.space == "identity":
             return self.network.features(images)
-        pooled = torch.cat([each.mean((2, 3)) for each in self.network.features(images)], 1)
+        both = [self.network.features(each) for each in (images, images.flip(3))]
+        pooled = sum(torch.cat([each.mean((2, 3)) for each in found], 1) for found in both)
         return torch.nn.functional.normalize(pooled, dim=1)
