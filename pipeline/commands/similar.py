@@ -23,6 +23,9 @@ Space = Annotated[
 IndexOf = Annotated[
     str | None, Parameter(name="--index", help="The index; RUN-index[-SPACE] without it.")
 ]
+IndexOut = Annotated[
+    str | None, Parameter(name="OUT", help="Of the index; RUN-index[-SPACE] without it.")
+]
 File = Annotated[
     str | None, Parameter(name="--out", help="Write a .csv, .json or .parquet file instead.")
 ]
@@ -30,9 +33,7 @@ File = Annotated[
 
 def index(
     run: Run,
-    output: Annotated[
-        str | None, Parameter(name="OUT", help="RUN-index[-SPACE] without it.")
-    ] = None,
+    output: IndexOut = None,
     /,
     *,
     space: Space = None,

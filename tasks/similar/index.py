@@ -290,4 +290,4 @@ def _sandbox(rows: pa.Table, labels: pa.Table | None) -> duckdb.DuckDBPyConnecti
 
 def _joined(found: pa.Table, labels: pa.Table) -> pa.Table:
     with _sandbox(found, labels) as connection:
-        return connection.execute("FROM samples ORDER BY distance, sample_key").to_arrow_table()
+        return connection.sql("FROM samples ORDER BY distance, sample_key").to_arrow_table()

@@ -28,7 +28,7 @@ KINDS = {
     "index": Kind(
         "tasks.work.index:IndexJob",
         "tasks.work.index:Indexer",
-        "Index the samples of RUN for `similar` and `duplicates`: quantised vectors, shard by shard.",
+        "Index the samples of RUN for `similar` and `duplicates`.",
     ),
 }
 
