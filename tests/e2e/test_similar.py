@@ -231,10 +231,10 @@ def test_duplicates_by_lists_are_those_of_all_pairs(
     indexed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = open_index(indexed)
-    wanted = duplicates(index, 0.75)
-    assert wanted.num_rows > 20
+    wanted = duplicates(index, 0.95)
+    assert wanted.num_rows > 12
     monkeypatch.setattr("tasks.similar.duplicates.ALL_PAIRS", 4)
-    assert duplicates(index, 0.75).equals(wanted)
+    assert duplicates(index, 0.95).equals(wanted)
 
 
 def test_the_spread_is_a_typical_distance(indexed: str, codes: dict[str, np.ndarray]) -> None:
