@@ -151,11 +151,12 @@ class Exact:
 
     def _from_maps(self, parts: np.ndarray, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), self.size), np.float32)
-        for part in np.unique(parts):
+        order = np.argsort(parts, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1) if len(rows) else ():
+            part = int(parts[at[0]])
             if part not in self._mapped:
                 path = local_path(join(self._run_uri, self._parts[part].path))
-                self._mapped[part] = np.load(path, mmap_mode="r")
-            at = np.flatnonzero(parts == part)
+                self._mapped[part] = np.asarray(np.load(path, mmap_mode="r"))
             found[at] = self._mapped[part][rows[at]]
         return found
 

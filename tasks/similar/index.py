@@ -11,6 +11,7 @@ Legend: Q queries, E values of a vector, P bytes of a code.
 """
 
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,6 +120,8 @@ class Index:
         self._codes = [codes_of(table) for table in self.tables]
         self._rows = [table.drop_columns("code") for table in self.tables]
         self._labels: pa.Table | None = None
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._making = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -135,7 +138,7 @@ class Index:
                 "table: expected a column sample_key to join by; it has "
                 f"{', '.join(labels.column_names)}"
             )
-        self._labels = labels
+        self._labels, self._connection = labels, None
 
     def search(
         self,
@@ -229,9 +232,7 @@ class Index:
 
     def _filtered(self, where: str) -> np.ndarray:
         """Rows that a condition keeps, ascending."""
-        numbers = pa.array(np.arange(len(self)))
-        table = pa.concat_tables(self._rows).append_column("row number", numbers)
-        with _sandbox(table, self._labels) as connection:
+        with self._catalogue().cursor() as connection:
             try:
                 found = connection.execute(
                     f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1'
@@ -243,18 +244,31 @@ class Index:
                     f"where {where!r}: {str(error).splitlines()[0]}; columns: {', '.join(names)}"
                 ) from error
 
+    def _catalogue(self) -> duckdb.DuckDBPyConnection:
+        """The rows as SQL sees them; made once, then shared by cursors."""
+        with self._making:
+            if self._connection is None:
+                numbers = pa.array(np.arange(len(self)))
+                table = pa.concat_tables(self._rows).append_column("row number", numbers)
+                self._connection = _sandbox(table, self._labels)
+            return self._connection
+
     @property
     def _columns(self) -> list[str]:
         labels = [] if self._labels is None else self._labels.column_names
         return list(dict.fromkeys([*self._rows[0].column_names, *labels]))
 
     def _ranked(self, query: np.ndarray, rows: np.ndarray, k: int, leave_out: set[str]) -> pa.Table:
-        distances = np.linalg.norm(self.take(np.sort(rows)) - query, axis=1)
+        rows = np.sort(rows)
+        apart = self.take(rows) - query
+        distances = np.sqrt(np.einsum("re,re->r", apart, apart))
         order = np.argsort(distances, kind="stable")[: k + len(leave_out)]
-        found = self.samples(np.sort(rows)[order])
+        found = self.samples(rows[order])
         found = found.add_column(1, "distance", pa.array(distances[order], pa.float32()))
-        keys = found["sample_key"].to_pylist()
-        found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))[:k]
+        if leave_out:
+            keys = found["sample_key"].to_pylist()
+            found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))
+        found = found.slice(0, k)
         return found if self._labels is None else _joined(found, self._labels)
 
     def _row_of(self, key: str) -> int:
@@ -262,7 +276,7 @@ class Index:
             at = pc.index(table["sample_key"], key).as_py()
             if at >= 0:
                 return int(start) + at
-        with _sandbox(pa.concat_tables(self._rows), None) as connection:
+        with self._catalogue().cursor() as connection:
             near = connection.execute(
                 "SELECT sample_key FROM samples "
                 "ORDER BY jaro_winkler_similarity(sample_key, ?) DESC, sample_key LIMIT 1",
