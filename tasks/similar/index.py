@@ -27,7 +27,7 @@ from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_v
 from tasks.similar.scan import Stretch, scan
 from tasks.storage.files import exists, join
 
-RERANKED = 500
+RERANKED = 200
 """Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
 RERANKED_EACH = 10
 
@@ -121,7 +121,7 @@ class Index:
         self._rows = [table.drop_columns("code") for table in self.tables]
         self._labels: pa.Table | None = None
         self._connection: duckdb.DuckDBPyConnection | None = None
-        self._making = threading.Lock()
+        self._asking = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -232,26 +232,23 @@ class Index:
 
     def _filtered(self, where: str) -> np.ndarray:
         """Rows that a condition keeps, ascending."""
-        with self._catalogue().cursor() as connection:
-            try:
-                found = connection.execute(
-                    f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1'
-                )
-                return found.fetchnumpy()["row number"].astype(np.int64)
-            except duckdb.Error as error:
-                names = [name for name in self._columns if name != "row number"]
-                raise ConfigError(
-                    f"where {where!r}: {str(error).splitlines()[0]}; columns: {', '.join(names)}"
-                ) from error
+        try:
+            found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
+        except duckdb.Error as error:
+            raise ConfigError(
+                f"where {where!r}: {str(error).splitlines()[0]}; columns: "
+                f"{', '.join(self._columns)}"
+            ) from error
+        return found["row number"].to_numpy()
 
-    def _catalogue(self) -> duckdb.DuckDBPyConnection:
-        """The rows as SQL sees them; made once, then shared by cursors."""
-        with self._making:
+    def _sql(self, sql: str, *parameters: str) -> pa.Table:
+        """The rows as SQL sees them: the view `samples`. One question at a time."""
+        with self._asking:
             if self._connection is None:
                 numbers = pa.array(np.arange(len(self)))
                 table = pa.concat_tables(self._rows).append_column("row number", numbers)
                 self._connection = _sandbox(table, self._labels)
-            return self._connection
+            return self._connection.sql(sql, params=list(parameters)).to_arrow_table()
 
     @property
     def _columns(self) -> list[str]:
@@ -276,15 +273,14 @@ class Index:
             at = pc.index(table["sample_key"], key).as_py()
             if at >= 0:
                 return int(start) + at
-        with self._catalogue().cursor() as connection:
-            near = connection.execute(
-                "SELECT sample_key FROM samples "
-                "ORDER BY jaro_winkler_similarity(sample_key, ?) DESC, sample_key LIMIT 1",
-                [key],
-            ).fetchone()
+        near = self._sql(
+            "SELECT sample_key FROM samples "
+            "ORDER BY jaro_winkler_similarity(sample_key, ?) DESC, sample_key LIMIT 1",
+            key,
+        )
         raise ConfigError(
             f"{self.source} has no sample {key!r} with a vector in {self.uri}; did you mean "
-            f"{near[0] if near else ''!r}?"
+            f"{near['sample_key'][0].as_py()!r}?"
         )
 
 
