@@ -36,11 +36,21 @@ class InputConfig:
     """crop: largest centred square; resize: stretch; align: five landmarks onto `template`."""
     landmarks_column: str = "landmarks5"
     """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
-    template: Literal["face", "ffhq"] | str = field(default="face", metadata=FILE)
-    """align: target points; "face" is the bundled generator's template; or a JSON file of five."""
+    template: Literal["auto", "face", "ffhq"] | str = field(default="auto", metadata=FILE)
+    """align: where the five points go. "auto": as the generator's card says; "face": the bundled
+    generator's template; "ffhq": the crop of the FFHQ data set; or a JSON file of five points."""
     detector: str | None = None
-    """align: "package.module:function" that finds the five points (0..1) in an upright [H W 3]
-    picture, or returns None; asked where there are no landmarks."""
+    """align: finds faces where there are no landmarks. "mtcnn", which the extra `faces` installs; or
+    "package.module:function" that finds the five points (0..1) of the one face in an upright
+    [H W 3] picture, or returns None."""
+    faces: Literal["all", "largest"] = "all"
+    """align by mtcnn: a sample for each face of a photograph, `photo.jpg#0` the largest; or the
+    largest alone, under the photograph's own key."""
+    min_face: Annotated[int, Ge(12)] = 40
+    """align by mtcnn: side of the smallest face looked for, pixels."""
+    check_aligned: bool = True
+    """crop, resize: flag pictures whose face is not where the template has it, where the extra
+    `faces` is installed and the template is known."""
     max_pixels: Annotated[int, Ge(1)] = 100_000_000
     """Pictures with more pixels fail as rows (decompression bombs)."""
 

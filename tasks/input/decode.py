@@ -14,6 +14,8 @@ twice the resolution remains.
 import io
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
@@ -21,7 +23,8 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from models.errors import RefineryError, SampleError
-from tasks.input.align import align, jpeg_size_for
+from tasks.input.align import FFHQ, align, jpeg_size_for
+from tasks.input.face import Crop
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 
@@ -51,13 +54,44 @@ UPRIGHT = {
 
 
 def decode(sample: RawSample, input: InputConfig, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture of a sample as uint8 RGB [resolution resolution 3]; the same bytes every time.
+    """The picture of a sample as uint8 RGB [resolution resolution 3], the largest face of it where
+    faces are looked for; the same bytes every time.
+
+    Raises:
+        SampleError, ConfigError, AssetError: as `decode_all`, and for a face that cannot be aligned.
+    """
+    first = decode_all(sample, input, resolution)[0]
+    if first.error is not None:
+        raise first.error
+    assert first.picture is not None
+    return first.picture
+
+
+def decode_all(sample: RawSample, input: InputConfig, resolution: int) -> list[Crop]:
+    """All that a sample shows: one crop, or with a detector one for each face.
 
     Raises:
         SampleError: kind "read" (the sample came with an error), "too_large" (more pixels than
             `input.max_pixels`, told from the header), "decode" (empty, truncated, corrupt or no
-            picture), "align" (no usable landmarks).
+            picture), "align" (no landmarks, no face).
         ConfigError, AssetError: the template or detector cannot be loaded.
+    """
+    with opened(sample, input.max_pixels) as image:
+        full = image.size if _orientation(image) < 5 else image.size[::-1]
+        _shrink_while_decoding(image, sample, input, resolution)
+        image.load()
+        upright = to_rgb(turn_upright(image))
+    if input.fit == "align":
+        return align(upright, sample.landmarks, input, resolution, full)
+    return [Crop(picture=_fit(upright, input.fit == "crop", resolution))]
+
+
+@contextmanager
+def opened(sample: RawSample, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """A sample's picture, its header read; inside, whatever goes wrong with it is a SampleError.
+
+    Raises:
+        SampleError: see `decode_all`.
     """
     if sample.error is not None:
         raise sample.error
@@ -65,10 +99,8 @@ def decode(sample: RawSample, input: InputConfig, resolution: int) -> UInt8[np.n
         raise SampleError("decode", "the file is empty (0 bytes)")
     try:
         with _QUIET, Image.open(io.BytesIO(sample.data), formats=FORMATS) as image:
-            _check_size(image, input.max_pixels)
-            _shrink_while_decoding(image, sample, input, resolution)
-            image.load()
-            upright = to_rgb(_turn_upright(image))
+            _check_size(image, max_pixels)
+            yield image
     except (RefineryError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -77,9 +109,6 @@ def decode(sample: RawSample, input: InputConfig, resolution: int) -> UInt8[np.n
         # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, IndexError
         # and more; whatever it is, it is this picture's.
         raise SampleError("decode", f"damaged picture: {_reason(problem)}") from problem
-    if input.fit == "align":
-        return align(upright, sample.landmarks, input, resolution)
-    return _fit(upright, input.fit == "crop", resolution)
 
 
 def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -99,8 +128,8 @@ def _shrink_while_decoding(
         return
     wanted = (2 * resolution, 2 * resolution)
     if input.fit == "align":
-        if sample.landmarks is None:  # the detector needs all of the picture
-            return
+        if sample.landmarks is None or input.template == FFHQ:
+            return  # the detector, and the recipe, need all of the picture
         width, height = image.size
         if _orientation(image) >= 5:  # stored lying on its side
             high, wide = jpeg_size_for((height, width), sample.landmarks, input, resolution)
@@ -117,7 +146,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says it is to be seen."""
     method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 

@@ -15,6 +15,8 @@ from typing import IO, cast
 import numpy as np
 
 from models.errors import LedgerError, RefineryError
+from tasks.input.detect import finds_several
+from tasks.input.face import photo_keys
 from tasks.input.parquet import open_parquet, parquet_errors, parquet_keys
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
@@ -149,6 +151,8 @@ def _check_rows(
             f"compared: {error}"
         )
         return
+    if finds_several(config):
+        keys = photo_keys(keys, set(expected))
     _compare("latents against the manifest", keys, expected, check)
 
 

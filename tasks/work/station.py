@@ -200,6 +200,7 @@ class Station(ABC):
             metrics=layout.metrics,
             pictures=layout.pictures,
             variants=layout.variants,
+            faces=layout.faces,
         )
 
     @property
