@@ -11,9 +11,11 @@ Colour profiles are not applied. Large JPEGs are decoded at a half, quarter or e
 twice the resolution remains.
 """
 
-import io
+import math
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
@@ -22,6 +24,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from models.errors import RefineryError, SampleError
 from tasks.input.align import align, jpeg_size_for
+from tasks.input.limits import PIXELS, TimedBytes, too_many_bytes
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 
@@ -38,6 +41,8 @@ FORMATS = tuple(
 """Pillow knows more; some of them start other programs (EPS) or are never photographs."""
 REDUCING_GAP = 3.0
 """Box-shrink first, down to so many times the target, then LANCZOS: as good, and much faster."""
+STRIP_PIXELS = 2**22
+"""What needs several copies of a picture makes them of so much of it at a time."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,20 +60,42 @@ def decode(sample: RawSample, input: InputConfig, resolution: int) -> UInt8[np.n
 
     Raises:
         SampleError: kind "read" (the sample came with an error), "too_large" (more pixels than
-            `input.max_pixels`, told from the header), "decode" (empty, truncated, corrupt or no
-            picture), "align" (no usable landmarks).
+            `input.max_pixels`, told from the header, more bytes than `input.max_bytes`, or more
+            time than `input.max_decode_s`), "decode" (empty, truncated, corrupt or no picture),
+            "align" (no usable landmarks).
         ConfigError, AssetError: the template or detector cannot be loaded.
     """
     if sample.error is not None:
         raise sample.error
     if not sample.data:
         raise SampleError("decode", "the file is empty (0 bytes)")
+    problem = too_many_bytes("the file", len(sample.data), input.max_bytes)
+    if problem is not None:
+        raise problem
+    with ExitStack() as held:
+        upright = _upright(sample, input, resolution, held)
+        if input.fit == "align":
+            return align(upright, sample.landmarks, input, resolution)
+        return _fit(upright, input.fit == "crop", resolution)
+
+
+def _upright(
+    sample: RawSample, input: InputConfig, resolution: int, held: ExitStack
+) -> Image.Image:
+    """The whole picture as RGB; its room among the decoded ones is kept until `held` closes."""
+    assert sample.data is not None
+    file = TimedBytes(sample.data, input.max_decode_s)
     try:
-        with _QUIET, Image.open(io.BytesIO(sample.data), formats=FORMATS) as image:
+        with _QUIET, Image.open(file, formats=FORMATS) as image:
             _check_size(image, input.max_pixels)
+            whole = math.prod(image.size)
             _shrink_while_decoding(image, sample, input, resolution)
+            # A progressive JPEG keeps all its coefficients, however small it is to become.
+            is_streamed = "progressive" not in image.info
+            held.enter_context(PIXELS.hold(math.prod(image.size) if is_streamed else whole))
             image.load()
-            upright = to_rgb(_turn_upright(image))
+            file.check()
+            return to_rgb(_turn_upright(image))
     except (RefineryError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -77,9 +104,6 @@ def decode(sample: RawSample, input: InputConfig, resolution: int) -> UInt8[np.n
         # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, IndexError
         # and more; whatever it is, it is this picture's.
         raise SampleError("decode", f"damaged picture: {_reason(problem)}") from problem
-    if input.fit == "align":
-        return align(upright, sample.landmarks, input, resolution)
-    return _fit(upright, input.fit == "crop", resolution)
 
 
 def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -131,24 +155,48 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_wide_to_grey(image)).convert("RGB")
+        _check_range(image)
+        return _by_strips(image, _wide_to_rgb)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _by_strips(image, _on_white)
     return image.convert("RGB")
 
 
-def _wide_to_grey(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What makes RGB of each pixel by itself, in little memory."""
+    found = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        found.paste(convert(strip), (0, top))
+    return found
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _check_range(image: Image.Image) -> None:
+    ends = [(np.asarray(strip).min(), np.asarray(strip).max()) for _, strip in _strips(image)]
+    low, high = np.min(ends), np.max(ends)
+    kind, most = ("float", 1) if image.mode == "F" else ("32-bit", 65535)
+    if not (low >= 0 and high <= most):  # also for NaN
+        raise SampleError("decode", f"{kind} values from {low} to {high}; expected 0 to {most}")
+
+
+def _wide_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    low, high = values.min(), values.max()
     if image.mode == "F":
-        if not (low >= 0 and high <= 1):  # also false for NaN
-            raise SampleError("decode", f"float values from {low} to {high}; expected 0 to 1")
-        return np.rint(values * 255).astype(np.uint8)
-    if low < 0 or high > 65535:
-        raise SampleError("decode", f"32-bit values from {low} to {high}; expected 0 to 65535")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        grey = np.rint(values * 255).astype(np.uint8)
+    else:
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _fit(image: Image.Image, is_cropped: bool, resolution: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from models.inversion.registry import load_method
 from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
 from tasks.input.decode import decode
+from tasks.input.limits import chunks
 from tasks.input.plan import plan_shards
 from tasks.input.read import RawSample, read_shard
 from tasks.job import JobConfig, ShardSpec
@@ -78,13 +78,13 @@ class Inverter(Station):
     def read(self, attempt: Attempt, pool: Executor) -> Iterator[Batch]:
         """Each `job.batch` pictures that can be decoded, in order, make a batch."""
         job, watch = self.job, attempt.watch
-        samples = read_shard(attempt.spec, job.input)
+        samples = chunks(read_shard(attempt.spec, job.input), job.batch)
         decoded = partial(decode_row, job=job, resolution=self.generator.resolution)
         good: list[tuple[Row, np.ndarray]] = []
         while True:
             with watch("read"):
-                chunk = list(islice(samples, job.batch))
-            if not chunk:
+                chunk = next(samples, None)
+            if chunk is None:
                 break
             crash_point("in_decode", attempt.spec.id)
             with watch("decode"):
@@ -92,7 +92,7 @@ class Inverter(Station):
                     attempt.rows.append(row)
                     if picture is not None:
                         good.append((row, picture))
-            if len(good) >= job.batch:
+            while len(good) >= job.batch:
                 yield _batch(good[: job.batch])
                 good = good[job.batch :]
         if good:
