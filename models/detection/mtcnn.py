@@ -261,15 +261,11 @@ class Mips:
     def scaled(self, scale: float) -> Image.Image:
         """The whole picture `scale` times as large."""
         size = tuple(math.ceil(length * scale) for length in self.size)
-        box = (0, 0, *self.size)
         source = self._half(max(0, math.floor(-math.log2(scale))))
-        if source is not self._halves[0]:
-            box = (0, 0, *(source.width, source.height))
-        return source.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR, box)
+        how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
+        return source.resize(size, how)
 
-    def patches(
-        self, corner: np.ndarray, across: np.ndarray, side: int
-    ) -> list[Image.Image]:
+    def patches(self, corner: np.ndarray, across: np.ndarray, side: int) -> list[Image.Image]:
         """Squares as pictures of `side` pixels; what lies outside of the picture is black."""
         return [self._patch(c, a, side) for c, a in zip(corner, across, strict=True)]
 
@@ -318,8 +314,8 @@ def suppressed(
 def upright_squares(
     points: Complex128[np.ndarray, "N 5"],
 ) -> tuple[Complex128[np.ndarray, " N"], Complex128[np.ndarray, " N"]]:
-    """Corner and upper side of squares in which faces stand as in `UPRIGHT_POINTS`: the least-squares
-    similarity from there."""
+    """Corner and upper side of squares in which faces stand as in `UPRIGHT_POINTS`: least squares
+    over similarities."""
     model = UPRIGHT_POINTS - UPRIGHT_POINTS.mean()
     centre = points.mean(1)
     across = (points - centre[:, None]) @ model.conj() / np.sum(np.abs(model) ** 2)

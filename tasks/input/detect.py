@@ -86,7 +86,7 @@ FURTHEST_OFF = 0.08
 
 
 def face_square(template: np.ndarray) -> tuple[complex, complex]:
-    """Corner and upper side of the square in which mtcnn sees a face on a template, in its units."""
+    """Corner and upper side of the square in which mtcnn sees a face on a template."""
     squares = importlib.import_module("models.detection.mtcnn").upright_squares
     corner, across = squares(as_complex(template)[None])
     return complex(corner[0]), complex(across[0])

@@ -1,10 +1,10 @@
 """The crop of the FFHQ data set, step by step as its makers cut it, to the pixel.
 
-The rule (Karras et al., "Progressive growing of GANs", 2018, appendix C): with e the vector between
-the eyes and m the one from the eyes' middle to the mouth's, the crop's x axis is along e - i m, half
-its side is max(2 |e|, 1.8 |m|), and its centre lies at the eyes' middle + 0.1 m. What lies outside
-of the photograph is its reflection, blurred and faded to the median colour. Encoders that were
-trained on FFHQ have learned these borders too.
+The rule (Karras et al., "Progressive growing of GANs", 2018, appendix C): with e the vector
+between the eyes and m the one from the eyes' middle to the mouth's, the crop's x axis is along
+e - i m, half its side is max(2 |e|, 1.8 |m|), and its centre lies at the eyes' middle + 0.1 m. What
+lies outside of the photograph is its reflection, blurred and faded to the median colour. Encoders
+that were trained on FFHQ have learned these borders too.
 """
 
 import math

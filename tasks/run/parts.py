@@ -105,7 +105,11 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
 def _face_columns(rows: Sequence[Row]) -> list[tuple[pa.Field, Any]]:
     """face_box [4], face_points [5 2], face_transform [4] (real and imaginary parts of a, b) and
     face_score; null where there is no face, or nobody told."""
-    kinds = {"box": (np.float32, (4,)), "points": (np.float32, (5, 2)), "transform": (float, (2, 2))}
+    kinds = {
+        "box": (np.float32, (4,)),
+        "points": (np.float32, (5, 2)),
+        "transform": (float, (2, 2)),
+    }
     columns: list[tuple[pa.Field, Any]] = []
     for name, (dtype, shape) in kinds.items():
         field_ = _tensor_field(f"face_{name}", np.dtype(dtype), shape)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from tasks.input.detect import (
     shows_face,
 )
 from tasks.input.face import Crop, face_key
+from tasks.input.limits import chunks
 from tasks.input.plan import plan_shards
 from tasks.input.read import RawSample, read_shard
 from tasks.job import JobConfig, ShardSpec
@@ -95,12 +96,12 @@ class Inverter(Station):
     def read(self, attempt: Attempt, pool: Executor) -> Iterator[Batch]:
         """Each `job.batch` pictures that can be decoded, in order, make a batch."""
         job, watch = self.job, attempt.watch
-        samples = read_shard(attempt.spec, job.input)
+        samples = chunks(read_shard(attempt.spec, job.input), job.batch)
         good: list[tuple[Row, np.ndarray]] = []
         while True:
             with watch("read"):
-                chunk = list(islice(samples, job.batch))
-            if not chunk:
+                chunk = next(samples, None)
+            if chunk is None:
                 break
             crash_point("in_decode", attempt.spec.id)
             with watch("decode"):

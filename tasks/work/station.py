@@ -117,7 +117,7 @@ class Station(ABC):
 
     Scores are of the stored pictures, rounded to 8 bits, so that whoever reads the run can compute
     the same numbers again. Row n depends on sample n and its key alone, apart from rounding that
-    follows the batch size; a job's batches are always the same, and so are its bytes.
+    follows the batch size: a run whose `batch` stays has the same bytes whoever does it.
 
     Args:
         job: what to do.

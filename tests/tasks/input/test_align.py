@@ -11,8 +11,8 @@ from PIL import Image
 from models.errors import AssetError, ConfigError, SampleError
 from tasks.input.align import FACE_POINTS, similarity, template_points
 from tasks.input.align import align as align_all
-from tasks.input.ffhq import ffhq_points
 from tasks.input.decode import decode
+from tasks.input.ffhq import ffhq_points
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 
