@@ -49,6 +49,7 @@ ROOMS = (
     "work",
     "verify",
     "report",
+    "export",
     "directions",
     "adapt",
     "training",

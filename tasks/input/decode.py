@@ -131,7 +131,7 @@ def _upright(
     with _damage(sample), _QUIET:
         image = held.enter_context(Image.open(file, formats=FORMATS))
         _check_size(image, input.max_pixels)
-        full = image.size if _orientation(image) < 5 else image.size[::-1]
+        full = image.size if orientation(image) < 5 else image.size[::-1]
         whole = math.prod(image.size)
         if resolution is not None:
             _shrink_while_decoding(image, sample, input, resolution)
@@ -178,7 +178,7 @@ def _shrink_while_decoding(
         if sample.landmarks is None or input.template == FFHQ:
             return  # the detector, and the recipe, need all of the picture
         width, height = image.size
-        if _orientation(image) >= 5:  # stored lying on its side
+        if orientation(image) >= 5:  # stored lying on its side
             high, wide = jpeg_size_for((height, width), sample.landmarks, input, resolution)
             wanted = (wide, high)
         else:
@@ -186,7 +186,8 @@ def _shrink_while_decoding(
     image.draft(image.mode, wanted)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """How the EXIF block says the picture lies, 1 (upright) to 8."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block does not spoil the picture
@@ -195,7 +196,7 @@ def _orientation(image: Image.Image) -> int:
 
 def turn_upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF orientation says it is to be seen."""
-    method = UPRIGHT.get(_orientation(image))
+    method = UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
 
 

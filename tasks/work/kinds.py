@@ -25,6 +25,11 @@ KINDS = {
         "tasks.work.rescore:Rescorer",
         "Score the stored pictures of RUN again into the run OUT, with other metrics or networks.",
     ),
+    "compose": Kind(
+        "tasks.work.compose:ComposeJob",
+        "tasks.work.compose:Composer",
+        "Put the faces of RUN back into their photographs, as files in the run OUT.",
+    ),
 }
 
 
