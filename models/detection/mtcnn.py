@@ -132,7 +132,7 @@ class Mtcnn:
         """
         torch.set_num_threads(1)
         for turns in range(4):
-            turned = picture if turns == 0 else picture.transpose(TURNS[turns])
+            turned = picture if turns == 0 else picture.transpose(TURNS[turns - 1])
             found = self._find(Mips(turned), min_face)
             if found:
                 return [_turned_back(face, picture.size, turns) for face in found]
@@ -166,7 +166,7 @@ class Mtcnn:
         best = [n for n in np.argsort(-sides, kind="stable") if score[n] > LEAST_SCORE]
         return [
             FoundFace(
-                points=np.stack([points[n].real, points[n].imag], axis=1),
+                points=as_points(points[n]),
                 box=tuple(map(float, boxes[n])),  # type: ignore[arg-type]
                 score=float(score[n]),
             )
@@ -260,7 +260,7 @@ class Mips:
 
     def scaled(self, scale: float) -> Image.Image:
         """The whole picture `scale` times as large."""
-        size = tuple(math.ceil(length * scale) for length in self.size)
+        size = (math.ceil(self.size[0] * scale), math.ceil(self.size[1] * scale))
         source = self._half(max(0, math.floor(-math.log2(scale))))
         how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
         return source.resize(size, how)
@@ -333,7 +333,6 @@ def _without_doubles(order: Sequence[Any], points: np.ndarray) -> list[Any]:
 
 
 TURNS = (
-    None,
     Image.Transpose.ROTATE_90,
     Image.Transpose.ROTATE_180,
     Image.Transpose.ROTATE_270,
@@ -350,16 +349,18 @@ def _turned_back(face: FoundFace, size: tuple[int, int], turns: int) -> FoundFac
     places = turn * (face.points[:, 0] + 1j * face.points[:, 1]) + origin
     left, top, right, bottom = face.box
     corners = turn * np.array([left + 1j * top, right + 1j * bottom]) + origin
-    box = (*_low(corners), *(-value for value in _low(-corners)))
-    return FoundFace(np.stack([places.real, places.imag], axis=1), box, face.score)  # type: ignore[arg-type]
+    low, high = as_points(corners).min(0), as_points(corners).max(0)
+    box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+    return FoundFace(as_points(places), box, face.score)
 
 
-def _low(corners: np.ndarray) -> tuple[float, float]:
-    return float(corners.real.min()), float(corners.imag.min())
+def as_points(places: np.ndarray) -> Float64[np.ndarray, "K 2"]:
+    """x + iy to (x, y)."""
+    return np.stack([np.real(places), np.imag(places)], axis=1)
 
 
 def _boxes(corner: np.ndarray, side: np.ndarray) -> Float64[np.ndarray, "N 4"]:
-    x, y = corner.real, corner.imag
+    x, y = as_points(corner).T
     return np.stack([x, y, x + side, y + side], axis=1)
 
 

@@ -41,7 +41,7 @@ Align = Annotated[
     bool,
     Parameter(
         name="--align",
-        help="IN holds photographs: find the faces (extra `faces`), bring each onto the generator's "
+        help="IN holds photographs: find faces (extra `faces`), bring each onto the generator's "
         "template; short for --set input.fit=align --set input.detector=mtcnn.",
         negative=(),
     ),

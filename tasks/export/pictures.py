@@ -1,5 +1,6 @@
 """Pictures of a run as files."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from models.errors import ConfigError, LedgerError
 from tasks.run.ledger import read_declared, read_markers, read_run
 from tasks.run.marker import Marker
 from tasks.run.rows import SUFFIX
-from tasks.storage.files import file_info, join, write_bytes
+from tasks.storage.files import exists, file_info, join, read_bytes, write_bytes
 from tasks.storage.names import file_name
 from tasks.storage.part_files import PartFile, part_errors
 
+CLAIM = ".export.json"
 THREADS = 16
 """Files written side by side: stores answer slowly, and disks in any order."""
 
@@ -47,7 +49,8 @@ def export_pictures(
 
     Raises:
         LedgerError: there is no run, a part is damaged, or a file cannot be written.
-        ConfigError: the run has not stored such pictures, or two samples would share a file.
+        ConfigError: the run has not stored such pictures, the folder holds another export, or two
+            samples would share a file.
     """
     declared, config = read_declared(run_uri), read_run(run_uri)["config"]
     names = tuple(dict.fromkeys(pictures)) or declared.variants or ("inversion",)
@@ -57,6 +60,7 @@ def export_pictures(
                 f"{run_uri} has stored no pictures {name!r}, only "
                 f"{', '.join(declared.pictures) or 'codes'}; see output.pictures"
             )
+    _claim(folder, run_uri, names)
     suffix = SUFFIX[config["output"]["picture_format"]]
     claimed: dict[str, str] = {}
     written = kept = 0
@@ -78,6 +82,19 @@ def export_pictures(
                 written, kept = written + sum(done), kept + len(done) - sum(done)
                 on_progress(written + kept)
     return Exported(written=written, kept=kept)
+
+
+def _claim(folder: str, run_uri: str, names: Sequence[str]) -> None:
+    """Say whose pictures are in the folder: the size of a file would not tell another run's."""
+    uri = join(folder, CLAIM)
+    mine = {"run_id": read_run(run_uri)["run_id"], "pictures": list(names)}
+    if not exists(uri):
+        write_bytes(uri, json.dumps(mine).encode())
+    elif json.loads(read_bytes(uri, LedgerError)) != mine:
+        raise ConfigError(
+            f"{folder} holds another export (see {CLAIM} in it): other pictures, or another run's; "
+            "choose another folder, or remove that one"
+        )
 
 
 def _write(uri: str, data: bytes) -> bool:

@@ -131,7 +131,7 @@ def _upright(
     with _damage(sample), _QUIET:
         image = held.enter_context(Image.open(file, formats=FORMATS))
         _check_size(image, input.max_pixels)
-        full = image.size if orientation(image) < 5 else image.size[::-1]
+        full = image.size if orientation(image) < 5 else (image.height, image.width)
         whole = math.prod(image.size)
         if resolution is not None:
             _shrink_while_decoding(image, sample, input, resolution)

@@ -48,6 +48,11 @@ def as_complex(points: np.ndarray) -> Complex128[np.ndarray, "5"]:
     return points[:, 0] + 1j * points[:, 1]
 
 
+def as_points(places: np.ndarray) -> Float64[np.ndarray, "K 2"]:
+    """x + iy to (x, y)."""
+    return np.stack([np.real(places), np.imag(places)], axis=1)
+
+
 def face_key(photo_key: str, number: int | None) -> str:
     """The key of a face: "photo.jpg#0"; of a photograph that is the sample, its own."""
     return photo_key if number is None else f"{photo_key}#{number}"

