@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import editing, models, runs, similar
+from pipeline.commands import editing, models, photos, runs, similar
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -39,6 +39,7 @@ COMMANDS = {
         similar.similar,
         similar.duplicates,
         runs.report,
+        photos.export,
     ),
     Group("Models", sort_key=1): (
         models.methods,

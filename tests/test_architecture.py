@@ -50,6 +50,7 @@ ROOMS = (
     "verify",
     "report",
     "similar",
+    "export",
     "directions",
     "adapt",
     "training",

@@ -17,6 +17,7 @@ from tasks.report.aggregates import (
     pair_groups,
     ranking_metric,
 )
+from tasks.report.alignment import alignment_line
 from tasks.report.edits import EditData, gather_edits
 from tasks.report.timeline import Timeline, timeline
 from tasks.run import ledger
@@ -41,6 +42,7 @@ class ReportData:
         stages: (name, busy seconds summed over all shards).
         columns: by view, what `refinery query` can ask for.
         edits: of a run of edits; None for inversions.
+        warning: pictures do not look aligned; None where there is nothing to say.
     """
 
     run_uri: str
@@ -66,6 +68,7 @@ class ReportData:
     stages: tuple[tuple[str, float], ...]
     columns: dict[str, tuple[str, ...]]
     edits: EditData | None
+    warning: str | None = None
 
 
 def gather(run_uri: str) -> ReportData:
@@ -100,6 +103,7 @@ def gather(run_uri: str) -> ReportData:
             for shard, lost in ledger.read_quarantine(run_uri).items()
         ),
         timeline=timeline(markers),
+        warning=alignment_line(run_uri),
         stages=_stages(markers, declared.stages),
         **_from_rows(run_uri, config, declared, markers),
     )

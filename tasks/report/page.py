@@ -103,7 +103,8 @@ def _facts(data: ReportData) -> str:
         f"<li>{escape(note)} ({counted(shards, 'shard')})</li>" for note, shards in data.notes
     )
     listed = f"<h2 class='small'>Notes of the workers</h2><ul>{notes}</ul>" if notes else ""
-    return f'<dl class="facts">{"".join(cells)}</dl>{listed}'
+    warning = f"<p><strong>{escape(data.warning)}</strong></p>" if data.warning else ""
+    return f'{warning}<dl class="facts">{"".join(cells)}</dl>{listed}'
 
 
 # ------------------------------------------------------------------ what went wrong

@@ -52,6 +52,7 @@ class Declared:
         method: chain of methods that made the codes, e.g. "e4e+wplus".
         metrics, pictures: columns of latents/ and of images/.
         variants: those pictures that are edits of "inversion".
+        faces: whether latents/ says where in their photographs the samples are.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Declared:
     metrics: tuple[str, ...]
     pictures: tuple[str, ...]
     variants: tuple[str, ...] = ()
+    faces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

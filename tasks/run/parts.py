@@ -55,6 +55,9 @@ class Layout:
         metrics: names of the metric columns, in order.
         shape: (L, D) of w_plus.
         variants: names of the edited pictures, stored beside those of `output`.
+        faces: samples were aligned: box, points, transform and score of each face.
+        checked: they were not, and it was looked whether they are.
+        texts: names of columns of texts.
     """
 
     method: str
@@ -62,6 +65,9 @@ class Layout:
     shape: tuple[int, int]
     output: OutputConfig
     variants: tuple[str, ...] = ()
+    faces: bool = False
+    checked: bool = False
+    texts: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -75,7 +81,7 @@ class Layout:
 def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
     """sample_key, image_uri, image_sha256, status, error_kind, error, method, w_plus, metrics,
     seed, run_id. Codes and metrics of failed rows are null."""
-    text = pa.string()
+    text, looks = pa.string(), [r.looks_aligned for r in rows]
     codes = _tensor_field("w_plus", np.dtype(layout.output.latents), layout.shape)
     columns: list[tuple[pa.Field, Any]] = [
         (pa.field("sample_key", text, nullable=False), [r.sample_key for r in rows]),
@@ -93,10 +99,36 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
             (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
             for name in layout.metrics
         ),
+        *(_face_columns(rows) if layout.faces else ()),
+        *([(pa.field("looks_aligned", pa.bool_()), looks)] if layout.checked else ()),
+        *((pa.field(name, text), [r.texts.get(name) for r in rows]) for name in layout.texts),
         (pa.field("seed", pa.int64(), nullable=False), [r.seed for r in rows]),
         (pa.field("run_id", text, nullable=False), [run_id] * len(rows)),
     ]
     return _table(columns)
+
+
+def _face_columns(rows: Sequence[Row]) -> list[tuple[pa.Field, Any]]:
+    """face_box [4], face_points [5 2], face_transform [4] (real and imaginary parts of a, b) and
+    face_score; null where there is no face, or nobody told."""
+    kinds = {
+        "box": (np.float32, (4,)),
+        "points": (np.float32, (5, 2)),
+        "transform": (float, (2, 2)),
+    }
+    columns: list[tuple[pa.Field, Any]] = []
+    for name, (dtype, shape) in kinds.items():
+        field_ = _tensor_field(f"face_{name}", np.dtype(dtype), shape)
+        columns.append((field_, _tensor_array([_face_values(r, name) for r in rows], field_.type)))
+    scores = [r.face.score if r.face else None for r in rows]
+    return [*columns, (pa.field("face_score", pa.float32()), scores)]
+
+
+def _face_values(row: Row, name: str) -> np.ndarray | None:
+    value = None if row.face is None else getattr(row.face, name)
+    if name == "transform" and value is not None:
+        return np.array([(each.real, each.imag) for each in value])
+    return None if value is None else np.asarray(value)
 
 
 def images_table(rows: Sequence[Row], layout: Layout) -> pa.Table:

@@ -30,6 +30,11 @@ KINDS = {
         "tasks.work.index:Indexer",
         "Index the samples of RUN for `similar` and `duplicates`.",
     ),
+    "compose": Kind(
+        "tasks.work.compose:ComposeJob",
+        "tasks.work.compose:Composer",
+        "Put the faces of RUN back into their photographs, as files in the run OUT.",
+    ),
 }
 
 

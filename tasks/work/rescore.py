@@ -80,6 +80,7 @@ class Rescorer(StoredStation):
             metrics=(*(f"{name}{end}" for end in self.pairs for name in self.scores), *codes),
             shape=self.shape,
             output=self.job.output,
+            faces=self.has_faces,
         )
 
     @torch.inference_mode()
