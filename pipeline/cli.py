@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import editing, models, photos, runs, similar
+from pipeline.commands import asking, editing, models, photos, runs, similar
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -34,11 +34,14 @@ COMMANDS = {
         editing.edit,
         runs.status,
         runs.verify,
-        runs.query,
+        runs.report,
+        asking.runs,
+        asking.query,
         similar.index,
         similar.similar,
         similar.duplicates,
-        runs.report,
+        asking.diff,
+        asking.reproduce,
         photos.export,
     ),
     Group("Models", sort_key=1): (

@@ -10,13 +10,15 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.errors import ConfigError
+from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
+from pipeline.metadata import metadata_kept
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.metadata import write_metadata
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
@@ -154,7 +156,8 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
     del markers
     started = tally.started
     if waiting:
-        _work(handle, job, record["weights"], engine, tally)
+        with metadata_kept(run_uri, on_progress) as tally.on_progress:
+            _work(handle, job, record["weights"], engine, tally)
     on_progress(tally.snapshot())
     return Outcome(
         run_uri=run_uri,
@@ -204,7 +207,7 @@ def local_device() -> str:
 
 
 def seal(run_uri: str) -> str:
-    """Close the run and remove what killed attempts left behind.
+    """Close the run, remove what killed attempts left behind, put its metadata into one file.
 
     Returns:
         The URI of _SEALED.json.
@@ -214,6 +217,10 @@ def seal(run_uri: str) -> str:
     """
     uri = ledger.seal(run_uri)
     ledger.remove_orphans(run_uri)
+    try:
+        write_metadata(run_uri)
+    except LedgerError as error:  # answers do not need it, and verification says what is wrong
+        logger.warning("%s: its metadata are not in one file: %s", run_uri, error)
     return uri
 
 

@@ -48,6 +48,7 @@ ROOMS = (
     "run",
     "work",
     "verify",
+    "catalogue",
     "report",
     "similar",
     "export",
@@ -81,7 +82,8 @@ def test_rooms_of_tasks_import_down_only() -> None:
     }
     assert wrong == {}
     for path in (ROOT / "tasks").glob("*.py"):
-        assert rooms_imported(path) == set(), path
+        # The face of the package, `open_run`, is found when it is asked for.
+        assert path.name == "__init__.py" or rooms_imported(path) == set(), path
 
 
 def test_what_a_run_holds_is_read_without_torch() -> None:

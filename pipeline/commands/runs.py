@@ -166,27 +166,6 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     return UNCLEAN if found.problems else OK
 
 
-def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
-    """SQL over the committed rows: views latents, images and commits (DuckDB).
-
-    Args:
-        sql: e.g. "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10".
-        out: write the result to a .csv, .json or .parquet file instead of printing it.
-    """
-    from tasks.run.query import export
-    from tasks.run.query import query as run_query
-
-    found = run_query(run, sql)
-    if out is not None:
-        export(found, out)
-        console.print(f"{found.num_rows} rows written to {out}", highlight=False)
-        return OK
-    from pipeline.screen import query_table
-
-    console.print(query_table(found, console.width))
-    return OK
-
-
 def report(run: Run, /) -> int:
     """Write the run's page of pictures and figures, one HTML file."""
     from tasks.report import write_report

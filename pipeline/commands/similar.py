@@ -95,9 +95,9 @@ def similar(  # noqa: PLR0913 - a command's options are its arguments
         )
     found_index = _open(run, index, space or ("clip" if text is not None else None))
     if table is not None:
-        from tasks.similar.labels import read_table
+        from tasks.run.user_table import read_table
 
-        found_index.label(read_table(table))
+        found_index.label(read_table(table, "labels"))
     ((option, value),) = given.items()
     leave_out = [value] if option == "--key" else []
     (found,) = found_index.search(_asked(found_index, option, value), k, where, leave_out=leave_out)
@@ -153,7 +153,7 @@ def _asked(index: "Index", option: str, value: str) -> "np.ndarray":
 
 def _show(found: "pa.Table", out: str | None) -> int:
     if out is not None:
-        from tasks.run.query import export
+        from tasks.run.export import export
 
         export(found, out)
         console.print(f"{found.num_rows} rows written to {out}", highlight=False)

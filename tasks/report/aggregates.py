@@ -202,13 +202,16 @@ def _picture_columns(images: pa.Schema | None) -> list[str]:
 def _pictures(
     ask: Ask, stored: list[str], keys: set[str]
 ) -> Mapping[str, Mapping[str, bytes | None]]:
-    """The encoded pictures of a few samples; statistics skip the row groups without them."""
+    """The encoded pictures of a few samples."""
     if not keys:
         return {}
-    wanted = ", ".join(f"{quoted(name)}.bytes AS {quoted(name)}" for name in stored)
+    wanted = ", ".join(map(quoted, stored))
     listed = ", ".join("'" + key.replace("'", "''") + "'" for key in sorted(keys))
     found = ask(f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed})")
-    return {row.pop("sample_key"): row for row in found.to_pylist()}
+    return {
+        row["sample_key"]: {name: row[name] and row[name]["bytes"] for name in stored}
+        for row in found.to_pylist()
+    }
 
 
 def failed_rows(ask: Ask) -> tuple[tuple[str, str, str], ...]:

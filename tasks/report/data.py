@@ -123,17 +123,17 @@ def _from_rows(
             "columns": {},
             "edits": gather_edits(None, config, {}) if is_edit else None,
         }
-    with open_views(run_uri) as (connection, views):
+    with open_views(run_uri) as session:
 
         def ask(sql: str) -> pa.Table:
             try:
-                return connection.sql(sql).to_arrow_table()
+                return session.ask(sql)
             except duckdb.Error as error:
                 raise LedgerError(
                     f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
                 ) from error
 
-        schemas = {view: ask(f"SELECT * FROM {view} LIMIT 0").schema for view in views}
+        schemas = {view: ask(f"SELECT * FROM {view} LIMIT 0").schema for view in session.names}
         found = metrics(ask, schemas["latents"], sum(marker.rows for marker in markers))
         ranked = ranking_metric(found)
         return {

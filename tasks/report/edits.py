@@ -110,12 +110,13 @@ def _samples(ask: Ask, columns: tuple[str, ...]) -> tuple[tuple[str, Mapping[str
     )["sample_key"].to_pylist()
     if not keys:
         return ()
-    wanted = ", ".join(f"{quoted(name)}.bytes AS {quoted(name)}" for name in columns)
+    wanted = ", ".join(map(quoted, columns))
     listed = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
     found = ask(
-        f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed}) ORDER BY 1"
+        f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed}) "
+        "ORDER BY sample_key"
     ).to_pylist()
-    return tuple((row.pop("sample_key"), row) for row in found)
+    return tuple((row["sample_key"], {n: row[n]["bytes"] for n in columns}) for row in found)
 
 
 # ------------------------------------------------------------------ the page

@@ -13,17 +13,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.job import FILE, PLACE, ROUNDING, Job
-from tasks.run.manifest import ManifestInfo
+
+if TYPE_CHECKING:
+    from tasks.run.manifest import ManifestInfo
 
 VERSION = 3
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".json", ".npy", ".csv", ".parquet")
 
 
 def make_identity(
-    job: Job, manifest: ManifestInfo, hashes: Mapping[str, str], version: int = VERSION
+    job: Job, manifest: "ManifestInfo", hashes: Mapping[str, str], version: int = VERSION
 ) -> dict[str, Any]:
     """The part of run.json that says which run it is: config, manifest, weights, from version 2 on
     the version and the keys of the config that are places, from 3 on those that only round."""

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -71,9 +72,9 @@ def make_run(
     """A run written by the real writers, with made-up values."""
     job = job or make_job()
     manifest = ManifestInfo(shards + given_up, None, 1000, "ab" * 32)
-    run = ledger.create_run(
-        uri, job, manifest, {"generator": GENERATOR_HASH}, "0.1.0+g123", DECLARED
-    )
+    declared = replace(DECLARED, pictures=job.output.pictures)
+    hashes = {"generator": GENERATOR_HASH}
+    run = ledger.create_run(uri, job, manifest, hashes, "0.1.0+g123", declared)
     layout = Layout(
         method="e4e+wplus",
         metrics=("mse", "psnr", "trunk_distance"),
