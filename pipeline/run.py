@@ -72,11 +72,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The end of a run: the outcome, what verification found, where the report is."""
+    """The end of a run: the outcome, what verification found, where the report is.
+
+    Attributes:
+        warning: pictures do not look aligned.
+    """
 
     outcome: Outcome
     problems: tuple[str, ...]
     report_uri: str
+    warning: str | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -241,6 +246,17 @@ def report(run_uri: str) -> str:
     return write_report(run_uri)
 
 
+def alignment(run_uri: str) -> str | None:
+    """What there is to say of pictures that do not look aligned.
+
+    Raises:
+        LedgerError: there is no run, or a part is damaged.
+    """
+    from tasks.report.alignment import alignment_line
+
+    return alignment_line(run_uri)
+
+
 def carry_out(
     source: str,
     run_uri: str,
@@ -269,7 +285,12 @@ def finish(
     outcome = run(run_uri, engine, on_progress)
     seal(run_uri)
     found = verify(run_uri)
-    return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
+    return Summary(
+        outcome=outcome,
+        problems=tuple(found.problems),
+        report_uri=report(run_uri),
+        warning=alignment(run_uri),
+    )
 
 
 def check_places(input_uri: str, run_uri: str) -> None:

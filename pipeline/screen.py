@@ -45,6 +45,8 @@ def show_summary(console: Console, summary: "Summary") -> None:
         "verify": count(len(summary.problems), "problem") if summary.problems else "clean",
         "report": summary.report_uri,
     }
+    if summary.warning is not None:
+        values["warning"] = summary.warning
     console.print(pairs("", values))
     if outcome.quarantined:
         console.print(reasons("Quarantined shards (run again to retry)", outcome.quarantined))

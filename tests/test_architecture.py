@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "tasks", "pipeline")
-PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich"}
-TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "usearch", "matplotlib"}
+PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich", "fastapi", "starlette", "uvicorn"}
+TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "faiss", "matplotlib"}
 
 
 def imported(path: Path) -> set[str]:
@@ -50,6 +50,9 @@ ROOMS = (
     "verify",
     "catalogue",
     "report",
+    "similar",
+    "export",
+    "browse",
     "directions",
     "adapt",
     "training",

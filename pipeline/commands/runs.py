@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.jobs import run_job
 from pipeline.commands.terminal import (
+    ALIGN_SETS,
     DEFAULTS,
     OK,
     UNCLEAN,
+    Align,
     Config,
     In,
     JobOptions,
@@ -44,6 +46,7 @@ def plan(
     config: Config = None,
     sets: Sets = None,
     methods: Methods = None,
+    align: Align = False,
     limit: Limit = None,
     probe: int = 16,
 ) -> int:
@@ -55,7 +58,8 @@ def plan(
     from pipeline.config import load_config
     from pipeline.estimate import estimate
 
-    settings = load_config(config, sets or [], methods or [])
+    sets = [*(ALIGN_SETS if align else ()), *(sets or [])]
+    settings = load_config(config, sets, methods or [])
     console.print(estimate(source, settings, limit=limit, count=probe))
     return OK
 
@@ -66,6 +70,7 @@ def invert(
     /,
     *,
     methods: Methods = None,
+    align: Align = False,
     dry_run: bool = False,
     options: JobOptions = DEFAULTS,
 ) -> int:
@@ -74,7 +79,8 @@ def invert(
     Args:
         dry_run: print the plan and the resolved config, do nothing.
     """
-    config, sets, limit = options.config, options.overrides, options.limit
+    sets = [*(ALIGN_SETS if align else ()), *options.overrides]
+    config, limit = options.config, options.limit
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
 

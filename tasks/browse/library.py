@@ -116,7 +116,8 @@ class Library:
             card = self._cards.get(name) or read_card(name, uri)
             if card.is_sealed:
                 self._cards[name] = card
-            found.append(card)
+            if card.kind != "index":  # of another run, not one to look at
+                found.append(card)
         return sorted(found, key=lambda card: card.created, reverse=True)
 
     def open(self, name: str) -> OpenRun:

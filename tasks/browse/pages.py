@@ -11,6 +11,7 @@ from typing import Any
 from models.errors import RefineryError
 from tasks.browse.address import Parameters, first, link, page_link, wish_of, wished
 from tasks.browse.library import Library, OpenRun
+from tasks.browse.neighbours import Neighbours
 from tasks.browse.sql import Answer
 from tasks.browse.studio import Photo, Slider
 from tasks.browse.table import PAGE, Page
@@ -170,12 +171,12 @@ def picture_page(library: Library, run: OpenRun, key: str) -> str:
     )
 
 
-def neighbours_part(run: OpenRun, found: Sequence[tuple[str, float]]) -> str:
+def neighbours_part(run: OpenRun, near: Neighbours) -> str:
     """The nearest codes, as a part of the picture's page."""
     columns = shown_columns(run, {})
     column = next((c for c in columns if c != "input"), next(iter(columns), ""))
-    shards = run.table.shards([key for key, _ in found])
-    return _page("neighbours.html", run=run, found=found, shards=shards, column=column)
+    shards = run.table.shards([key for key, _ in near.found])
+    return _page("neighbours.html", run=run, near=near, shards=shards, column=column)
 
 
 # ------------------------------------------------------------------ a photo of one's own

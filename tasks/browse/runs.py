@@ -6,6 +6,7 @@ from pathlib import Path
 from models.errors import RefineryError
 from tasks.browse.pictures import Pictures
 from tasks.run import ledger
+from tasks.run.find import find_runs
 from tasks.storage.files import is_local, local_path
 
 STRIP = 6

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 
 from models.adaptation.domain import Domain, add_domains, find_domain, known_domains
 from models.checkpoints.load import load_generator
@@ -22,9 +23,10 @@ from models.editing.find import find_direction, known_directions
 from models.errors import AssetError, ConfigError, SampleError
 from models.inversion.base import Inversion
 from models.pictures import to_bytes
+from tasks.input.align import AUTO
 from tasks.input.decode import decode
+from tasks.input.detect import MTCNN, shows_face
 from tasks.input.sample import RawSample
-from tasks.job import InputConfig
 from tasks.run.ledger import read_marker, read_run
 from tasks.run.stored import check_run_generator, read_shard_inversions
 from tasks.work.device import fixed_threads, local_copy
@@ -171,7 +173,7 @@ class Studio:
             ConfigError, AssetError: the run's methods cannot be loaded.
         """
         station = self._inverter()
-        picture, notes = self._decoded(data, station.job.input)
+        picture, notes = self._decoded(data, station)
         key = hashlib.sha256(data).hexdigest()
         with self._lock:
             result = station.invert(picture[None], [key])
@@ -190,19 +192,28 @@ class Studio:
             return self._station
 
     def _decoded(
-        self, data: bytes, settings: InputConfig
+        self, data: bytes, station: Inverter
     ) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[str, ...]]:
-        """The photo as the run's own pictures were cut; by the centre where that cannot be."""
-        sample = RawSample("photo", "photo", data)
-        settings = replace(settings, max_pixels=min(settings.max_pixels, UPLOAD_PIXELS))
-        size = self.generator.resolution
+        """The photo as the generator knows its pictures: a face where its template has it, by the
+        detector; cut as the run cuts where there is no template, or from the centre with a note."""
+        sample, size = RawSample("photo", "photo", data), self.generator.resolution
+        limit = min(station.input.max_pixels, UPLOAD_PIXELS)
+        settings = replace(station.input, max_pixels=limit, faces="largest")
+        plain = replace(settings, fit="crop") if settings.fit == "align" else settings
+        picture = decode(sample, plain, size)
+        is_aligned = station.square and shows_face(Image.fromarray(picture), *station.square)
+        if settings.template == AUTO or (is_aligned and settings.fit != "align"):
+            return picture, ()
+        aligned = replace(settings, fit="align", detector=settings.detector or MTCNN)
         try:
-            return decode(sample, settings, size), ()
+            return decode(sample, aligned, size), ()
+        except AssetError as error:
+            reason = str(error)
         except SampleError as error:
+            reason = str(error)
             if error.kind != "align":
                 raise
-            note = f"Not aligned, cut from the centre ({error}): expect a poorer likeness."
-            return decode(sample, replace(settings, fit="crop"), size), (note,)
+        return picture, (f"Not aligned, cut as it is ({reason}): expect a poorer likeness.",)
 
     def _sample(self, shard: int, key: str) -> Inversion | None:
         marker = read_marker(self.run_uri, shard)

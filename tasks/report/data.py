@@ -13,6 +13,7 @@ from tasks.report.aggregates import (
     pair_groups,
     ranking_metric,
 )
+from tasks.report.alignment import alignment_line
 from tasks.report.asking import asking
 from tasks.report.edits import EditData, gather_edits
 from tasks.report.statistics import Statistics, gather_statistics, other_run
@@ -39,6 +40,7 @@ class ReportData:
         columns: by view, what `refinery query` can ask for.
         edits: of a run of edits; None for inversions.
         statistics: of codes and metrics; None without a row.
+        warning: pictures do not look aligned; None where there is nothing to say.
     """
 
     run_uri: str
@@ -65,6 +67,7 @@ class ReportData:
     columns: dict[str, tuple[str, ...]]
     edits: EditData | None
     statistics: Statistics | None
+    warning: str | None = None
 
 
 def gather(run_uri: str, against: str | None = None) -> ReportData:
@@ -102,6 +105,7 @@ def gather(run_uri: str, against: str | None = None) -> ReportData:
             for shard, lost in ledger.read_quarantine(run_uri).items()
         ),
         timeline=timeline(markers),
+        warning=alignment_line(run_uri),
         stages=_stages(markers, declared.stages),
         **_from_rows(run_uri, config, declared, markers, against),
     )

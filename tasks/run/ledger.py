@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PART_KINDS = ("latents", "images", "residuals")
+TABLE_KINDS = ("latents", "images", "residuals")
+"""Parts in Parquet, which SQL sees."""
+PART_KINDS = (*TABLE_KINDS, "vectors", "exact")
 _READERS = 16  # markers are fetched by so many threads: a GET is mostly waiting
 
 
@@ -52,6 +54,7 @@ class Declared:
         method: chain of methods that made the codes, e.g. "e4e+wplus".
         metrics, pictures: columns of latents/ and of images/.
         variants: those pictures that are edits of "inversion".
+        faces: whether latents/ says where in their photographs the samples are.
     """
 
     kind: str
@@ -61,6 +64,7 @@ class Declared:
     metrics: tuple[str, ...]
     pictures: tuple[str, ...]
     variants: tuple[str, ...] = ()
+    faces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ def used_columns(tree: Node, columns: Collection[str]) -> set[str] | None:
     nodes = [node for part in inner for node in _nodes(part)]
     if any(map(_hides_columns, nodes)):
         return None
-    whole_rows = {n.get(key, "").lower() for n in nodes for key in ("alias", "table_name")} - {""}
+    tables = [node for node in nodes if "sample" in node]
+    whole_rows = {n.get(key, "").lower() for n in tables for key in ("alias", "table_name")} - {""}
     names = {name.lower() for node in nodes for name in _names(node)}
     ends = {n["column_names"][-1].lower() for n in nodes if n.get("type") == "COLUMN_REF"}
     if ends & whole_rows:  # SELECT t FROM latents t: a row as one value

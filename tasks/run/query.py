@@ -93,15 +93,15 @@ def ask(session: Session, sql: str, parameters: Mapping[str, Any] | None = None)
     try:
         _check_is_select(session, sql)
         return session.ask(sql, parameters)
-    except duckdb.PermissionException as error:
-        raise ConfigError(
-            f"query: {_first_line(error)}. A statement reads the run and nothing else; name a file "
-            "of yours on the command line: --table NAME=FILE"
-        ) from error
     except duckdb.Error as error:
-        if isinstance(error, duckdb.IOException) or session.concerns_a_part(str(error)):
+        if isinstance(error, duckdb.IOException) or session.concerns_a_file(str(error)):
             raise LedgerError(
                 f"a committed part cannot be read ({_first_line(error)}); run `refinery verify`"
+            ) from error
+        if isinstance(error, duckdb.PermissionException):
+            raise ConfigError(
+                f"query: {_first_line(error)}. A statement reads the run and nothing else; name a "
+                "file of yours on the command line: --table NAME=FILE"
             ) from error
         raise ConfigError(f"query: {_first_line(error)}{_nearest(session, error)}") from error
 

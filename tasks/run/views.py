@@ -69,6 +69,7 @@ class Session:
         self._large = find_large(self._snapshots)
         self._from_parts: set[str] = set()
         self.names: list[str] = []
+        self._urls: list[str] = []
         small = {
             "runs": runs_table(self._run_names, self._snapshots),
             "shards": shards_table(self._run_names, self._snapshots),
@@ -112,9 +113,10 @@ class Session:
         """
         return self._connection.extract_statements(sql)
 
-    def concerns_a_part(self, message: str) -> bool:
-        """Whether DuckDB complains of a file of the runs."""
-        return any(url in message for parts in self._parts.values() for url, _, _ in parts)
+    def concerns_a_file(self, message: str) -> bool:
+        """Whether DuckDB complains of a file of the runs: of one that is gone it says that it may
+        not be opened."""
+        return any(f'"{url}"' in message for url in self._urls)
 
     def columns(self) -> dict[str, list[str]]:
         """Names of columns by view."""
@@ -149,7 +151,7 @@ class Session:
             ]
             for kind in KINDS
         }
-        self._lock([url for parts in self._parts.values() for url, _, _ in parts])
+        self._lock()
         union = " UNION ALL BY NAME ".join(select for found in rows for select in found)
         if not union:
             return
@@ -167,15 +169,10 @@ class Session:
             self._connection.execute(f"CREATE VIEW edits AS {edits}")
         self.names += ["samples", *(k for k in KINDS if self._parts[k]), *["edits"][: len(edits)]]
 
-    def _lock(self, urls: list[str]) -> None:
-        """Nothing but these files and those of metadata; from here on no setting changes."""
-        metadata = (
-            self._segment_url(number, segment)
-            for number, snapshot in enumerate(self._snapshots)
-            for segment in snapshot.segments
-        )
+    def _lock(self) -> None:
+        """Nothing but the files of the runs; from here on no setting changes."""
         for setting in (
-            f"allowed_paths = [{', '.join(map(_text, (*metadata, *urls)))}]",
+            f"allowed_paths = [{', '.join(map(_text, self._urls))}]",
             "enable_external_access = false",
             "lock_configuration = true",
         ):
@@ -205,8 +202,11 @@ class Session:
     def _file(self, name: str, uri: str, size: int, fetched: Fetched | None = None) -> str:
         """What DuckDB calls a file. It expands [..], * and ? in paths, so those go another way."""
         if is_local(uri) and not glob.has_magic(local_path(uri)):
-            return local_path(uri)
-        return self._files.add(name, uri, size, fetched)
+            url = local_path(uri)
+        else:
+            url = self._files.add(name, uri, size, fetched)
+        self._urls.append(url)
+        return url
 
     def _edits(self, columns: Sequence[str]) -> str:
         """SQL of a row for each edited picture, out of the columns <metric>@<variant>."""
@@ -287,7 +287,12 @@ def open_session(
     Raises:
         LedgerError: a part cannot be read.
     """
-    session = Session(snapshots, tables)
+    try:
+        session = Session(snapshots, tables)
+    except duckdb.Error as error:
+        raise LedgerError(
+            f"a committed part cannot be read ({error}); run `refinery verify`"
+        ) from error
     try:
         yield session
     finally:
