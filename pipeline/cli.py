@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import editing, models, runs
+from pipeline.commands import asking, browse, editing, models, photos, runs, similar
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -34,8 +34,16 @@ COMMANDS = {
         editing.edit,
         runs.status,
         runs.verify,
-        runs.query,
         runs.report,
+        asking.runs,
+        asking.query,
+        similar.index,
+        similar.similar,
+        similar.duplicates,
+        asking.diff,
+        asking.reproduce,
+        photos.export,
+        browse.browse,
     ),
     Group("Models", sort_key=1): (
         models.methods,

@@ -17,7 +17,7 @@ from models.checkpoints.load import load_generator
 from models.inversion.base import SampleRng, sample_seed
 from models.pictures import to_bytes
 from models.stylegan2.generator import Generator
-from tasks.input.align import align
+from tasks.input.align import FACE, align
 from tasks.job import InputConfig
 from tasks.work.device import fixed_threads
 
@@ -110,7 +110,10 @@ def aligned_astronaut(size: int) -> np.ndarray:
     """The photograph's face on the template of the bundled generator, uint8 [size size 3]."""
     picture = astronaut()
     landmarks = np.asarray(ASTRONAUT_POINTS_PX) / picture.shape[0]
-    return align(Image.fromarray(picture), landmarks, InputConfig(fit="align"), size)
+    input = InputConfig(fit="align", template=FACE)
+    (crop,) = align(Image.fromarray(picture), landmarks, input, size)
+    assert crop.picture is not None
+    return crop.picture
 
 
 def _png(pixels: np.ndarray) -> bytes:

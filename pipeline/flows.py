@@ -149,7 +149,12 @@ def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | N
     stages.check_places(source, run_uri)
     outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
     problems = seal_and_verify(run_uri)
-    summary = Summary(outcome=outcome, problems=problems, report_uri=write_report(run_uri))
+    summary = Summary(
+        outcome=outcome,
+        problems=problems,
+        report_uri=write_report(run_uri),
+        warning=stages.alignment(run_uri),
+    )
     publish(summary)
     if not summary.is_clean:
         raise IncompleteRun(summary)

@@ -10,13 +10,15 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.errors import ConfigError
+from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
+from pipeline.metadata import metadata_kept
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.metadata import write_metadata
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
@@ -70,11 +72,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The end of a run: the outcome, what verification found, where the report is."""
+    """The end of a run: the outcome, what verification found, where the report is.
+
+    Attributes:
+        warning: pictures do not look aligned.
+    """
 
     outcome: Outcome
     problems: tuple[str, ...]
     report_uri: str
+    warning: str | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -149,7 +156,8 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
     del markers
     started = tally.started
     if waiting:
-        _work(handle, job, record["weights"], engine, tally)
+        with metadata_kept(run_uri, on_progress) as tally.on_progress:
+            _work(handle, job, record["weights"], engine, tally)
     on_progress(tally.snapshot())
     return Outcome(
         run_uri=run_uri,
@@ -199,7 +207,7 @@ def local_device() -> str:
 
 
 def seal(run_uri: str) -> str:
-    """Close the run and remove what killed attempts left behind.
+    """Close the run, remove what killed attempts left behind, put its metadata into one file.
 
     Returns:
         The URI of _SEALED.json.
@@ -209,6 +217,10 @@ def seal(run_uri: str) -> str:
     """
     uri = ledger.seal(run_uri)
     ledger.remove_orphans(run_uri)
+    try:
+        write_metadata(run_uri)
+    except LedgerError as error:  # answers do not need it, and verification says what is wrong
+        logger.warning("%s: its metadata are not in one file: %s", run_uri, error)
     return uri
 
 
@@ -232,6 +244,17 @@ def report(run_uri: str) -> str:
     from tasks.report import write_report
 
     return write_report(run_uri)
+
+
+def alignment(run_uri: str) -> str | None:
+    """What there is to say of pictures that do not look aligned.
+
+    Raises:
+        LedgerError: there is no run, or a part is damaged.
+    """
+    from tasks.report.alignment import alignment_line
+
+    return alignment_line(run_uri)
 
 
 def carry_out(
@@ -262,7 +285,12 @@ def finish(
     outcome = run(run_uri, engine, on_progress)
     seal(run_uri)
     found = verify(run_uri)
-    return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
+    return Summary(
+        outcome=outcome,
+        problems=tuple(found.problems),
+        report_uri=report(run_uri),
+        warning=alignment(run_uri),
+    )
 
 
 def check_places(input_uri: str, run_uri: str) -> None:

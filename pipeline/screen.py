@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from pipeline.run import Summary
     from pipeline.status import Status
+    from tasks.catalogue.diff import Difference
 
 MAX_QUERY_ROWS = 50
 MAX_QUERY_RECORDS = 10
@@ -44,6 +45,8 @@ def show_summary(console: Console, summary: "Summary") -> None:
         "verify": count(len(summary.problems), "problem") if summary.problems else "clean",
         "report": summary.report_uri,
     }
+    if summary.warning is not None:
+        values["warning"] = summary.warning
     console.print(pairs("", values))
     if outcome.quarantined:
         console.print(reasons("Quarantined shards (run again to retry)", outcome.quarantined))
@@ -121,6 +124,48 @@ def query_table(found: "pa.Table", width: int) -> Table:
         table.add_row(*(Text(cell(value)) for value in row.values()))
     table.caption = _cut_note(found, MAX_QUERY_ROWS)
     return table
+
+
+def runs_table(found: "pa.Table") -> Table:
+    """The answer of `runs`."""
+    table = Table(title_justify="left", header_style="bold")
+    for name in ("run", "kind", "method", "generator", "state", "rows", "failed", "shards"):
+        is_number = name in ("rows", "failed", "shards")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for name in ("size", "worker time"):
+        table.add_column(name, justify="right")
+    for name in ("created", "finished"):
+        table.add_column(name)
+    for row in found.to_pylist():
+        named = (Text(str(row[n] or "")) for n in ("run", "kind", "method", "generator", "state"))
+        table.add_row(
+            *named,
+            str(row["rows"]),
+            str(row["failed"]),
+            f"{row['committed']} of {row['shards']}",
+            size(row["bytes"]),
+            duration(row["worker_s"]),
+            *(str(row[n] or "")[:16].replace("T", " ") for n in ("created_at", "finished_at")),
+        )
+    return table
+
+
+def show_diff(console: Console, found: "Difference") -> None:
+    """The answer of `diff`."""
+    console.print(pairs("", found.counts))
+    table = Table(title_justify="left", header_style="bold")
+    for name in ("metric", "rows", "A", "B", "B - A", "effect", "p", "verdict"):
+        is_text = name in ("metric", "verdict")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for drift in found.drifts:
+        table.add_row(
+            Text(drift.name),
+            str(drift.rows),
+            *(cell(v) for v in (drift.before, drift.after, drift.change, drift.effect, drift.p)),
+            Text(drift.verdict),
+        )
+    table.caption = "p: probability of such a change by chance, over all rows of the table (Holm)"
+    console.print(table)
 
 
 def _query_records(found: "pa.Table") -> Table:

@@ -6,12 +6,17 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 PLACE = {"place": "always"}
 """Metadata of a field that says where something lies; a run's id hashes what lies there instead."""
 FILE = {"place": "where it names a file"}
 """The same of a field that may hold a name, or settings, too."""
+ROUNDING = {"effect": "rounding"}
+"""Metadata of a field that moves results by no more than rounding; it is not hashed."""
+SINCE_3 = {"since": 3}
+"""Metadata of a field that runs of earlier versions (`tasks.run.identity`) do not have in their
+ids; with "before", they have that value in the place of the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +41,32 @@ class InputConfig:
     """crop: largest centred square; resize: stretch; align: five landmarks onto `template`."""
     landmarks_column: str = "landmarks5"
     """Parquet (align): five (x, y) points in 0..1: eyes left and right, nose, mouth corners."""
-    template: Literal["face", "ffhq"] | str = field(default="face", metadata=FILE)
-    """align: target points; "face" is the bundled generator's template; or a JSON file of five."""
+    template: Literal["auto", "face", "ffhq"] | str = field(
+        default="auto", metadata=FILE | SINCE_3 | {"before": "face"}
+    )
+    """align: where the five points go. "auto": as the generator's card says; "face": the bundled
+    generator's template; "ffhq": the crop of the FFHQ data set; or a JSON file of five points."""
     detector: str | None = None
-    """align: "package.module:function" that finds the five points (0..1) in an upright [H W 3]
-    picture, or returns None; asked where there are no landmarks."""
+    """align: finds faces where there are no landmarks. "mtcnn", of the extra `faces`; or
+    "package.module:function" that finds the five points (0..1) of the one face in an upright
+    [H W 3] picture, or returns None."""
+    faces: Literal["all", "largest"] = field(default="all", metadata=SINCE_3)
+    """align by mtcnn: a sample for each face of a photograph, `photo.jpg#0` the largest; or the
+    largest alone, under the photograph's own key."""
+    min_face: Annotated[int, Ge(12)] = field(default=40, metadata=SINCE_3)
+    """align by mtcnn: side of the smallest face looked for, pixels."""
+    check_aligned: bool = field(default=True, metadata=SINCE_3)
+    """crop, resize: flag pictures whose face is not where the template has it, where the extra
+    `faces` is installed and the template is known."""
     max_pixels: Annotated[int, Ge(1)] = 100_000_000
     """Pictures with more pixels fail as rows (decompression bombs)."""
+    max_bytes: Annotated[int, Ge(1)] = field(default=256 * 2**20, metadata=SINCE_3)
+    """Pictures with more encoded bytes fail as rows, unread."""
+    max_decode_s: Annotated[float, Gt(0)] = field(default=30.0, metadata=SINCE_3)
+    """Pictures that take more processor time to decode fail as rows."""
+    max_expansion: Annotated[float, Ge(1)] = field(default=200.0, metadata=SINCE_3)
+    """Unpacked by packed bytes of a .tar.gz or a Parquet row group; beyond, the shard is
+    quarantined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +96,9 @@ class Job:
     generator: str = field(metadata=PLACE)
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    batch: Annotated[int, Ge(1)] = 16
-    """Samples worked on together. It never changes a result by more than rounding."""
+    batch: Annotated[int, Ge(1)] = field(default=16, metadata=ROUNDING)
+    """Samples worked on together. It never changes a result by more than rounding, and a run may go
+    on with another: less of it needs less memory."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
     perceptual: str = "auto"

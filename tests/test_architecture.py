@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "tasks", "pipeline")
-PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich"}
-TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "usearch", "matplotlib"}
+PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich", "fastapi", "starlette", "uvicorn"}
+TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "faiss", "matplotlib"}
 
 
 def imported(path: Path) -> set[str]:
@@ -48,7 +48,11 @@ ROOMS = (
     "run",
     "work",
     "verify",
+    "catalogue",
     "report",
+    "similar",
+    "export",
+    "browse",
     "directions",
     "adapt",
     "training",
@@ -79,7 +83,8 @@ def test_rooms_of_tasks_import_down_only() -> None:
     }
     assert wrong == {}
     for path in (ROOT / "tasks").glob("*.py"):
-        assert rooms_imported(path) == set(), path
+        # The face of the package, `open_run`, is found when it is asked for.
+        assert path.name == "__init__.py" or rooms_imported(path) == set(), path
 
 
 def test_what_a_run_holds_is_read_without_torch() -> None:

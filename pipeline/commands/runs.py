@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.jobs import run_job
 from pipeline.commands.terminal import (
+    ALIGN_SETS,
     DEFAULTS,
     OK,
     UNCLEAN,
+    Align,
     Config,
     In,
     JobOptions,
@@ -44,6 +46,7 @@ def plan(
     config: Config = None,
     sets: Sets = None,
     methods: Methods = None,
+    align: Align = False,
     limit: Limit = None,
     probe: int = 16,
 ) -> int:
@@ -55,7 +58,8 @@ def plan(
     from pipeline.config import load_config
     from pipeline.estimate import estimate
 
-    settings = load_config(config, sets or [], methods or [])
+    sets = [*(ALIGN_SETS if align else ()), *(sets or [])]
+    settings = load_config(config, sets, methods or [])
     console.print(estimate(source, settings, limit=limit, count=probe))
     return OK
 
@@ -66,6 +70,7 @@ def invert(
     /,
     *,
     methods: Methods = None,
+    align: Align = False,
     dry_run: bool = False,
     options: JobOptions = DEFAULTS,
 ) -> int:
@@ -74,7 +79,8 @@ def invert(
     Args:
         dry_run: print the plan and the resolved config, do nothing.
     """
-    config, sets, limit = options.config, options.overrides, options.limit
+    sets = [*(ALIGN_SETS if align else ()), *options.overrides]
+    config, limit = options.config, options.limit
     if dry_run:
         return _dry_run(source, output, config, sets, methods or [], limit)
 
@@ -160,30 +166,13 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     return UNCLEAN if found.problems else OK
 
 
-def query(run: Run, sql: str, /, *, out: str | None = None) -> int:
-    """SQL over the committed rows: views latents, images and commits (DuckDB).
+def report(run: Run, /, *, against: str | None = None) -> int:
+    """Write the run's page of pictures and figures, one HTML file.
 
     Args:
-        sql: e.g. "SELECT sample_key, psnr FROM latents ORDER BY psnr LIMIT 10".
-        out: write the result to a .csv, .json or .parquet file instead of printing it.
+        against: another run, whose distributions these are compared with.
     """
-    from tasks.run.query import export
-    from tasks.run.query import query as run_query
-
-    found = run_query(run, sql)
-    if out is not None:
-        export(found, out)
-        console.print(f"{found.num_rows} rows written to {out}", highlight=False)
-        return OK
-    from pipeline.screen import query_table
-
-    console.print(query_table(found, console.width))
-    return OK
-
-
-def report(run: Run, /) -> int:
-    """Write the run's page of pictures and figures, one HTML file."""
     from tasks.report import write_report
 
-    console.print(write_report(run), highlight=False, soft_wrap=True)
+    console.print(write_report(run, against), highlight=False, soft_wrap=True)
     return OK

@@ -37,6 +37,15 @@ Methods = Annotated[
     list[str] | None,
     Parameter(name="--method", help="Method chain: --method e4e --method wplus."),
 ]
+Align = Annotated[
+    bool,
+    Parameter(
+        name="--align",
+        help="IN holds photographs: find faces (extra `faces`), bring each onto the generator's "
+        "template; short for --set input.fit=align --set input.detector=mtcnn.",
+        negative=(),
+    ),
+]
 Limit = Annotated[int | None, Parameter(name="--limit", help="Only the first samples.")]
 Engine = Annotated[
     Literal["ray", "inline"] | None,
@@ -73,3 +82,5 @@ class JobOptions:
 
 
 DEFAULTS = JobOptions()
+ALIGN_SETS = ("input.fit=align", "input.detector=mtcnn")
+"""What --align stands for; what --set says comes after it."""

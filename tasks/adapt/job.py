@@ -38,6 +38,7 @@ from tasks.adapt.guidance import Guide, Judges, Reference, Seen, look
 from tasks.adapt.loop import Descent, DomainState
 from tasks.adapt.references import load_references
 from tasks.adapt.terms import TERMS
+from tasks.input.align import with_template
 
 SOURCE_PICTURES = 64
 """Generated pictures whose mean embedding a set's direction starts from (StyleGAN-NADA: 16)."""
@@ -113,7 +114,8 @@ class _Job:
         hashes = {"generator": self.generator_hash}
         for domain in config.domain:
             if domain.guidance != "text":
-                found, digest = load_references(domain, config.input, self.generator.resolution)
+                input = with_template(config.input, self.generator.provenance.get("card", {}))
+                found, digest = load_references(domain, input, self.generator.resolution)
                 self.references[domain.name] = found.to(config.device)
                 hashes[f"references.{domain.name}"] = digest
         self.judges = _judges(config)

@@ -7,21 +7,25 @@ turn, scale and shift, no mirroring. In complex numbers it is z -> a z + b, with
 a = sum(conj(z - mean z) (t - mean t)) / sum |z - mean z|^2.
 """
 
-import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from jaxtyping import Complex128, Float64, UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from models.errors import AssetError, ConfigError, SampleError
-from tasks.input.sample import parse_landmarks
+from tasks.input.detect import Found, find_faces
+from tasks.input.face import Crop, Face, as_complex
+from tasks.input.ffhq import ffhq_crop, ffhq_points
 from tasks.job import InputConfig
 from tasks.storage.files import read_bytes
 
+AUTO, FACE, FFHQ = "auto", "face", "ffhq"
 FACE_POINTS = ((0.299, 0.290), (0.690, 0.291), (0.492, 0.528), (0.312, 0.686), (0.678, 0.685))
 """The template of the bundled generator: where its training faces have the five points."""
 LEAST_LIKENESS = 0.5
@@ -38,20 +42,64 @@ def align(
     landmarks: np.ndarray | None,
     input: InputConfig,
     resolution: int,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Turn, scale and shift an upright RGB picture so that its face fits the template.
+    full_size: tuple[int, int] | None = None,
+) -> list[Crop]:
+    """Turn, scale and shift an upright RGB photograph so that its face fits the template; with a
+    detector, each of its faces. One that cannot be aligned is a crop with its error.
 
     What the template shows of the outside of the picture is its reflection. Making smaller is free
     of aliasing: LANCZOS to twice the target density, bicubic warp at twice the resolution, LANCZOS.
+    For "ffhq" it is the published recipe instead, see `tasks.input.ffhq`.
+
+    Args:
+        landmarks: in 0..1; None to look for faces.
+        full_size: of the photograph, where it was decoded smaller.
 
     Raises:
-        SampleError: kind "align": no landmarks, none found, or no face can have them.
-        ConfigError: the detector cannot be loaded. AssetError: the template cannot.
+        SampleError: kind "align": no landmarks, none found.
+        ConfigError, AssetError: the detector or the template cannot be loaded.
     """
-    if landmarks is None:
-        landmarks = _detect(image, input)
-    a, b = similarity(image.size, landmarks, template_points(input.template) * resolution)
-    return _warp(image, a, b, resolution)
+    found = [Found(points=landmarks)] if landmarks is not None else find_faces(image, input)
+    return [_cut(image, face, input, resolution, full_size or image.size) for face in found]
+
+
+def _cut(
+    image: Image.Image, found: Found, input: InputConfig, resolution: int, full: tuple[int, int]
+) -> Crop:
+    points, target = found.points, template_points(input.template) * resolution
+    try:
+        a, b = similarity(full, points, target)
+        if input.template == FFHQ:
+            picture, a, b = ffhq_crop(image, points * full, resolution)
+        else:
+            picture = _warp(image, *similarity(image.size, points, target), resolution)
+    except SampleError as error:
+        return Crop(number=found.number, error=error)
+    face = Face(
+        points=np.asarray(points * full, dtype=np.float64),
+        transform=(a, b),
+        box=found.box,
+        score=found.score,
+    )
+    return Crop(number=found.number, picture=picture, face=face)
+
+
+def with_template(input: InputConfig, card: Mapping[str, Any]) -> InputConfig:
+    """The settings with the template that a generator's card names in the place of "auto".
+
+    Raises:
+        ConfigError: pictures are to be aligned, and it names none.
+    """
+    if input.template != AUTO:
+        return input
+    named = card.get("template")
+    if named is None and input.fit == "align":
+        raise ConfigError(
+            "input.template: the generator's card names no template to align faces to; set "
+            'input.template to "face" (the bundled generator\'s), "ffhq", or a JSON file of five '
+            "points"
+        )
+    return input if named is None else replace(input, template=named)
 
 
 def similarity(
@@ -72,7 +120,7 @@ def similarity(
             f"landmarks lie outside of the picture: {_in_words(points)}; expected x and y in 0..1 "
             "of its width and height (not in pixels)",
         )
-    z, t = _complex(points * size), _complex(target)
+    z, t = as_complex(points * size), as_complex(target)
     z_mean, t_mean = z.mean(), t.mean()
     z, t = z - z_mean, t - t_mean
     spread = float(np.sum(np.abs(z) ** 2))
@@ -168,14 +216,15 @@ def _inside(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int,
 
 @lru_cache(maxsize=16)
 def template_points(template: str) -> Float64[np.ndarray, "5 2"]:
-    """The five target points in 0..1: "face", "ffhq", or a JSON file of five (x, y) pairs.
+    """The five target points in 0..1: "face", "ffhq" (those of the average face of "face"), or a
+    JSON file of five (x, y) pairs.
 
     Raises:
         AssetError: the file is missing or does not hold five pairs of numbers.
     """
-    if template == "face":
+    if template == FACE:
         return np.array(FACE_POINTS)
-    if template == "ffhq":
+    if template == FFHQ:
         return ffhq_points(np.array(FACE_POINTS))
     data = read_bytes(template, AssetError)
     expected = 'expected [[x, y], ...] or {"points": [[x, y], ...]}, five pairs in 0..1'
@@ -187,65 +236,6 @@ def template_points(template: str) -> Float64[np.ndarray, "5 2"]:
     if points.shape != (5, 2) or not np.isfinite(points).all() or np.ptp(points, axis=0).min() == 0:
         raise AssetError(f"input.template {template}: found shape {points.shape}; {expected}")
     return points
-
-
-def ffhq_points(face: Float64[np.ndarray, "5 2"]) -> Float64[np.ndarray, "5 2"]:
-    """Where the crop of the FFHQ data set puts the five points of a given average face.
-
-    The rule (Karras et al., "Progressive growing of GANs", 2018, appendix C): with e the vector
-    between the eyes and m the one from the eyes' middle to the mouth's, the crop's x axis is along
-    e - rot90(m), half its side is max(2 |e|, 1.8 |m|), and its centre lies at the eyes' middle
-    + 0.1 m.
-    """
-    z = _complex(face)
-    eyes, mouth = (z[0] + z[1]) / 2, (z[3] + z[4]) / 2
-    e, m = z[1] - z[0], mouth - eyes
-    axis = e - 1j * m
-    half = axis / abs(axis) * max(2.0 * abs(e), 1.8 * abs(m))
-    placed = (z - (eyes + 0.1 * m)) / (2 * half)  # the crop is -1/2..1/2 along its own axes
-    return np.stack([placed.real + 0.5, placed.imag + 0.5], axis=1)
-
-
-def _detect(image: Image.Image, input: InputConfig) -> np.ndarray:
-    if input.detector is None:
-        raise SampleError(
-            "align",
-            f"no landmarks: {input.landmarks_column!r} is empty here and input.detector is not set",
-        )
-    detector = load_detector(input.detector)
-    try:
-        points = parse_landmarks(detector(np.array(image)))
-    except SampleError:
-        raise
-    except Exception as problem:
-        raise SampleError("align", f"the detector failed: {problem!r}") from problem
-    if points is None:
-        raise SampleError("align", f"{input.detector} found no face")
-    return points
-
-
-@lru_cache(maxsize=4)
-def load_detector(path: str) -> Callable[[np.ndarray], object]:
-    """The function behind "package.module:function": uint8 [H W 3] -> five (x, y) in 0..1, or None.
-
-    Raises:
-        ConfigError: there is no such module or function.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise ConfigError(
-            f"input.detector {path!r} cannot be loaded ({problem}); expected "
-            '"package.module:function" of an installed package'
-        ) from problem
-    if not callable(found):
-        raise ConfigError(f"input.detector {path!r} is a {type(found).__name__}, not a function")
-    return found
-
-
-def _complex(points: np.ndarray) -> Complex128[np.ndarray, "5"]:
-    return points[:, 0] + 1j * points[:, 1]
 
 
 def _in_words(points: np.ndarray) -> str:

@@ -11,17 +11,22 @@ Colour profiles are not applied. Large JPEGs are decoded at a half, quarter or e
 twice the resolution remains.
 """
 
-import io
+import math
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from models.errors import RefineryError, SampleError
-from tasks.input.align import align, jpeg_size_for
+from tasks.input.align import FFHQ, align, jpeg_size_for
+from tasks.input.face import Crop
+from tasks.input.limits import PIXELS, TimedBytes, too_many_bytes
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 
@@ -38,6 +43,8 @@ FORMATS = tuple(
 """Pillow knows more; some of them start other programs (EPS) or are never photographs."""
 REDUCING_GAP = 3.0
 """Box-shrink first, down to so many times the target, then LANCZOS: as good, and much faster."""
+STRIP_PIXELS = 2**22
+"""What needs several copies of a picture makes them of so much of it at a time."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,35 +58,104 @@ UPRIGHT = {
 
 
 def decode(sample: RawSample, input: InputConfig, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture of a sample as uint8 RGB [resolution resolution 3]; the same bytes every time.
+    """The picture of a sample as uint8 RGB [resolution resolution 3], the largest face of it where
+    faces are looked for; the same bytes every time.
+
+    Raises:
+        SampleError, ConfigError, AssetError: as `decode_all`; the face cannot be aligned.
+    """
+    first = decode_all(sample, input, resolution)[0]
+    if first.error is not None:
+        raise first.error
+    assert first.picture is not None
+    return first.picture
+
+
+def decode_all(sample: RawSample, input: InputConfig, resolution: int) -> list[Crop]:
+    """All that a sample shows: one crop, or with a detector one for each face.
 
     Raises:
         SampleError: kind "read" (the sample came with an error), "too_large" (more pixels than
-            `input.max_pixels`, told from the header), "decode" (empty, truncated, corrupt or no
-            picture), "align" (no usable landmarks).
+            `input.max_pixels`, told from the header, more bytes than `input.max_bytes`, or more
+            time than `input.max_decode_s`), "decode" (empty, truncated, corrupt or no picture),
+            "align" (no landmarks, no face).
         ConfigError, AssetError: the template or detector cannot be loaded.
+    """
+    with opened(sample, input, resolution) as upright:
+        with _damage(sample):
+            rgb = to_rgb(upright.picture)
+        if input.fit == "align":
+            return align(rgb, sample.landmarks, input, resolution, upright.full_size)
+        return [Crop(picture=_fit(rgb, input.fit == "crop", resolution))]
+
+
+class Upright(NamedTuple):
+    """A photograph as it is to be seen, in its own mode.
+
+    Attributes:
+        full_size: before it was decoded smaller.
+        source: as the file has it, for its format and its information.
+    """
+
+    picture: Image.Image
+    full_size: tuple[int, int]
+    source: ImageFile.ImageFile
+
+
+@contextmanager
+def opened(sample: RawSample, input: InputConfig, resolution: int | None) -> Iterator[Upright]:
+    """A sample's picture; its room among the decoded ones is kept as long as the block lasts.
+
+    Args:
+        resolution: that is to be made of it: large JPEGs are decoded smaller; None for all of it.
+
+    Raises:
+        SampleError: see `decode_all`; whatever goes wrong with the picture while it is decoded.
     """
     if sample.error is not None:
         raise sample.error
     if not sample.data:
         raise SampleError("decode", "the file is empty (0 bytes)")
-    try:
-        with _QUIET, Image.open(io.BytesIO(sample.data), formats=FORMATS) as image:
-            _check_size(image, input.max_pixels)
+    problem = too_many_bytes("the file", len(sample.data), input.max_bytes)
+    if problem is not None:
+        raise problem
+    with ExitStack() as held:
+        yield _upright(sample, input, resolution, held)
+
+
+def _upright(
+    sample: RawSample, input: InputConfig, resolution: int | None, held: ExitStack
+) -> Upright:
+    assert sample.data is not None
+    file = TimedBytes(sample.data, input.max_decode_s)
+    with _damage(sample), _QUIET:
+        image = held.enter_context(Image.open(file, formats=FORMATS))
+        _check_size(image, input.max_pixels)
+        full = image.size if orientation(image) < 5 else (image.height, image.width)
+        whole = math.prod(image.size)
+        if resolution is not None:
             _shrink_while_decoding(image, sample, input, resolution)
-            image.load()
-            upright = to_rgb(_turn_upright(image))
+        # A progressive JPEG keeps all its coefficients, however small it is to become.
+        is_streamed = "progressive" not in image.info
+        held.enter_context(PIXELS.hold(math.prod(image.size) if is_streamed else whole))
+        image.load()
+        file.check()
+        return Upright(turn_upright(image), full, image)
+
+
+@contextmanager
+def _damage(sample: RawSample) -> Iterator[None]:
+    """Inside, whatever goes wrong is the picture's."""
+    try:
+        yield
     except (RefineryError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise SampleError("decode", _not_a_picture(sample.data)) from None
+        raise SampleError("decode", _not_a_picture(sample.data or b"")) from None
     except Exception as problem:
         # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, IndexError
         # and more; whatever it is, it is this picture's.
         raise SampleError("decode", f"damaged picture: {_reason(problem)}") from problem
-    if input.fit == "align":
-        return align(upright, sample.landmarks, input, resolution)
-    return _fit(upright, input.fit == "crop", resolution)
 
 
 def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -99,10 +175,10 @@ def _shrink_while_decoding(
         return
     wanted = (2 * resolution, 2 * resolution)
     if input.fit == "align":
-        if sample.landmarks is None:  # the detector needs all of the picture
-            return
+        if sample.landmarks is None or input.template == FFHQ:
+            return  # the detector, and the recipe, need all of the picture
         width, height = image.size
-        if _orientation(image) >= 5:  # stored lying on its side
+        if orientation(image) >= 5:  # stored lying on its side
             high, wide = jpeg_size_for((height, width), sample.landmarks, input, resolution)
             wanted = (wide, high)
         else:
@@ -110,15 +186,17 @@ def _shrink_while_decoding(
     image.draft(image.mode, wanted)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """How the EXIF block says the picture lies, 1 (upright) to 8."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block does not spoil the picture
         return 1
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    method = UPRIGHT.get(_orientation(image))
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says it is to be seen."""
+    method = UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
 
 
@@ -131,24 +209,48 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_wide_to_grey(image)).convert("RGB")
+        _check_range(image)
+        return _by_strips(image, _wide_to_rgb)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _by_strips(image, _on_white)
     return image.convert("RGB")
 
 
-def _wide_to_grey(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What makes RGB of each pixel by itself, in little memory."""
+    found = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        found.paste(convert(strip), (0, top))
+    return found
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _check_range(image: Image.Image) -> None:
+    ends = [(np.asarray(strip).min(), np.asarray(strip).max()) for _, strip in _strips(image)]
+    low, high = np.min(ends), np.max(ends)
+    kind, most = ("float", 1) if image.mode == "F" else ("32-bit", 65535)
+    if not (low >= 0 and high <= most):  # also for NaN
+        raise SampleError("decode", f"{kind} values from {low} to {high}; expected 0 to {most}")
+
+
+def _wide_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    low, high = values.min(), values.max()
     if image.mode == "F":
-        if not (low >= 0 and high <= 1):  # also false for NaN
-            raise SampleError("decode", f"float values from {low} to {high}; expected 0 to 1")
-        return np.rint(values * 255).astype(np.uint8)
-    if low < 0 or high > 65535:
-        raise SampleError("decode", f"32-bit values from {low} to {high}; expected 0 to 65535")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        grey = np.rint(values * 255).astype(np.uint8)
+    else:
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _fit(image: Image.Image, is_cropped: bool, resolution: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -2,13 +2,15 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 from fsspec import AbstractFileSystem
 
-from models.errors import ShardError
+from models.errors import SampleError, ShardError
+from tasks.input.limits import too_many_bytes
 from tasks.input.sample import RawSample, failed
 from tasks.job import InputConfig, ShardSpec
 from tasks.storage.errors import error_code, explain, is_missing
@@ -16,6 +18,8 @@ from tasks.storage.files import is_local, local_path, open_filesystem
 
 FETCH_AT_ONCE = 32
 """Objects requested together from a store; one such group is fetched while the last is decoded."""
+FIRST_BYTES = 8 * 2**20
+"""Of each: what is larger is looked at, and fetched whole when its turn comes."""
 MACHINE_ERRORS = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """Errors of the machine or mount, not of the file: the shard is tried again."""
 
@@ -29,7 +33,7 @@ def read_files(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
     if is_local(spec.uri):
         root = local_path(spec.uri)
         for key in spec.members:
-            yield _read_local(os.path.join(root, key), key)
+            yield _read_local(os.path.join(root, key), key, config.max_bytes)
         return
     fs, root = open_filesystem(spec.uri)
     # The name is put together by hand: a key such as "a//b.png" must reach the store unchanged.
@@ -46,33 +50,57 @@ def read_files(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
             if at + 1 < len(groups):
                 coming = ahead.submit(_fetch, fs, root, groups[at + 1])
             for key, value in zip(group, fetched, strict=True):
+                if isinstance(value, bytes) and len(value) == FIRST_BYTES:
+                    value = _whole(fs, f"{root}/{key}", value, config.max_bytes)
                 yield _sample(key, f"{folder}/{key}", value)
 
 
-def _read_local(path: str, key: str) -> RawSample:
+def _read_local(path: str, key: str, most: int) -> RawSample:
     try:
-        with open(path, "rb") as file:
+        # Without waiting: a pipe has no data until somebody writes.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return failed(key, path, "read", "not a regular file")
+            problem = too_many_bytes("the file", status.st_size, most)
+            if problem is not None:
+                return RawSample(key, path, None, None, problem)
             return RawSample(key, path, file.read())
     except OSError as problem:
         return _sample(key, path, problem)
 
 
 def _fetch(fs: AbstractFileSystem, root: str, keys: Sequence[str]) -> list[bytes | BaseException]:
-    # One GET each: without `max_concurrency` s3fs asks for the size first. `fs.cat` would take
-    # brackets in a key for a pattern.
-    options = {"max_concurrency": 1} if "s3" in fs.protocol else {}
+    """The first `FIRST_BYTES` of each, or why not."""
+    # One GET each, which a start and an end also see to. `fs.cat` would take brackets in a key for
+    # a pattern.
     paths = [f"{root}/{key}" for key in keys]
-    return cast(
-        list[bytes | BaseException],
-        fs.cat_ranges(
-            paths, [None] * len(paths), [None] * len(paths), on_error="return", **options
-        ),
-    )
+    found = fs.cat_ranges(paths, 0, FIRST_BYTES, on_error="return")
+    return [b"" if _is_empty(value) else value for value in found]
+
+
+def _is_empty(value: bytes | BaseException) -> bool:
+    """Whether the store refused a range because there is no first byte."""
+    return isinstance(value, BaseException) and error_code(value) in ("InvalidRange", "416")
+
+
+def _whole(fs: AbstractFileSystem, path: str, beginning: bytes, most: int) -> bytes | BaseException:
+    """A large object, whose beginning is there, unless it is larger than `most`."""
+    try:
+        size = int(fs.info(path)["size"])
+        problem = too_many_bytes("the object", size, most)
+        if problem is not None or size == len(beginning):
+            return problem or beginning
+        return beginning + bytes(cast(bytes, fs.cat_file(path, start=len(beginning), end=size)))
+    except Exception as problem:  # sorted out with the others
+        return problem
 
 
 def _sample(key: str, uri: str, value: bytes | BaseException) -> RawSample:
     if not isinstance(value, BaseException):
         return RawSample(key, uri, bytes(value))
+    if isinstance(value, SampleError):
+        return RawSample(key, uri, None, None, value)
     if is_missing(value):
         return failed(key, uri, "read", "the file is gone: it was there when the run was planned")
     if isinstance(value, OSError) and _is_own_fault(value, uri):

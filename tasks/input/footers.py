@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError
-from tasks.input.parquet import check_columns, open_parquet, parquet_errors
+from tasks.input.parquet import (
+    batch_rows,
+    check_columns,
+    check_groups,
+    open_parquet,
+    parquet_errors,
+)
 from tasks.input.sample import CorruptFileError
 from tasks.job import InputConfig
+
+KEYS_AT_ONCE = 65_536
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +52,9 @@ def read_footer(uri: str, config: InputConfig) -> Footer | None:
     try:
         with ExitStack() as stack:
             file = open_parquet(uri, stack)
-            check_columns(file.schema_arrow, config, uri, ConfigError)
+            check_groups(
+                file, check_columns(file.schema_arrow, config, uri, ConfigError), config, uri
+            )
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             hashes = None
             if config.key_column is not None:
@@ -102,7 +113,8 @@ def _read_keys(uri: str, column: str) -> Iterator[str]:
     """
     first = 0
     with ExitStack() as stack, parquet_errors(uri):
-        for batch in open_parquet(uri, stack).iter_batches(columns=[column]):
+        file = open_parquet(uri, stack)
+        for batch in _key_batches(file, column):
             for row, value in enumerate(batch.column(0).to_pylist(), start=first):
                 if value is None:
                     raise ConfigError(
@@ -111,6 +123,12 @@ def _read_keys(uri: str, column: str) -> Iterator[str]:
                     )
                 yield str(value)
             first += batch.num_rows
+
+
+def _key_batches(file: pq.ParquetFile, column: str) -> Iterator[pa.RecordBatch]:
+    for number in range(file.metadata.num_row_groups):
+        rows = batch_rows(file.metadata.row_group(number), [column], KEYS_AT_ONCE)
+        yield from file.iter_batches(rows, row_groups=[number], columns=[column])
 
 
 def _hash(key: str) -> int:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import RefineryError, SampleError, ShardError
+from tasks.input.limits import AHEAD_BYTES, FREE_BYTES, FREE_ROWS, MAX_VALUES, too_many_bytes
 from tasks.input.sample import CorruptFileError, RawSample, failed, parse_landmarks
 from tasks.job import InputConfig, ShardSpec
 from tasks.storage.errors import storage_errors
@@ -25,13 +26,15 @@ def read_parquet(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
     """The rows of the shard's range in order. A null picture comes out as a failed sample.
 
     Raises:
-        ShardError: the file is missing, corrupt or shorter than planned; a column is missing or of
-            the wrong type; `config.key_column` holds a null or the same value twice.
+        ShardError: the file is missing, corrupt, expands too much or is shorter than planned; a
+            column is missing or of the wrong type; `config.key_column` holds a null or the same
+            value twice.
     """
     name = spec.members[0] if spec.members else spec.uri.rsplit("/", 1)[-1]
     with ExitStack() as stack:
         file = open_parquet(spec.uri, stack)
         columns = check_columns(file.schema_arrow, config, spec.uri, ShardError)
+        check_groups(file, columns, config, spec.uri)
         stop = spec.row_stop or file.metadata.num_rows
         if stop > file.metadata.num_rows:
             raise ShardError(
@@ -97,7 +100,7 @@ def parquet_errors(uri: str) -> Iterator[None]:
         raise
 
 
-def _corrupt(uri: str, problem: BaseException) -> CorruptFileError:
+def _corrupt(uri: str, problem: object) -> CorruptFileError:
     return CorruptFileError(
         f"Parquet file {uri} is corrupt ({str(problem).strip()}). "
         "Write or copy the file again, then run again"
@@ -139,6 +142,44 @@ def check_columns(
                 "numbers. Set input.key_column to another column, or leave it out"
             )
     return list(wanted.values())
+
+
+def check_groups(file: pq.ParquetFile, columns: list[str], config: InputConfig, uri: str) -> None:
+    """Refuse a file whose footer tells of far more than its bytes can hold.
+
+    Raises:
+        CorruptFileError: a row group expands beyond `input.max_expansion`, or has far too many rows
+            or values.
+    """
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for chunk in _chunks_of(group, columns):
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            is_picture = chunk.path_in_schema.split(".")[0] == config.image_column
+            if (
+                unpacked > FREE_BYTES + config.max_expansion * packed
+                or chunk.num_values > MAX_VALUES * group.num_rows
+                or (is_picture and group.num_rows > FREE_ROWS + packed)
+            ):
+                raise _corrupt(
+                    uri,
+                    f"row group {number}, column {chunk.path_in_schema}: {packed} bytes are said "
+                    f"to hold {unpacked}, {chunk.num_values} values in {group.num_rows} rows; at "
+                    f"most {config.max_expansion:g} times as many bytes (input.max_expansion), "
+                    f"{MAX_VALUES} values a row, and a picture a byte",
+                )
+
+
+def _chunks_of(group: pq.RowGroupMetaData, columns: list[str]) -> Iterator[pq.ColumnChunkMetaData]:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+
+
+def batch_rows(group: pq.RowGroupMetaData, columns: list[str], most: int = BATCH_ROWS) -> int:
+    """Rows to turn into Python objects at once: a value that is stored once may stand in every row,
+    so each may be as large as the row group."""
+    unpacked = sum(chunk.total_uncompressed_size for chunk in _chunks_of(group, columns))
+    return max(1, min(most, AHEAD_BYTES // max(unpacked, 1)))
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -188,7 +229,8 @@ def _batches(
     file: pq.ParquetFile, group: int, columns: list[str], uri: str
 ) -> Iterator[pa.RecordBatch]:
     with parquet_errors(uri):
-        yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
+        rows = batch_rows(file.metadata.row_group(group), columns)
+        yield from file.iter_batches(rows, row_groups=[group], columns=columns)
 
 
 def _unique_key(value: Any, row: int, seen: set[str], uri: str, config: InputConfig) -> str:
@@ -211,6 +253,9 @@ def _sample(key: str, uri: str, values: dict[str, Any], config: InputConfig) -> 
         data = data["bytes"]
     if data is None:
         return failed(key, uri, "read", "the picture is null")
+    problem = too_many_bytes("the picture", len(data), config.max_bytes)
+    if problem is not None:
+        return RawSample(key, uri, None, None, problem)
     try:
         return RawSample(key, uri, data, parse_landmarks(values.get(config.landmarks_column)))
     except SampleError as problem:

@@ -193,7 +193,7 @@ class _Planner:
         uri, num_samples, stop = f"{root}/{name}", -1, 0
         if self.limit is not None:
             try:
-                num_samples = count_samples(uri, room)
+                num_samples = count_samples(uri, room, self.input)
                 stop = num_samples if num_samples == room else 0
             except CorruptFileError as problem:  # found again, and quarantined, when it is its turn
                 logger.warning("planned although it cannot be counted: %s", problem)

@@ -57,8 +57,10 @@ def parse_landmarks(value: Any) -> Float32[np.ndarray, "5 2"] | None:
         return None
     try:
         points = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as problem:
-        raise SampleError("align", f"landmarks are not numbers: {str(value)[:80]!r}") from problem
+    except Exception as problem:  # numpy's words for nesting, size and type are many
+        kind = type(value).__name__
+        shown = f": {value[:80]!r}" if isinstance(value, str) else f", but a {kind}"
+        raise SampleError("align", f"landmarks are not numbers{shown} ({problem})") from problem
     if points.shape not in ((10,), (5, 2)):
         raise SampleError(
             "align",

@@ -5,8 +5,11 @@ from tasks.report.page import render_page
 from tasks.storage.files import join, write_bytes
 
 
-def write_report(run_uri: str) -> str:
+def write_report(run_uri: str, against: str | None = None) -> str:
     """Write `<run>/report.html` from the committed parts, for a finished or an unfinished run.
+
+    Args:
+        against: a run to compare distributions with.
 
     Returns:
         The URI of the page.
@@ -14,7 +17,7 @@ def write_report(run_uri: str) -> str:
     Raises:
         LedgerError: no run at this place, a damaged one, or the page cannot be written.
     """
-    page = render_page(gather(run_uri))
+    page = render_page(gather(run_uri, against))
     uri = join(run_uri, "report.html")
     write_bytes(uri, page.encode())
     return uri

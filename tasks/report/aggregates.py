@@ -176,7 +176,7 @@ def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tu
             f"ORDER BY {order} LIMIT {shown}"
         ).to_pylist()
     keys = {row["sample_key"] for found in chosen.values() for row in found}
-    pictures = _pictures(ask, stored, keys)
+    pictures = pictures_of(ask, stored, keys)
     return tuple(
         PairGroup(
             title=title,
@@ -199,16 +199,19 @@ def _picture_columns(images: pa.Schema | None) -> list[str]:
     return [name for name in ("input", "inversion") if images and name in images.names]
 
 
-def _pictures(
+def pictures_of(
     ask: Ask, stored: list[str], keys: set[str]
 ) -> Mapping[str, Mapping[str, bytes | None]]:
-    """The encoded pictures of a few samples; statistics skip the row groups without them."""
-    if not keys:
+    """The encoded pictures of a few samples."""
+    if not keys or not stored:
         return {}
-    wanted = ", ".join(f"{quoted(name)}.bytes AS {quoted(name)}" for name in stored)
+    wanted = ", ".join(map(quoted, stored))
     listed = ", ".join("'" + key.replace("'", "''") + "'" for key in sorted(keys))
     found = ask(f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed})")
-    return {row.pop("sample_key"): row for row in found.to_pylist()}
+    return {
+        row["sample_key"]: {name: row[name] and row[name]["bytes"] for name in stored}
+        for row in found.to_pylist()
+    }
 
 
 def failed_rows(ask: Ask) -> tuple[tuple[str, str, str], ...]:

@@ -7,8 +7,10 @@ SVG is right on a phone and on a desktop. Colours come from the page's CSS class
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
+from markupsafe import Markup
+
+from tasks.report.look import macro
 from tasks.report.words import number
 
 MIN_BAR_PCT = 0.35
@@ -72,7 +74,7 @@ def bars(
     title: str,
     markers: Sequence[Marker] = (),
     height_px: int = 150,
-) -> str:
+) -> Markup:
     """Adjacent bars of equal width over `x`: a histogram, or a rate over time.
 
     Args:
@@ -80,71 +82,52 @@ def bars(
         title: what a reader who cannot see the chart is told.
     """
     width = 100.0 / max(len(counts), 1)
-    shapes: list[str] = []
-    for tick, label in ticks(y.low, y.high, 4):
-        top = 100.0 - y.percent(tick)
-        shapes.append(f'<line class="grid" x1="0%" x2="100%" y1="{top:.2f}%" y2="{top:.2f}%"/>')
-        shapes.append(
-            f'<text class="tick" x="0%" dx="-6" y="{top:.2f}%" dy="4" text-anchor="end">'
-            f"{label}</text>"
-        )
-    for index, count in enumerate(counts):
-        if count <= 0:
-            continue
-        tall = max(y.percent(count), MIN_BAR_PCT)
-        shapes.append(
-            f'<rect class="bar" x="{index * width:.3f}%" width="{width * 0.94:.3f}%" '
-            f'y="{100 - tall:.2f}%" height="{tall:.2f}%"/>'
-        )
-    shapes.append('<line class="axis" x1="0%" x2="100%" y1="100%" y2="100%"/>')
-    shapes += _x_ticks(x)
-    shapes += [_marker(marker, x) for marker in markers]
-    return (
-        f'<div class="chart"><p class="axis-label">{escape(y.label)}</p>'
-        f'<div class="plot"><svg width="100%" height="{height_px}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(shapes)}</svg></div>'
-        f'<p class="axis-label x">{escape(x.label)}</p></div>'
-    )
+    tall = {i: max(y.percent(n), MIN_BAR_PCT) for i, n in enumerate(counts) if n > 0}
+    chart = {
+        "x": x,
+        "y": y,
+        "title": title,
+        "height_px": height_px,
+        "y_ticks": [
+            {"at": f"{100.0 - y.percent(tick):.2f}", "text": label}
+            for tick, label in ticks(y.low, y.high, 4)
+        ],
+        "x_ticks": [_x_tick(x.percent(tick), label) for tick, label in ticks(x.low, x.high, 4)],
+        "shapes": [
+            {
+                "x": f"{index * width:.3f}",
+                "width": f"{width * 0.94:.3f}",
+                "y": f"{100 - height:.2f}",
+                "height": f"{height:.2f}",
+            }
+            for index, height in tall.items()
+        ],
+        "marks": [_mark(marker, x) for marker in markers],
+    }
+    return macro("charts.html", "bars", chart)
 
 
-def _x_ticks(x: Axis) -> list[str]:
-    found = []
-    for tick, label in ticks(x.low, x.high, 4):
-        at = x.percent(tick)
-        anchor = "start" if at < 4 else "end" if at > 96 else "middle"
-        found.append(
-            f'<text class="tick" x="{at:.2f}%" y="100%" dy="16" text-anchor="{anchor}">'
-            f"{label}</text>"
-        )
-    return found
+def _x_tick(at: float, label: str) -> dict[str, str]:
+    anchor = "start" if at < 4 else "end" if at > 96 else "middle"
+    return {"at": f"{at:.2f}", "anchor": anchor, "text": label}
 
 
-def _marker(marker: Marker, x: Axis) -> str:
+def _mark(marker: Marker, x: Axis) -> dict[str, object]:
     at = min(max(x.percent(marker.at), 0.0), 100.0)
     # The text stands on the side with more room.
     anchor, shift = ("start", 5) if at < 50 else ("end", -5)
-    text = (
-        f'<text class="{marker.kind}" x="{at:.2f}%" dx="{shift}" y="0%" dy="10" '
-        f'text-anchor="{anchor}">{escape(marker.text)}</text>'
-        if marker.text
-        else ""
-    )
-    return f'<line class="{marker.kind}" x1="{at:.2f}%" x2="{at:.2f}%" y1="0%" y2="100%"/>{text}'
+    found = {"kind": marker.kind, "text": marker.text, "at": f"{at:.2f}"}
+    return {**found, "anchor": anchor, "shift": shift}
 
 
-def stacked(parts: Sequence[tuple[str, float]], *, title: str) -> str:
+def stacked(parts: Sequence[tuple[str, float]], *, title: str) -> Markup:
     """One horizontal bar split by share; segment i has the CSS class `part-i`."""
     total = sum(value for _, value in parts)
-    shapes, left = [], 0.0
+    segments, left = [], 0.0
     for index, (_, value) in enumerate(parts):
         share = 100.0 * value / total if total > 0 else 0.0
         if share > 0:
-            shapes.append(
-                f'<rect class="part-{index % 8}" x="{left:.3f}%" y="0" '
-                f'width="{share:.3f}%" height="100%"/>'
-            )
+            place = {"x": f"{left:.3f}", "width": f"{share:.3f}"}
+            segments.append({"index": index % 8, **place})
         left += share
-    return (
-        f'<svg class="stacked" width="100%" height="28" role="img" aria-label="{escape(title)}">'
-        f"{''.join(shapes)}</svg>"
-    )
+    return macro("charts.html", "stacked", segments, title)

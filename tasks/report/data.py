@@ -5,10 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import duckdb
-import pyarrow as pa
-
-from models.errors import LedgerError
 from tasks.report.aggregates import (
     Metric,
     PairGroup,
@@ -17,11 +13,13 @@ from tasks.report.aggregates import (
     pair_groups,
     ranking_metric,
 )
+from tasks.report.alignment import alignment_line
+from tasks.report.asking import asking
 from tasks.report.edits import EditData, gather_edits
+from tasks.report.statistics import Statistics, gather_statistics, other_run
 from tasks.report.timeline import Timeline, timeline
 from tasks.run import ledger
 from tasks.run.marker import Marker
-from tasks.run.query import open_views
 
 NOTES_SHOWN = 20
 
@@ -41,6 +39,8 @@ class ReportData:
         stages: (name, busy seconds summed over all shards).
         columns: by view, what `refinery query` can ask for.
         edits: of a run of edits; None for inversions.
+        statistics: of codes and metrics; None without a row.
+        warning: pictures do not look aligned; None where there is nothing to say.
     """
 
     run_uri: str
@@ -66,10 +66,15 @@ class ReportData:
     stages: tuple[tuple[str, float], ...]
     columns: dict[str, tuple[str, ...]]
     edits: EditData | None
+    statistics: Statistics | None
+    warning: str | None = None
 
 
-def gather(run_uri: str) -> ReportData:
+def gather(run_uri: str, against: str | None = None) -> ReportData:
     """Read a run, finished or not, through its committed parts.
+
+    Args:
+        against: a run to compare distributions with.
 
     Raises:
         LedgerError: no run at this place, or a damaged one.
@@ -100,13 +105,18 @@ def gather(run_uri: str) -> ReportData:
             for shard, lost in ledger.read_quarantine(run_uri).items()
         ),
         timeline=timeline(markers),
+        warning=alignment_line(run_uri),
         stages=_stages(markers, declared.stages),
-        **_from_rows(run_uri, config, declared, markers),
+        **_from_rows(run_uri, config, declared, markers, against),
     )
 
 
 def _from_rows(
-    run_uri: str, config: Mapping[str, Any], declared: ledger.Declared, markers: Sequence[Marker]
+    run_uri: str,
+    config: Mapping[str, Any],
+    declared: ledger.Declared,
+    markers: Sequence[Marker],
+    against: str | None,
 ) -> dict[str, Any]:
     """The fields of ReportData that need the parts themselves; one set of views serves them all."""
     is_edit = bool(declared.variants)
@@ -118,18 +128,9 @@ def _from_rows(
             "failed_rows": (),
             "columns": {},
             "edits": gather_edits(None, config, {}) if is_edit else None,
+            "statistics": None,
         }
-    with open_views(run_uri) as (connection, views):
-
-        def ask(sql: str) -> pa.Table:
-            try:
-                return connection.sql(sql).to_arrow_table()
-            except duckdb.Error as error:
-                raise LedgerError(
-                    f"{run_uri}: a committed part cannot be read ({error}); run `refinery verify`"
-                ) from error
-
-        schemas = {view: ask(f"SELECT * FROM {view} LIMIT 0").schema for view in views}
+    with asking(run_uri) as (ask, schemas), other_run(against) as other:
         found = metrics(ask, schemas["latents"], sum(marker.rows for marker in markers))
         ranked = ranking_metric(found)
         return {
@@ -139,6 +140,7 @@ def _from_rows(
             "failed_rows": failed_rows(ask),
             "columns": {view: tuple(schema.names) for view, schema in sorted(schemas.items())},
             "edits": gather_edits(ask, config, schemas) if is_edit else None,
+            "statistics": gather_statistics(run_uri, ask, schemas, other),
         }
 
 

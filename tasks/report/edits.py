@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import pyarrow as pa
 
 from tasks.report.aggregates import Ask, quoted
-from tasks.report.pictures import data_uri, is_pixelated
-from tasks.report.words import number, table
+from tasks.report.look import section
+from tasks.report.pictures import is_pixelated
 
 SAMPLES = 24
 """Rows of pictures; the samples are spread evenly over the run, in order of their keys."""
@@ -110,12 +109,13 @@ def _samples(ask: Ask, columns: tuple[str, ...]) -> tuple[tuple[str, Mapping[str
     )["sample_key"].to_pylist()
     if not keys:
         return ()
-    wanted = ", ".join(f"{quoted(name)}.bytes AS {quoted(name)}" for name in columns)
+    wanted = ", ".join(map(quoted, columns))
     listed = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
     found = ask(
-        f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed}) ORDER BY 1"
+        f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed}) "
+        "ORDER BY sample_key"
     ).to_pylist()
-    return tuple((row.pop("sample_key"), row) for row in found)
+    return tuple((row["sample_key"], {n: row[n]["bytes"] for n in columns}) for row in found)
 
 
 # ------------------------------------------------------------------ the page
@@ -123,52 +123,12 @@ def _samples(ask: Ask, columns: tuple[str, ...]) -> tuple[tuple[str, Mapping[str
 
 def edit_pictures(data: EditData) -> str:
     """Rows of pictures: original, inversion, every variant."""
-    if not data.samples:
-        return "<p>No pictures to show: none is committed yet.</p>"
-    titles = {"input": "original"}
-    head = '<tr><th scope="col">Sample</th>' + "".join(
-        f'<th scope="col">{escape(titles.get(name, name))}</th>' for name in data.columns
-    )
-    rows = "".join(
-        f'<tr><th scope="row" class="key mono">{escape(key)}</th>'
-        + "".join(
-            f'<td><img width="96" height="96" src="{data_uri(pictures[name])}" '
-            f'alt="{escape(f"{titles.get(name, name)} of {key}")}"></td>'
-            for name in data.columns
-        )
-        + "</tr>"
-        for key, pictures in data.samples
-    )
-    is_small = all(is_pixelated(p) for _, pictures in data.samples for p in pictures.values())
-    smooth = '<label><input type="checkbox" id="smooth"> Smooth the pixels</label>'
-    css = "sheet" if is_small else "sheet smooth"
-    return (
-        f"<p>Every sample in a row: as it was, inverted, edited. {len(data.samples)} samples, "
-        "spread over the run.</p>"
-        f'{smooth if is_small else ""}<div class="{css}">'
-        f"{table(head + '</tr>', rows, 'Pictures of the edits')}</div>"
-    )
+    stored = (picture for _, pictures in data.samples for picture in pictures.values())
+    return section("edit_pictures", data, all(map(is_pixelated, stored)))
 
 
 def edit_summary(data: EditData) -> str:
     """What each variant asked for, and the mean of its metrics over all samples."""
     metrics = list(dict.fromkeys(name for v in data.variants for name in v.means))
-    head = '<tr><th scope="col">Variant</th><th scope="col">Asked for</th>' + "".join(
-        f'<th scope="col" class="n"><code>{escape(name)}</code></th>' for name in metrics
-    )
-    rows = "".join(
-        f'<tr><th scope="row">{escape(v.name)}</th><td class="reason">{escape(v.asked)}</td>'
-        + "".join(f'<td class="n">{_value(v.means, name)}</td>' for name in metrics)
-        + "</tr>"
-        for v in data.variants
-    )
     notes = "; ".join(f"{name}: {NOTES[name]}" for name in metrics if name in NOTES)
-    return (
-        "<p>Means over all samples. The view <code>edits</code> has the values of every sample, "
-        f"one row for each picture.</p>{table(head + '</tr>', rows, 'Edits')}"
-        f'<p class="soft">{escape(notes)}</p>'
-    )
-
-
-def _value(means: Mapping[str, float], name: str) -> str:
-    return number(float(means[name])) if name in means else ""
+    return section("edit_summary", data, metrics, notes)

@@ -1,7 +1,6 @@
-"""Small pieces of the page: numbers, counted nouns, durations, dates, tables, code."""
+"""Words for values: numbers, counted nouns, durations, dates."""
 
 import math
-from html import escape
 
 
 def number(value: float) -> str:
@@ -14,20 +13,6 @@ def number(value: float) -> str:
         return f"{value:.2e}"
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{max(digits, 0)}f}"
-
-
-def pre(lines: list[str]) -> str:
-    """Lines of code in a box that scrolls."""
-    text = escape("\n".join(lines), quote=False)
-    return f'<pre tabindex="0"><code style="overflow-wrap:normal">{text}</code></pre>'
-
-
-def table(head: str, rows: str, caption: str) -> str:
-    """A table that scrolls inside its own box, reachable by keyboard."""
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
-    )
 
 
 def counted(count: int, noun: str) -> str:

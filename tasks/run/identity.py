@@ -2,7 +2,9 @@
 
 The run id is a hash of contents. Places (paths, URLs, names of files) stand in run.json beside it:
 what lies at them is hashed instead. So a run goes on after its input, its weights or its source
-have moved. Runs of version 1 hashed the places too, and keep their ids.
+have moved. Settings that move results by rounding only (`batch`) are not hashed either, so a run
+goes on in smaller batches. Runs of earlier versions keep their ids: version 1 hashed the places
+too, versions 1 and 2 the batch.
 """
 
 import copy
@@ -11,27 +13,32 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.job import FILE, PLACE, Job
-from tasks.run.manifest import ManifestInfo
+from tasks.job import FILE, PLACE, ROUNDING, Job
 
-VERSION = 2
+if TYPE_CHECKING:
+    from tasks.run.manifest import ManifestInfo
+
+VERSION = 3
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".json", ".npy", ".csv", ".parquet")
 
 
 def make_identity(
-    job: Job, manifest: ManifestInfo, hashes: Mapping[str, str], version: int = VERSION
+    job: Job, manifest: "ManifestInfo", hashes: Mapping[str, str], version: int = VERSION
 ) -> dict[str, Any]:
-    """The part of run.json that says which run it is: config, manifest, weights, and from version 2
-    on the version and the keys of the config that are places."""
+    """The part of run.json that says which run it is: config, manifest, weights, from version 2 on
+    the version and the keys of the config that are places, from 3 on those that only round."""
     identity: dict[str, Any] = {
-        "config": job.to_dict(),
+        "config": _known_to(version, job, job.to_dict()),
         "manifest": manifest.digest(version),
         "weights": dict(sorted(hashes.items())),
     }
     if version > 1:
         identity |= {"version": version, "places": sorted(places(job))}
+    if version > 2:
+        fields = dataclasses.fields(job)
+        identity["rounding"] = [each.name for each in fields if dict(each.metadata) == ROUNDING]
     return json.loads(json.dumps(identity))  # tuples become lists, as they will be read back
 
 
@@ -41,13 +48,29 @@ def identity_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def _known_to(version: int, job: Any, table: dict[str, Any]) -> dict[str, Any]:
+    """The table of a job without defaults of settings that came after a version."""
+    for each in dataclasses.fields(job):
+        value = getattr(job, each.name)
+        if each.metadata.get("since", 0) > version and value == each.default:
+            if "before" in each.metadata:
+                table[each.name] = each.metadata["before"]
+            else:
+                del table[each.name]
+        elif dataclasses.is_dataclass(value):
+            _known_to(version, value, table[each.name])
+    return table
+
+
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is hashed: config, manifest and weights without places; in a weight's name the keys of
-    the config that hold its place stand for it."""
+    """What is hashed: config, manifest and weights without places and what only rounds; in a
+    weight's name the keys of the config that hold its place stand for it."""
     found = {key: copy.deepcopy(record[key]) for key in ("config", "manifest", "weights")}
     values = {
         place: _taken(found["config"], place.split(".")) for place in record.get("places", ())
     }
+    for name in record.get("rounding", ()):
+        del found["config"][name]
     weights: dict[str, str] = {}
     for name, digest in found["weights"].items():
         kind, _, where = name.partition(".")
@@ -64,7 +87,9 @@ def places(value: Any, at: str = "", may_be: bool = False) -> Iterator[str]:
             if dict(each.metadata) == PLACE:
                 yield where
             else:
-                yield from places(getattr(value, each.name), where, dict(each.metadata) == FILE)
+                yield from places(
+                    getattr(value, each.name), where, FILE.items() <= each.metadata.items()
+                )
     elif isinstance(value, tuple | list | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in items:

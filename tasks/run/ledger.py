@@ -15,18 +15,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import LedgerError
 from tasks.job import Job
 from tasks.run.identity import VERSION, contents, identity_digest, make_identity
-from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.storage.files import exists, join, list_files, read_bytes, remove, write_bytes
 
+if TYPE_CHECKING:
+    from tasks.run.manifest import ManifestInfo
+
 logger = logging.getLogger(__name__)
 
-PART_KINDS = ("latents", "images", "residuals")
+TABLE_KINDS = ("latents", "images", "residuals")
+"""Parts in Parquet, which SQL sees."""
+PART_KINDS = (*TABLE_KINDS, "vectors", "exact")
 _READERS = 16  # markers are fetched by so many threads: a GET is mostly waiting
 
 
@@ -50,6 +54,7 @@ class Declared:
         method: chain of methods that made the codes, e.g. "e4e+wplus".
         metrics, pictures: columns of latents/ and of images/.
         variants: those pictures that are edits of "inversion".
+        faces: whether latents/ says where in their photographs the samples are.
     """
 
     kind: str
@@ -59,6 +64,7 @@ class Declared:
     metrics: tuple[str, ...]
     pictures: tuple[str, ...]
     variants: tuple[str, ...] = ()
+    faces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,7 @@ def shard_name(shard: int) -> str:
 def create_run(
     run_uri: str,
     job: Job,
-    manifest_info: ManifestInfo,
+    manifest_info: "ManifestInfo",
     hashes: Mapping[str, str],
     code_version: str,
     declared: Declared,
@@ -159,14 +165,17 @@ def read_run(run_uri: str) -> dict[str, Any]:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
     uri = join(run_uri, "run.json")
-    if not exists(uri):
+    keys = ("run_id", "config", "manifest", "weights", "num_shards", "code_version")
+    advice = "restore it from a copy, or start again in another output folder"
+    try:
+        record = _read_record(uri, keys, advice)
+    except LedgerError as error:
+        if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise
         raise LedgerError(
             f"{run_uri}: no run here (run.json is missing); give the folder that "
             "`refinery invert IN OUT` wrote as OUT"
-        )
-    keys = ("run_id", "config", "manifest", "weights", "num_shards", "code_version")
-    advice = "restore it from a copy, or start again in another output folder"
-    record = _read_record(uri, keys, advice)
+        ) from error
     record.setdefault("declared", None)
     return record
 
@@ -177,7 +186,11 @@ def read_declared(run_uri: str) -> Declared:
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
-    record = read_run(run_uri)
+    return declared_by(read_run(run_uri))
+
+
+def declared_by(record: Mapping[str, Any]) -> Declared:
+    """The same of a run.json that was read."""
     found: dict[str, Any] | None = record["declared"]
     if found is None:
         return _declared_before(record["config"])

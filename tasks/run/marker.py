@@ -13,7 +13,7 @@ from models.errors import LedgerError
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One Parquet file of a shard.
+    """One file of a shard.
 
     Attributes:
         path: relative to the run directory, e.g. "latents/00042-9f3c21d0aa57.parquet".
@@ -38,7 +38,7 @@ class Marker:
         run_id: hash of config, manifest and weights (`tasks.run.ledger`).
         rows: samples in the shard, failed ones included.
         failed: samples with `status = "failed"`.
-        parts: by kind, "latents", "images", "residuals"; a kind without rows has no part.
+        parts: by kind (`tasks.run.ledger.PART_KINDS`); a kind without rows has no part.
         seconds: busy time by stage (`Declared.stages`); waiting for the accelerator is in
             none of them.
         wall_s: from the start of the attempt to its commit.

@@ -6,6 +6,10 @@
                  than w_plus: optimised noise maps, replaced features, low-rank kernel residuals.
                  With w_plus they render the inversion again. Half precision (relative error 5e-4):
                  a noise map has as many values as its layer has pixels.
+    vectors/     of an index: one row per inverted sample with its key, scores and 8-bit code, as an
+                 Arrow file, which readers map into memory
+    exact/       of an index: the float16 vectors behind the codes, [N E] in NumPy's format: row n
+                 is read without its neighbours
 
 The bytes of a part depend on the rows alone: no time, attempt, host or number of workers is inside.
 A part without rows is not written: `datasets` cannot open a Parquet file of zero rows.
@@ -37,6 +41,8 @@ from tasks.run.rows import SUFFIX, Row
 from tasks.storage.crash import crash_point
 from tasks.storage.files import join, write_bytes
 
+ENDINGS = {"vectors": "arrow", "exact": "npy"}
+"""Of the names of parts that are not Parquet."""
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -49,6 +55,9 @@ class Layout:
         metrics: names of the metric columns, in order.
         shape: (L, D) of w_plus.
         variants: names of the edited pictures, stored beside those of `output`.
+        faces: samples were aligned: box, points, transform and score of each face.
+        checked: they were not, and it was looked whether they are.
+        texts: names of columns of texts.
     """
 
     method: str
@@ -56,6 +65,9 @@ class Layout:
     shape: tuple[int, int]
     output: OutputConfig
     variants: tuple[str, ...] = ()
+    faces: bool = False
+    checked: bool = False
+    texts: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -69,8 +81,8 @@ class Layout:
 def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
     """sample_key, image_uri, image_sha256, status, error_kind, error, method, w_plus, metrics,
     seed, run_id. Codes and metrics of failed rows are null."""
-    text = pa.string()
-    codes = _tensor_field("w_plus", np.dtype(layout.output.latents), layout.shape)
+    text, looks = pa.string(), [r.looks_aligned for r in rows]
+    codes = _in_place(_tensor_field("w_plus", np.dtype(layout.output.latents), layout.shape))
     columns: list[tuple[pa.Field, Any]] = [
         (pa.field("sample_key", text, nullable=False), [r.sample_key for r in rows]),
         (pa.field("image_uri", text), [r.image_uri for r in rows]),
@@ -87,10 +99,36 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
             (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
             for name in layout.metrics
         ),
+        *(_face_columns(rows) if layout.faces else ()),
+        *([(pa.field("looks_aligned", pa.bool_()), looks)] if layout.checked else ()),
+        *((pa.field(name, text), [r.texts.get(name) for r in rows]) for name in layout.texts),
         (pa.field("seed", pa.int64(), nullable=False), [r.seed for r in rows]),
         (pa.field("run_id", text, nullable=False), [run_id] * len(rows)),
     ]
     return _table(columns)
+
+
+def _face_columns(rows: Sequence[Row]) -> list[tuple[pa.Field, Any]]:
+    """face_box [4], face_points [5 2], face_transform [4] (real and imaginary parts of a, b) and
+    face_score; null where there is no face, or nobody told."""
+    kinds = {
+        "box": (np.float32, (4,)),
+        "points": (np.float32, (5, 2)),
+        "transform": (float, (2, 2)),
+    }
+    columns: list[tuple[pa.Field, Any]] = []
+    for name, (dtype, shape) in kinds.items():
+        field_ = _tensor_field(f"face_{name}", np.dtype(dtype), shape)
+        columns.append((field_, _tensor_array([_face_values(r, name) for r in rows], field_.type)))
+    scores = [r.face.score if r.face else None for r in rows]
+    return [*columns, (pa.field("face_score", pa.float32()), scores)]
+
+
+def _face_values(row: Row, name: str) -> np.ndarray | None:
+    value = None if row.face is None else getattr(row.face, name)
+    if name == "transform" and value is not None:
+        return np.array([(each.real, each.imag) for each in value])
+    return None if value is None else np.asarray(value)
 
 
 def images_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
@@ -122,6 +160,20 @@ def residuals_table(rows: Sequence[Row]) -> pa.Table:
     return _table(columns)
 
 
+def vectors_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
+    """sample_key, metrics, and `code`, a fixed-size list of uint8."""
+    codes = pa.list_(pa.field("element", pa.uint8()), len(rows[0].vectors["code"]))
+    columns: list[tuple[pa.Field, Any]] = [
+        (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows]),
+        *(
+            (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
+            for name in layout.metrics
+        ),
+        (pa.field("code", codes), _tensor_array([r.vectors["code"] for r in rows], codes)),
+    ]
+    return _table(columns)
+
+
 def _table(columns: list[tuple[pa.Field, Any]], metadata: dict[str, str] | None = None) -> pa.Table:
     arrays = [
         values if isinstance(values, pa.Array) else pa.array(values, type=field_.type)
@@ -135,6 +187,11 @@ def _table(columns: list[tuple[pa.Field, Any]], metadata: dict[str, str] | None 
 def _tensor_field(name: str, dtype: np.dtype, shape: Sequence[int]) -> pa.Field:
     kind = pa.list_(pa.from_numpy_dtype(dtype), int(np.prod(shape)))
     return pa.field(name, kind, metadata={"shape": json.dumps([int(n) for n in shape])})
+
+
+def _in_place(codes: pa.Field) -> pa.Field:
+    """The same field with the promise of `to_parquet` about its bytes."""
+    return codes.with_metadata({**codes.metadata, b"layout": b"rows"})
 
 
 def _tensor_array(values: Sequence[np.ndarray | None], kind: pa.FixedSizeListType) -> pa.Array:
@@ -164,21 +221,24 @@ def write_parts(
     rows = sorted(rows, key=lambda row: row.sample_key)
     _refuse_duplicates(rows, shard)
     inverted = [row for row in rows if row.error_kind is None]
-    tables: dict[str, Callable[[], pa.Table]] = {}
+    files: dict[str, Callable[[], bytes]] = {}
     if rows:
-        tables["latents"] = lambda: latents_table(rows, layout, run.run_id)
+        files["latents"] = lambda: to_parquet(latents_table(rows, layout, run.run_id), "latents")
     if inverted and layout.pictures:
-        tables["images"] = lambda: images_table(inverted, layout)
+        files["images"] = lambda: to_parquet(images_table(inverted, layout), "images")
     if inverted and inverted[0].doors:
-        tables["residuals"] = lambda: residuals_table(inverted)
+        files["residuals"] = lambda: to_parquet(residuals_table(inverted), "residuals")
+    if inverted and inverted[0].vectors:
+        files["vectors"] = lambda: to_arrow(vectors_table(inverted, layout))
+        files["exact"] = lambda: to_npy([row.vectors["exact"] for row in inverted])
     parts: dict[str, Part] = {}
-    for kind, build in tables.items():
-        table = build()
-        data = to_parquet(table, kind)
-        path = f"{kind}/{shard_name(shard)}-{attempt}.parquet"
+    for kind, build in files.items():
+        data = build()
+        path = f"{kind}/{shard_name(shard)}-{attempt}.{ENDINGS.get(kind, 'parquet')}"
         write_bytes(join(run.uri, path), data)
         digest = hashlib.sha256(data).hexdigest()
-        parts[kind] = Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
+        count = len(rows if kind == "latents" else inverted)
+        parts[kind] = Part(path=path, rows=count, bytes=len(data), sha256=digest)
         if len(parts) == 1:
             crash_point("between_parts", shard)
     return parts
@@ -187,15 +247,22 @@ def write_parts(
 def to_parquet(table: pa.Table, kind: str) -> bytes:
     """The file of a part.
 
-    float32 vectors: zstd 3 with byte-stream-split; float16 vectors without it, which DuckDB 2.0
-    cannot read together. Dictionaries make those larger than raw; 8-bit codes, which Parquet holds
-    as 32-bit integers, are smaller with one (0.91 bytes each, against 1.27). Pictures are
+    Codes are neither compressed nor split, one page to a row group: they are the last bytes of
+    their column chunk, row after row without the failed ones, so that one code is one read of just
+    its bytes (`layout` is `rows` in the field's metadata). That costs 8 % of float16 codes and 19 %
+    of float32 ones, and a copy of them all elsewhere is not needed.
+
+    Other float32 vectors: zstd 3 with byte-stream-split; float16 vectors without it, which DuckDB
+    2.0 cannot read together. Dictionaries make those larger than raw; 8-bit codes, which Parquet
+    holds as 32-bit integers, are smaller with one (0.91 bytes each, against 1.27). Pictures are
     compressed already. Row groups are small enough that one of them is a comfortable read.
     """
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+    in_place = [f.name for f in table.schema if (f.metadata or {}).get(b"layout") == b"rows"]
     kinds = {name: table.schema.field(name).type.value_type for name in vectors}
-    split = [name for name in vectors if kinds[name] == pa.float32()]
+    split = [name for name in vectors if kinds[name] == pa.float32() and name not in in_place]
     codes = [f"{name}.list.element" for name in vectors if kinds[name] == pa.int8()]
+    small = [n for n in table.column_names if kind != "images" and n not in in_place]
     with_statistics = [
         name for name in table.column_names if name not in vectors and kind != "images"
     ] or ["sample_key"]
@@ -204,8 +271,11 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
         table,
         buffer,
         row_group_size=_row_group_rows(table, kind),
-        compression="none" if kind == "images" else "zstd",
-        compression_level=None if kind == "images" else 3,
+        compression={  # type: ignore[arg-type]  # a name for each column is allowed too
+            _leaf(field): "zstd" if field.name in small else "none" for field in table.schema
+        },
+        compression_level={_leaf(field): 3 for field in table.schema if field.name in small},
+        data_page_size=2**30 if in_place else None,
         use_dictionary=codes or False,  # type: ignore[arg-type]  # columns are allowed here too
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split} or None,
         write_statistics=with_statistics,  # type: ignore[arg-type]  # columns are allowed too
@@ -215,10 +285,31 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def to_arrow(table: pa.Table) -> bytes:
+    """An uncompressed Arrow file of one record batch: every column is one piece of the file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def to_npy(vectors: Sequence[np.ndarray]) -> bytes:
+    """[N E] in NumPy's format."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack(vectors))
+    return buffer.getvalue()
+
+
+def _leaf(field_: pa.Field) -> str:
+    """A column as Parquet calls it."""
+    is_list = pa.types.is_fixed_size_list(field_.type)
+    return f"{field_.name}.list.element" if is_list else field_.name
+
+
 def _row_group_rows(table: pa.Table, kind: str) -> int:
-    """1,024 rows for W (512 floats), 128 for W+ (18 x 512); 64 to 128 pictures."""
+    """1,024 rows for W (512 floats), 128 for W+ (18 x 512); of pictures 8 MiB or 128 rows."""
     if kind == "images":
-        return 64 if table.nbytes > 128 * 2**20 else 128
+        return min(128, max(1, 2**23 * table.num_rows // table.nbytes))
     floats = sum(f.type.list_size for f in table.schema if pa.types.is_fixed_size_list(f.type))
     rows = 1024
     while rows > 8 and rows * floats > 2**21:

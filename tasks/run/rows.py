@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tasks.input.face import Face
+
 SUFFIX = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 
 
@@ -27,6 +29,11 @@ class Row:
         metrics: by column name.
         pictures: encoded, by column name ("input", "inversion").
         doors: float16 arrays by column name; 8-bit codes of tuned weights.
+        vectors: what an index keeps: "code", uint8, and "exact", float16.
+        face: where it stands in its photograph, of samples that were aligned.
+        looks_aligned: of those that were not: whether the face is where the template has it; None
+            where nobody looked.
+        texts: by column name.
     """
 
     sample_key: str
@@ -39,6 +46,10 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     doors: dict[str, np.ndarray] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    face: Face | None = None
+    looks_aligned: bool | None = None
+    texts: dict[str, str] = field(default_factory=dict)
 
     def fail(self, kind: str, reason: str) -> None:
         """Mark the row as failed."""

@@ -2,10 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError, ShardError
+from tasks.input.face import Face
 from tasks.job import ShardSpec
 from tasks.run.ledger import (
     read_declared,
@@ -104,11 +107,29 @@ def read_rows(run_uri: str, marker: Marker) -> list[Row]:
         LedgerError: the part is missing or damaged.
     """
     names = ["sample_key", "image_uri", "image_sha256", "seed", "error_kind", "error"]
+    faces = ["face_points", "face_transform", "face_box", "face_score"]
     part = marker.parts["latents"]
     uri = join(run_uri, part.path)
     with part_errors(uri):
-        table = pq.ParquetFile(PartFile(uri, part.bytes)).read(columns=names)
-    return [Row(**values) for values in table.to_pylist()]
+        file = pq.ParquetFile(PartFile(uri, part.bytes))
+        known = set(file.schema_arrow.names)
+        table = file.read(columns=[*names, *(name for name in faces if name in known)])
+    return [_row(values) for values in table.to_pylist()]
+
+
+def _row(values: dict[str, Any]) -> Row:
+    points, transform, box, score = (
+        values.pop(f"face_{name}", None) for name in ("points", "transform", "box", "score")
+    )
+    if points is None:
+        return Row(**values)
+    face = Face(
+        points=np.array(points, dtype=np.float64).reshape(5, 2),
+        transform=(complex(*transform[:2]), complex(*transform[2:])),
+        box=box and tuple(box),
+        score=score,
+    )
+    return Row(**values, face=face)
 
 
 def _etag(marker: Marker) -> str:

@@ -129,7 +129,9 @@ def read_bytes(uri: str, error: type[RefineryError] = ShardError) -> bytes:
         if is_local(uri):
             return Path(local_path(uri)).read_bytes()
         fs, path = open_filesystem(uri)
-        return cast(bytes, fs.cat_file(path))
+        # One GET: s3fs asks for the size first where it may fetch a file in pieces.
+        one = {"max_concurrency": 1} if scheme_of(uri) == "s3" else {}
+        return cast(bytes, fs.cat_file(path, **one))
 
 
 def write_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError) -> None:

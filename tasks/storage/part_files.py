@@ -1,4 +1,4 @@
-"""A run's committed parts as a file system for DuckDB, for runs in object storage.
+"""Committed parts as a file system for DuckDB, for runs in object storage.
 
 Through s3fs, DuckDB asks for the size of every file a dozen times (103 HEAD requests for a query
 over three parts) and lists folders for names that hold a bracket. Names and sizes are in the commit
@@ -9,7 +9,9 @@ Not an Arrow dataset: a read that fails inside one, while DuckDB scans it, never
 """
 
 import io
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -18,18 +20,20 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from models.errors import LedgerError
-from tasks.storage.errors import storage_errors
-from tasks.storage.files import join, open_filesystem
+from tasks.storage.errors import error_code, is_missing, is_unreachable, storage_errors
+from tasks.storage.files import is_local, open_filesystem
 
 PROTOCOL = "parts"
+TAIL_BYTES = 2**16
+"""The end of a Parquet file, fetched as one: its footer, and of a small part everything."""
+TRIES, WAIT_S = 6, 0.05
+"""Of one read; the wait doubles each time."""
+Region = tuple[int, int]
+"""Bytes [start, stop) that are fetched together when the first of them is asked for."""
 
 
 class PartFiles(AbstractFileSystem):
-    """Read-only files `parts://latents/00042-9f3c.parquet` of one run.
-
-    Args:
-        run_uri: where the run lies.
-        sizes: size in bytes by path relative to the run.
+    """Read-only files `parts://<name>`, wherever they lie; those of `add` and no other.
 
     Attributes:
         problems: reads that failed, which DuckDB reports as a traceback in a text.
@@ -38,10 +42,26 @@ class PartFiles(AbstractFileSystem):
     protocol = PROTOCOL
     cachable = False
 
-    def __init__(self, run_uri: str, sizes: Mapping[str, int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.run_uri, self.size_of = run_uri, dict(sizes)
+        self.size_of: dict[str, int] = {}
         self.problems: list[LedgerError] = []
+        self._uris: dict[str, str] = {}
+        self._fetched: dict[str, Fetched] = {}
+
+    def add(self, name: str, uri: str, size: int, fetched: "Fetched | None" = None) -> str:
+        """Make a file known.
+
+        Args:
+            name: what DuckDB shall call it, without pattern characters.
+            fetched: what is known of its bytes; its end is fetched together without it.
+
+        Returns:
+            Its URL in SQL.
+        """
+        self.size_of[name], self._uris[name] = size, uri
+        self._fetched[name] = fetched or Fetched.tail(size)
+        return f"{PROTOCOL}://{name}"
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         path = cast(str, self._strip_protocol(path))
@@ -67,17 +87,93 @@ class PartFiles(AbstractFileSystem):
         self, path: str, mode: str = "rb", **kwargs: Any
     ) -> "PartFile":
         assert mode == "rb"
-        return PartFile(join(self.run_uri, path), self.size_of[path], self.problems)
+        return PartFile(self._uris[path], self.size_of[path], self.problems, self._fetched[path])
+
+
+class Fetched:
+    """Regions of one file that are kept once they were fetched; safe for several threads."""
+
+    def __init__(self, regions: Iterable[Region] = ()) -> None:
+        self._locks: dict[Region, threading.Lock] = {}
+        self._bytes: dict[Region, bytes] = {}
+        self.add(regions)
+
+    @classmethod
+    def tail(cls, size: int, length: int = TAIL_BYTES) -> "Fetched":
+        """The end of a file of `size` bytes."""
+        return cls([(max(size - length, 0), size)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: without the bytes, which they fetch themselves."""
+        return Fetched, (tuple(self._locks),)
+
+    def add(self, regions: Iterable[Region]) -> None:
+        """Further regions; they may overlap those that are there, which come first."""
+        self._locks |= {region: threading.Lock() for region in regions}
+
+    def read(self, uri: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop): out of a region that holds them all, else one request for these."""
+        for region, lock in self._locks.items():
+            if region[0] <= start and stop <= region[1]:
+                with lock:
+                    if region not in self._bytes:
+                        self._bytes[region] = read_range(uri, *region)
+                return self._bytes[region][start - region[0] : stop - region[0]]
+        return read_range(uri, start, stop)
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file that has so many, by one request; an answer that breaks off
+    is asked for again, as is a server that is busy.
+
+    Raises:
+        LedgerError: they cannot be read, or the file ends before.
+    """
+    with storage_errors("read the committed part", uri, LedgerError):
+        fs, path = open_filesystem(uri)
+        data = b""
+        for attempt in range(1, TRIES + 1):
+            try:
+                data = cast(bytes, fs.cat_file(path, start=start, end=stop))
+            except Exception as problem:
+                if is_missing(problem):
+                    raise LedgerError(
+                        f"{uri} is missing although it is committed; run `refinery verify`"
+                    ) from problem
+                if attempt == TRIES or not _may_pass(problem):
+                    raise
+            else:
+                if len(data) == stop - start:
+                    return data
+                if is_local(uri):
+                    break
+            time.sleep(WAIT_S * 2**attempt)
+        raise LedgerError(
+            f"{uri}: bytes {start} to {stop} are wanted, the file gives {len(data)} of them; run "
+            "`refinery verify`, which lists all damage"
+        )
+
+
+def _may_pass(problem: BaseException) -> bool:
+    busy = ("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "503", "500")
+    return is_unreachable(problem) or error_code(problem) in busy
 
 
 class PartFile(io.RawIOBase):
-    """A file of known size; every read is one request for just those bytes."""
+    """A file of known size; every read is one request for just those bytes, but for what lies in a
+    region."""
 
-    def __init__(self, uri: str, size: int, problems: list[LedgerError] | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        size: int,
+        problems: list[LedgerError] | None = None,
+        fetched: Fetched | None = None,
+    ) -> None:
         super().__init__()
         self._uri, self._size, self._at = uri, size, 0
         self._problems = [] if problems is None else problems
-        self._filesystem, self._path = open_filesystem(uri)
+        self._fetched = fetched or Fetched()
 
     def readable(self) -> bool:
         return True
@@ -98,8 +194,7 @@ class PartFile(io.RawIOBase):
         if end <= self._at:
             return b""
         try:
-            with storage_errors("read the committed part", self._uri, LedgerError):
-                data = cast(bytes, self._filesystem.cat_file(self._path, start=self._at, end=end))
+            data = self._fetched.read(self._uri, self._at, end)
         except LedgerError as error:
             self._problems.append(error)
             raise

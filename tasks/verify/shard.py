@@ -15,12 +15,15 @@ from typing import IO, cast
 import numpy as np
 
 from models.errors import LedgerError, RefineryError
+from tasks.input.detect import finds_several
+from tasks.input.face import photo_keys
 from tasks.input.parquet import open_parquet, parquet_errors, parquet_keys
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
 from tasks.run.ledger import PART_KINDS, read_marker, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.source import read_rows, source_marker
+from tasks.run.vectors import open_vectors
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import file_info, is_local, join, local_path, open_filesystem
 
@@ -105,11 +108,11 @@ def _is_intact(run_uri: str, part: Part, check: ShardCheck, deep: bool) -> bool:
 
 def _check_counts(marker: Marker, check: ShardCheck) -> None:
     good = marker.rows - marker.failed
-    expected = {"latents": marker.rows, "images": good, "residuals": good}
     for kind, part in sorted(marker.parts.items()):
-        if part.rows != expected.get(kind):
+        expected = marker.rows if kind == "latents" else good
+        if part.rows != expected:
             check.complain(
-                f"the marker counts {part.rows} rows in {kind}, expected {expected.get(kind)} of "
+                f"the marker counts {part.rows} rows in {kind}, expected {expected} of "
                 f"{marker.rows} samples with {marker.failed} failures"
             )
     if marker.rows and "latents" not in marker.parts:
@@ -138,6 +141,10 @@ def _check_rows(
         if kind in marker.parts:
             found = _read_columns(join(run_uri, marker.parts[kind].path), ["sample_key"])
             _compare(f"{kind} against the good rows of latents", found["sample_key"], good, check)
+    if "vectors" in marker.parts:
+        keys_found = open_vectors(run_uri, marker.parts["vectors"])["sample_key"].to_pylist()
+        _compare("vectors against the good rows of latents", keys_found, good, check)
+    _check_photos(run_uri, marker, check)
     check.key_hashes = np.fromiter((_key_hash(key) for key in keys), np.uint64, len(keys))
     if spec is None:
         return
@@ -149,7 +156,29 @@ def _check_rows(
             f"compared: {error}"
         )
         return
+    if finds_several(config):
+        keys = photo_keys(keys, set(expected))
     _compare("latents against the manifest", keys, expected, check)
+
+
+def _check_photos(run_uri: str, marker: Marker, check: ShardCheck) -> None:
+    """The files that a run of `compose` has written."""
+    if "latents" not in marker.parts:
+        return
+    uri = join(run_uri, marker.parts["latents"].path)
+    with ExitStack() as stack, parquet_errors(uri):
+        known = open_parquet(uri, stack).schema_arrow.names
+    for column in (name for name in known if name.startswith("photo@")):
+        digests = column.replace("photo@", "photo_sha256@")
+        table = _read_columns(uri, [column, digests])
+        named = {path: sha for path, sha in zip(*table.values(), strict=True) if path is not None}
+        for path, digest in sorted(named.items()):
+            if file_info(join(run_uri, path)) is None:
+                check.complain(f"{path} is missing. {_redo(check.shard)}")
+            elif _sha256(join(run_uri, path)) != digest:
+                check.complain(
+                    f"{path} was changed: its sha256 is not the row's. {_redo(check.shard)}"
+                )
 
 
 def _stored_keys(spec: ShardSpec, config: InputConfig) -> list[str]:

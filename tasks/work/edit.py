@@ -101,6 +101,7 @@ class Editor(StoredStation):
             metrics=(*base, *(f"{metric}@{name}" for name in names for metric in each)),
             shape=self.shape,
             output=self.job.output,
+            faces=self.has_faces,
             variants=names,
         )
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import partial
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models.errors import AssetError, ConfigError, SampleError
@@ -20,7 +20,18 @@ from models.inversion.base import Inversion, Method, SampleRng, sample_seed
 from models.inversion.registry import load_method
 from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
-from tasks.input.decode import decode
+from tasks.input.align import AUTO, FACE, FFHQ, template_points, with_template
+from tasks.input.decode import decode_all
+from tasks.input.detect import (
+    MTCNN,
+    face_square,
+    finds_several,
+    has_mtcnn,
+    load_mtcnn,
+    shows_face,
+)
+from tasks.input.face import Crop, face_key
+from tasks.input.limits import chunks
 from tasks.input.plan import plan_shards
 from tasks.input.read import RawSample, read_shard
 from tasks.job import JobConfig, ShardSpec
@@ -41,6 +52,9 @@ class Inverter(Station):
 
     Attributes:
         methods: the chain, each starting from the result of the one before.
+        input: the job's, with the template that the generator's card names.
+        square: corner and upper side of where an aligned picture has its face; None where nobody
+            looks.
     """
 
     stages = ("read", "decode", "invert", "score", "write")
@@ -50,14 +64,16 @@ class Inverter(Station):
     def plan(
         cls, job: JobConfig, source: str, shard_size: int, limit: int | None
     ) -> Iterator[ShardSpec]:
-        return plan_shards(source, shard_size, limit, job.input)
+        for spec in plan_shards(source, shard_size, limit, job.input):
+            # How many faces there are only looking tells.
+            yield replace(spec, num_samples=-1) if finds_several(job.input) else spec
 
     def check(self, job: JobConfig) -> None:
         if not job.methods:
             raise ConfigError("the job has no method: add a [[method]] table, or pass --method e4e")
 
     def load(self) -> None:
-        self._hash_template()
+        self._settle_input()
         self.generator.to(self.device)
         self.methods = [self._load_method(index) for index in range(len(self.job.methods))]
 
@@ -73,26 +89,27 @@ class Inverter(Station):
             metrics=(*self.scores, "nscd"),
             shape=self.shape,
             output=self.job.output,
+            faces=self.input.fit == "align",
+            checked=self.square is not None,
         )
 
     def read(self, attempt: Attempt, pool: Executor) -> Iterator[Batch]:
         """Each `job.batch` pictures that can be decoded, in order, make a batch."""
         job, watch = self.job, attempt.watch
-        samples = read_shard(attempt.spec, job.input)
-        decoded = partial(decode_row, job=job, resolution=self.generator.resolution)
+        samples = chunks(read_shard(attempt.spec, job.input), job.batch)
         good: list[tuple[Row, np.ndarray]] = []
         while True:
             with watch("read"):
-                chunk = list(islice(samples, job.batch))
-            if not chunk:
+                chunk = next(samples, None)
+            if chunk is None:
                 break
             crash_point("in_decode", attempt.spec.id)
             with watch("decode"):
-                for row, picture in pool.map(decoded, chunk):
+                for row, picture in chain.from_iterable(pool.map(self.decode, chunk)):
                     attempt.rows.append(row)
                     if picture is not None:
                         good.append((row, picture))
-            if len(good) >= job.batch:
+            while len(good) >= job.batch:
                 yield _batch(good[: job.batch])
                 good = good[job.batch :]
         if good:
@@ -149,12 +166,48 @@ class Inverter(Station):
             self.hashes[f"methods.{index}.{wanted.name}.{name}"] = digest
         return method
 
-    def _hash_template(self) -> None:
-        """A template file decides the crops as much as weights decide the codes."""
-        template = self.job.input.template
-        if self.job.input.fit == "align" and template not in ("face", "ffhq"):
-            digest = hashlib.sha256(read_bytes(template, AssetError))
-            self.hashes["input.template"] = digest.hexdigest()
+    def decode(self, raw: RawSample) -> list[tuple[Row, np.ndarray | None]]:
+        """The rows of a sample, one for each of its faces where they are looked for, and their
+        pictures, uint8 [H W 3]; a failed row has none."""
+        try:
+            crops = decode_all(raw, self.input, self.generator.resolution)
+        except SampleError as error:
+            crops = [Crop(error=error)]
+        digest = None if raw.data is None else hashlib.sha256(raw.data).hexdigest()
+        return [(self._row(raw, crop, digest), crop.picture) for crop in crops]
+
+    def _row(self, raw: RawSample, crop: Crop, digest: str | None) -> Row:
+        key = face_key(raw.key, crop.number)
+        row = Row(
+            sample_key=key,
+            image_uri=raw.uri,
+            image_sha256=digest,
+            seed=sample_seed(self.job.seed, key),
+            face=crop.face,
+        )
+        if crop.error is not None:
+            row.fail(crop.error.kind, str(crop.error))
+        elif self.square is not None and crop.picture is not None:
+            row.looks_aligned = shows_face(Image.fromarray(crop.picture), *self.square)
+        return row
+
+    def _settle_input(self) -> None:
+        """The template of the generator's card, the detector, and what both are made of: they
+        decide the crops as much as weights decide the codes."""
+        card = self.generator.provenance.get("card", {})
+        self.input = with_template(self.job.input, card)
+        self.square = None
+        template, is_aligned = self.input.template, self.input.fit == "align"
+        looks = self.input.detector == MTCNN if is_aligned else self.input.check_aligned
+        if is_aligned and template not in (FACE, FFHQ):
+            self.hashes["input.template"] = hashlib.sha256(
+                read_bytes(template, AssetError)
+            ).hexdigest()
+        if not looks or template == AUTO or not (is_aligned or has_mtcnn()):
+            return
+        self.hashes["input.detector"] = load_mtcnn().hash
+        if not is_aligned:
+            self.square = face_square(template_points(template) * self.generator.resolution)
 
     def _replace_broken_rows(self, inversion: Inversion, failures: Failures) -> Inversion:
         """Codes of rows that are not finite become the average: the next method gets numbers."""
@@ -175,20 +228,3 @@ def _batch(good: Sequence[tuple[Row, np.ndarray]]) -> Batch:
         rows=[row for row, _ in good],
         inputs=np.stack([picture for _, picture in good]),
     )
-
-
-def decode_row(raw: RawSample, job: JobConfig, resolution: int) -> tuple[Row, np.ndarray | None]:
-    """The row of a sample and its picture, uint8 [H W 3]; a failed row has none."""
-    row = Row(
-        sample_key=raw.key,
-        image_uri=raw.uri,
-        image_sha256=None if raw.data is None else hashlib.sha256(raw.data).hexdigest(),
-        seed=sample_seed(job.seed, raw.key),
-    )
-    try:
-        if raw.error is not None:
-            raise raw.error
-        return row, decode(raw, job.input, resolution)
-    except SampleError as error:
-        row.fail(error.kind, str(error))
-        return row, None

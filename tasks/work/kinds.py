@@ -25,6 +25,16 @@ KINDS = {
         "tasks.work.rescore:Rescorer",
         "Score the stored pictures of RUN again into the run OUT, with other metrics or networks.",
     ),
+    "index": Kind(
+        "tasks.work.index:IndexJob",
+        "tasks.work.index:Indexer",
+        "Index the samples of RUN for `similar` and `duplicates`.",
+    ),
+    "compose": Kind(
+        "tasks.work.compose:ComposeJob",
+        "tasks.work.compose:Composer",
+        "Put the faces of RUN back into their photographs, as files in the run OUT.",
+    ),
 }
 
 

@@ -80,6 +80,7 @@ class Rescorer(StoredStation):
             metrics=(*(f"{name}{end}" for end in self.pairs for name in self.scores), *codes),
             shape=self.shape,
             output=self.job.output,
+            faces=self.has_faces,
         )
 
     @torch.inference_mode()
@@ -87,7 +88,7 @@ class Rescorer(StoredStation):
         assert batch.inversion is not None
         started = time.perf_counter()
         images = {
-            name: to_images(_decoded(batch.encoded[name]), self.device)
+            name: to_images(decoded(batch.encoded[name]), self.device)
             for name in dict.fromkeys(name for pair in self.pairs.values() for name in pair)
         }
         decoded_s = time.perf_counter() - started
@@ -106,6 +107,6 @@ class Rescorer(StoredStation):
         )
 
 
-def _decoded(pictures: Sequence[bytes]) -> np.ndarray:
+def decoded(pictures: Sequence[bytes]) -> np.ndarray:
     """uint8 [N H W 3]."""
     return np.stack([np.array(Image.open(io.BytesIO(data))) for data in pictures])

@@ -24,7 +24,8 @@ from models.losses.style_space import StyleSpace
 from models.pictures import to_bytes
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
-from tasks.job import ShardSpec
+from tasks.input.sample import RawSample
+from tasks.job import InputConfig, ShardSpec
 from tasks.run.ledger import Declared
 from tasks.run.parts import Layout
 from tasks.run.rows import Row, encode_picture
@@ -52,6 +53,8 @@ class Batch:
         inputs: their pictures, decoded: uint8 [N H W 3].
         encoded: their pictures by column, as a run has stored them.
         inversion: what is stored of them, where they come from a run.
+        photos: the files that they were cut from, and how those were read.
+        folder: of the run that is being made.
     """
 
     keys: Sequence[str]
@@ -59,6 +62,8 @@ class Batch:
     inputs: np.ndarray | None = None
     encoded: dict[str, Sequence[bytes]] = field(default_factory=dict)
     inversion: Inversion | None = None
+    photos: Sequence[tuple[RawSample, InputConfig]] = ()
+    folder: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,6 +75,8 @@ class Batch:
             inputs=None if self.inputs is None else self.inputs[at],
             encoded={name: pictures[at] for name, pictures in self.encoded.items()},
             inversion=None if self.inversion is None else self.inversion[at],
+            photos=self.photos[at],
+            folder=self.folder,
         )
 
 
@@ -81,6 +88,7 @@ class Result:
         inversion: what is stored of codes and other doors, on the CPU.
         pictures: uint8 [N H W 3] by column, to be stored; the inputs are the batch's.
         metrics: float32 [N] by column.
+        vectors: what an index keeps, [N E] by name; such rows hold no codes of their own.
         failures: (kind, reason) by row; the row's other values must not be used.
         seconds: by stage.
         notes: what an operator should know.
@@ -89,6 +97,7 @@ class Result:
     inversion: Inversion
     pictures: dict[str, np.ndarray]
     metrics: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     failures: Failures = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -106,6 +115,7 @@ class Result:
             inversion=Inversion.cat([p.inversion for p in parts]),
             pictures={k: np.concatenate([p.pictures[k] for p in parts]) for k in first.pictures},
             metrics={k: np.concatenate([p.metrics[k] for p in parts]) for k in first.metrics},
+            vectors={k: np.concatenate([p.vectors[k] for p in parts]) for k in first.vectors},
             failures=failures,
             seconds={k: sum(p.seconds[k] for p in parts) for k in first.seconds},
             notes=notes,
@@ -117,7 +127,7 @@ class Station(ABC):
 
     Scores are of the stored pictures, rounded to 8 bits, so that whoever reads the run can compute
     the same numbers again. Row n depends on sample n and its key alone, apart from rounding that
-    follows the batch size; a job's batches are always the same, and so are its bytes.
+    follows the batch size: a run whose `batch` stays has the same bytes whoever does it.
 
     Args:
         job: what to do.
@@ -200,6 +210,7 @@ class Station(ABC):
             metrics=layout.metrics,
             pictures=layout.pictures,
             variants=layout.variants,
+            faces=layout.faces,
         )
 
     @property
@@ -250,7 +261,8 @@ def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
     if at in result.failures:
         row.fail(*result.failures[at])
         return
-    row.w_plus = result.inversion.w_plus[at].numpy()
+    row.vectors = {name: values[at] for name, values in result.vectors.items()}
+    row.w_plus = None if row.vectors else result.inversion.w_plus[at].numpy()
     row.metrics = {name: float(values[at]) for name, values in result.metrics.items()}
     row.doors = stored_doors(result.inversion, at) if station.stores_doors else {}
     for name in station.layout.pictures:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from models.errors import LedgerError
 from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
+from tasks.run.ledger import read_declared
 from tasks.run.source import plan_source, read_rows, source_marker
 from tasks.run.stored import check_run_generator, read_shard_inversions
 from tasks.work.attempt import Attempt
@@ -31,6 +32,7 @@ class StoredStation(Station):
     def load(self) -> None:
         check_run_generator(self.job.source, self.generator)
         self.hashes["source"] = self.job.source_run
+        self.has_faces = read_declared(self.job.source).faces
 
     @property
     @abstractmethod

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calm(dataset: Dataset, undisturbed: str, place: Path) -> dict[str, str]:
     """A finished run of each kind that nothing happened to."""
     runs = {"invert": undisturbed}
-    for kind in ("edit", "rescore"):
+    for kind in ("edit", "rescore", "index"):
         runs[kind] = str(place / kind)
         summary = run_kind(kind, dataset, undisturbed, place, runs[kind])
         assert summary.is_clean

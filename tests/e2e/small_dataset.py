@@ -92,12 +92,20 @@ def rescore_inline(source: str, out: str, *sets: str) -> Summary:
     return carry_out(source, out, load_stored_config("rescore", source, None, [*plain, *sets]))
 
 
+def index_inline(source: str, out: str, *sets: str) -> Summary:
+    """An index of another run, all stages in this process."""
+    plain = ["batch=2", "engine.kind=inline", "engine.retry_wait_s=0.1"]
+    return carry_out(source, out, load_stored_config("index", source, None, [*plain, *sets]))
+
+
 def run_kind(kind: str, dataset: Dataset, source: str, place: Path, out: str) -> Summary:
     """A job of each kind: over the dataset, or over its finished run `source`."""
     if kind == "invert":
         return run_inline(dataset, out)
     if kind == "rescore":
         return rescore_inline(source, out)
+    if kind == "index":
+        return index_inline(source, out)
     return carry_out(source, out, edit_config(source, place, "engine.kind=inline"))
 
 

@@ -1,12 +1,14 @@
 """Killed at any point and run again: the same rows and bytes as if nothing had happened."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.errors import LedgerError
@@ -94,6 +96,23 @@ def test_running_again_does_nothing_more(
     assert run_app(command) == 0
     assert fingerprint(undisturbed) == before
     assert "0 rows in 0:00:00" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_in_smaller_batches(
+    dataset: Dataset, undisturbed: str, tmp_path: Path
+) -> None:
+    """The cure for memory that the operations page names is no other run."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for name in ("_SEALED.json", "commits/00003.json"):
+        (run / name).unlink()
+    flags = ["--config", dataset.config, "--engine", "inline", "--no-flow", "--set", "batch=1"]
+    assert run_app(["invert", dataset.source, str(run), *flags]) == 0
+    assert fingerprint(str(run)).keys() == fingerprint(undisturbed).keys()
+    now, before = (rows(place).to_pandas() for place in (str(run), undisturbed))
+    assert list(now["sample_key"]) == list(before["sample_key"])
+    np.testing.assert_allclose(now["psnr"], before["psnr"], rtol=1e-4)
+    assert run_app(["verify", str(run)]) == 0
 
 
 def test_another_config_is_refused(dataset: Dataset, undisturbed: str) -> None:

@@ -13,7 +13,8 @@ from models.errors import AssetError
 from models.losses import dlib_face
 from models.losses.dlib_face import FACE_CHIP, FFHQ_CHIP, DlibFace, find_dlib, load_dlib
 from models.losses.identity import Identity, load_identity
-from tasks.input.align import FACE_POINTS, ffhq_points
+from tasks.input.align import FACE_POINTS
+from tasks.input.ffhq import ffhq_points
 
 RECORDED = """
 -0.05817 0.13836 0.09698 -0.01777 -0.07794 -0.02016 -0.09485 -0.01805 0.10980 -0.05445 0.19658

@@ -9,13 +9,26 @@ import pytest
 from PIL import Image
 
 from models.errors import AssetError, ConfigError, SampleError
-from tasks.input.align import FACE_POINTS, align, ffhq_points, similarity, template_points
+from tasks.input.align import FACE_POINTS, similarity, template_points
+from tasks.input.align import align as align_all
 from tasks.input.decode import decode
+from tasks.input.ffhq import ffhq_points
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 
 FACE = np.array(FACE_POINTS)
-ALIGN = InputConfig(fit="align")
+ALIGN = InputConfig(fit="align", template="face")
+
+
+def align(
+    image: Image.Image, landmarks: np.ndarray | None, config: InputConfig, resolution: int
+) -> np.ndarray:
+    """The one crop's picture."""
+    (crop,) = align_all(image, landmarks, config, resolution)
+    if crop.error is not None:
+        raise crop.error
+    assert crop.picture is not None
+    return crop.picture
 
 
 def placed(size: tuple[int, int], side: float, degrees: float, centre: complex) -> np.ndarray:
@@ -179,7 +192,7 @@ def find_never(picture: np.ndarray) -> None:
 
 def test_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     def config(name: str) -> InputConfig:
-        return InputConfig(fit="align", detector=name)
+        return InputConfig(fit="align", template="face", detector=name)
 
     import sys
 

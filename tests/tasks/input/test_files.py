@@ -71,10 +71,10 @@ def test_a_folder_in_place_of_a_file_is_a_failed_sample(tmp_path: Path) -> None:
 def test_a_mount_that_fails_is_a_failed_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stale(path: str, mode: str) -> None:
+    def stale(path: str, flags: int) -> None:
         raise OSError(116, "Stale file handle", path)
 
-    monkeypatch.setattr("builtins.open", stale)
+    monkeypatch.setattr("tasks.input.files.os.open", stale)
     with pytest.raises(ShardError, match=r"cannot read .*a\.png.*Stale file handle"):
         list(read_files(spec_of(str(tmp_path), "a.png"), InputConfig()))
 

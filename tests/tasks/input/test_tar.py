@@ -55,8 +55,8 @@ def test_members_with_one_name_are_one_sample(tmp_path: Path) -> None:
     assert found[3].error is not None
     assert found[3].error.kind == "read"
     assert str(found[3].error) == "no picture among: c.cls"
-    assert count_samples(str(path), 100) == 4
-    assert count_samples(str(path), 3) == 3
+    assert count_samples(str(path), 100, ALIGN) == 4
+    assert count_samples(str(path), 3, ALIGN) == 3
     assert [s.key for s in read(path, row_stop=2)] == ["x.tar:a/1", "x.tar:a/2"]
 
 

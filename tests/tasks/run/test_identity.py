@@ -103,6 +103,25 @@ def test_the_places_of_each_job() -> None:
     }
 
 
+def test_a_run_goes_on_in_smaller_batches(tmp_path: Path) -> None:
+    """Only the batch may change, and what the workers read is the new one."""
+    first = create_run(str(tmp_path), INVERSION, INFO, HASHES["invert"], "1", DECLARED)
+    smaller = dataclasses.replace(INVERSION, batch=2)
+    assert create_run(str(tmp_path), smaller, INFO, HASHES["invert"], "1", DECLARED) == first
+    assert load_job(str(tmp_path)).batch == 2
+    assert identity_digest(read_run(str(tmp_path))) == first.run_id
+
+
+def test_settings_that_came_later_leave_earlier_runs_alone() -> None:
+    def known(job: JobConfig, version: int) -> dict[str, object]:
+        return make_identity(job, INFO, HASHES["invert"], version)["config"]["input"]
+
+    assert "max_bytes" not in known(INVERSION, 2)
+    assert known(INVERSION, 3)["max_bytes"] == InputConfig().max_bytes
+    changed = dataclasses.replace(INVERSION, input=InputConfig(max_bytes=5))
+    assert known(changed, 2)["max_bytes"] == 5  # another run
+
+
 def test_what_moved_is_the_same_run(tmp_path: Path) -> None:
     (variant,) = EDITS.variants
     edits = (StrengthConfig(name="s3://b/age.json", strength=2.0),)
@@ -143,7 +162,7 @@ def test_which_direction_stands_where_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"perceptual": "none"}, {"attributes": "auto"}, {"source_run": "cd"}, {"batch": 2}]
+    "changes", [{"perceptual": "none"}, {"attributes": "auto"}, {"source_run": "cd"}]
 )
 def test_settings_decide(changes: dict[str, object]) -> None:
     changed = dataclasses.replace(EDITS, **changes)

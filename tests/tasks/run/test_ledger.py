@@ -94,8 +94,11 @@ def test_another_code_version_goes_on_with_a_warning(
     ("changes", "lines"),
     [
         (
-            {"job": dataclasses.replace(JOB, batch=8, seed=1)},
-            ["  config.batch: 16 in the run, 8 now", "  config.seed: 0 in the run, 1 now"],
+            {"job": dataclasses.replace(JOB, batch=8, seed=1, perceptual="none")},
+            [
+                '  config.perceptual: "auto" in the run, "none" now',
+                "  config.seed: 0 in the run, 1",
+            ],
         ),
         (
             {"job": dataclasses.replace(JOB, methods=JOB.methods[:1])},
@@ -125,6 +128,7 @@ def test_another_run_is_refused_with_every_difference(
     for line in lines:
         assert f"\n{line}" in text
     assert "config.generator" not in text
+    assert "config.batch" not in text
     assert "choose another output folder" in text
     assert Path(run, "run.json").read_bytes() == before
 

@@ -204,7 +204,7 @@ def test_scores_are_of_the_stored_pictures(
     found = pictures(str(tmp_path / "out"))
     distance = load_perceptual("refinery")
     rows = query(str(tmp_path / "out"), "SELECT * FROM edits ORDER BY variant, sample_key")
-    assert rows.column_names == ["sample_key", "variant", "drift", "nscd"]
+    assert rows.column_names == ["sample_key", "variant", "drift", "nscd", "run"]
     values = {(r["variant"], r["sample_key"]): r for r in rows.to_pylist()}
     assert len(values) == 10
 

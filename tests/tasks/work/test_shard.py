@@ -209,8 +209,8 @@ def test_lock_is_held_for_the_device_only(small: SmallRun, monkeypatch: pytest.M
         monkeypatch.setattr(owner, name, call)
 
     spy(heart, "fill_row")
-    for name in ("decode_row", "read_shard"):
-        spy(inverting, name)
+    spy(inverting, "read_shard")
+    spy(small.inverter, "decode")
     for name in ("write_parts", "write_marker"):
         spy(attempt, name)
     spy(small.inverter, "work")

@@ -1,0 +1,112 @@
+"""`refinery browse` in a browser: slider steps at 64 px, pages of a run of 100,000 rows.
+
+    python -m benchmarks.browse --rows 100000
+
+A run is written by the real writers (faces of the bundled generator, a few hundred different ones,
+codes and metrics of every row its own), served by `refinery browse`, and looked at by a headless
+Chromium, whose own clock is read.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.checkpoints.load import load_generator
+from models.pictures import to_bytes
+from models.stylegan2.generator import Generator, weights_hash
+from tasks.job import JobConfig, MethodConfig
+from tasks.run import ledger
+from tasks.run.manifest import ManifestInfo
+from tasks.run.marker import Marker
+from tasks.run.parts import Layout, write_parts
+from tasks.run.rows import Row, encode_picture
+
+SHARD, FACES = 256, 256
+METRICS = ("mse", "psnr", "ssim", "trunk_distance", "nscd")
+
+
+@torch.inference_mode()
+def draw(generator: Generator) -> tuple[np.ndarray, list[bytes]]:
+    """w+ and encoded pictures of a few hundred faces."""
+    z = torch.randn(FACES, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    w_plus = generator.mapping(z, truncation_psi=0.8)
+    images = torch.cat([generator.synthesis(part) for part in w_plus.split(32)])
+    return w_plus.numpy(), [encode_picture(p, "png") for p in to_bytes(images).numpy()]
+
+
+def rows_of(shard: int, count: int, w_plus: np.ndarray, pictures: list[bytes]) -> Iterator[Row]:
+    rng = np.random.default_rng(shard)
+    for at in range(shard * SHARD, shard * SHARD + count):
+        key = f"album-{at // 1000:03d}/{at:07d}.png"
+        row = Row(sample_key=key, image_uri=key, image_sha256="00" * 32, seed=at)
+        if at % 100 == 99:
+            row.fail("decode", "damaged picture: image file is truncated")
+        else:
+            face = int(rng.integers(FACES))
+            row.w_plus = w_plus[face] + rng.normal(0, 0.05, w_plus[face].shape).astype(np.float32)
+            values = np.abs(rng.normal((0.02, 22, 0.8, 0.2, 1.0), (0.01, 3, 0.05, 0.05, 0.2)))
+            row.metrics = dict(zip(METRICS, map(float, values), strict=True))
+            row.pictures = {
+                "input": pictures[int(rng.integers(FACES))],
+                "inversion": pictures[face],
+            }
+        yield row
+
+
+def write_run(folder: Path, rows: int) -> str:
+    """A sealed run of so many rows; one that is there is taken as it is."""
+    uri = str(folder / f"rows-{rows}")
+    if Path(uri, "_SEALED.json").exists():
+        return uri
+    generator = load_generator("faces64")
+    w_plus, pictures = draw(generator)
+    job = JobConfig(generator="faces64", methods=(MethodConfig(name="e4e"),))
+    layout = Layout(method="e4e", metrics=METRICS, shape=w_plus.shape[1:], output=job.output)
+    declared = ledger.Declared(
+        kind="invert",
+        stages=("read", "decode", "invert", "score", "write"),
+        stores_doors=True,
+        method="e4e",
+        metrics=METRICS,
+        pictures=("input", "inversion"),
+    )
+    shards = -(-rows // SHARD)
+    hashes = {"generator": weights_hash(generator)}
+    manifest = ManifestInfo(shards, rows, rows * 4096, "00" * 32)
+    run = ledger.create_run(uri, job, manifest, hashes, "benchmark", declared)
+    for shard in range(shards):
+        made = list(rows_of(shard, min(SHARD, rows - shard * SHARD), w_plus, pictures))
+        failed = sum(row.error_kind is not None for row in made)
+        marker = Marker(
+            shard=shard,
+            attempt="a",
+            run_id=run.run_id,
+            rows=len(made),
+            failed=failed,
+            parts=write_parts(made, layout, run, shard, "a"),
+            seconds={"invert": 10.0},
+            wall_s=11.0,
+            failures={"decode": failed} if failed else {},
+            device="cpu",
+            code_version="benchmark",
+            started_at=f"2026-11-20T{shard // 60 % 24:02d}:{shard % 60:02d}:00.000+00:00",
+            finished_at=f"2026-11-20T{shard // 60 % 24:02d}:{shard % 60:02d}:50.000+00:00",
+        )
+        ledger.write_marker(uri, marker)
+    ledger.seal(uri)
+    return uri
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-browse"))
+    given = parser.parse_args()
+    print(write_run(given.folder, given.rows))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""How well and how fast `refinery similar` answers, beside other libraries on the same codes.
+
+Run: python -m benchmarks.similar --run RUN [--rows 10000 100000 1000000] [--only NAME ...]
+
+RUN is a finished run of the shared faces (`refinery invert faces RUN --method e4e`). Its codes are
+the real ones; every second of the questions is one of them, held out. More rows are drawn from a
+normal distribution with the mean and the leading directions of the real codes, which says nothing
+about faces but fills the space as faces do. All libraries get the same 128 directions and the same
+exact re-ranking; those with a knob are turned up until they find as much.
+
+Writes benchmarks/similar.json and the section "Similarity" of benchmarks/query.md. A part that is
+not measured again stays as it was.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tasks.benchmark.machine import describe_machine
+from tasks.run.ledger import read_markers
+from tasks.run.marker import Part
+from tasks.run.parts import to_arrow
+from tasks.run.query import query
+from tasks.run.vectors import Exact, Projection, open_vectors
+from tasks.similar.index import RERANKED, Index
+
+HERE = Path(__file__).parent
+SHARD = 10_000
+SPECTRUM = 384
+"""Directions of the real codes that made-up ones vary in."""
+QUESTIONS = 100
+K = 10
+WANTED = 0.99
+Search = Callable[[np.ndarray], list[np.ndarray]]
+"""Projected questions [Q P] to row numbers of candidates, for each."""
+
+
+@dataclass
+class Codes:
+    """A folder with an index's parts, the questions and their true answers.
+
+    Attributes:
+        projected: float32 [N P], what the other libraries index.
+        asked: float32 [Q E].
+        truth: rows of the K nearest by the exact vectors, [Q K].
+        is_real: which questions are real codes.
+    """
+
+    index: Index
+    projected: np.ndarray
+    asked: np.ndarray
+    truth: np.ndarray
+    is_real: np.ndarray
+    bytes_per_row: float
+
+    def recall(self, found: list[np.ndarray], only: np.ndarray | None = None) -> float:
+        """Share of the true neighbours among those found."""
+        hits = [
+            len({*truth.tolist()} & {*rows.tolist()}) / K
+            for truth, rows in zip(self.truth, found, strict=True)
+        ]
+        return float(np.mean(np.array(hits)[slice(None) if only is None else only]))
+
+    def reranked(self, candidates: list[np.ndarray]) -> list[np.ndarray]:
+        """The K nearest of the candidates by the exact vectors."""
+        found = []
+        for question, rows in zip(self.asked, candidates, strict=True):
+            rows = np.sort(rows[rows >= 0])
+            distance = np.linalg.norm(self.index.take(rows) - question, axis=1)
+            found.append(rows[np.argsort(distance)[:K]])
+        return found
+
+
+def real_codes(run: str) -> np.ndarray:
+    """float32 [N E] of a run, by sample key."""
+    found = query(run, "SELECT w_plus FROM latents WHERE status = 'ok' ORDER BY sample_key")
+    flat = found["w_plus"].combine_chunks().flatten().to_numpy()
+    return flat.reshape(found.num_rows, -1).astype(np.float32)
+
+
+def make_codes(real: np.ndarray, rows: int, folder: Path) -> Codes:
+    """An index of `rows` codes in parts of `SHARD`: the real ones first, then made-up ones."""
+    rng = np.random.default_rng(0)
+    held_out = rng.permutation(len(real))[: QUESTIONS // 2]
+    known = np.delete(real, held_out, 0)[:rows]
+    mean = known.mean(0)
+    _, deviation, directions = np.linalg.svd(known - mean, full_matrices=False)
+    deviation, directions = deviation[:SPECTRUM] / len(known) ** 0.5, directions[:SPECTRUM]
+
+    def made_up(count: int) -> np.ndarray:
+        normal = rng.standard_normal((count, len(deviation)), dtype=np.float32)
+        return (normal * deviation.astype(np.float32)) @ directions + mean
+
+    projection = Projection.fit(known, directions[:128])
+    parts: dict[str, list[Part]] = {"vectors": [], "exact": []}
+    asked = np.concatenate([real[held_out], made_up(QUESTIONS - len(held_out))])
+    asked = asked.astype(np.float16).astype(np.float32)
+    nearest = np.full((QUESTIONS, K), np.inf, np.float32)
+    truth = np.full((QUESTIONS, K), -1)
+    projected = np.empty((rows, 128), np.float32)
+    for first in range(0, rows, SHARD):
+        count = min(SHARD, rows - first)
+        exact = known[first : first + count]
+        exact = np.concatenate([exact, made_up(count - len(exact))]).astype(np.float16)
+        wide = exact.astype(np.float32)
+        projected[first : first + count] = projection.project(wide)
+        _write(folder, first, exact, projection.codes(wide), parts)
+        distance = (wide**2).sum(1) - 2 * asked @ wide.T + (asked**2).sum(1)[:, None]
+        every = np.concatenate([nearest, distance], 1)
+        order = np.argpartition(every, K, 1)[:, :K]
+        numbers = np.concatenate(
+            [truth, np.tile(np.arange(first, first + count), (QUESTIONS, 1))], 1
+        )
+        nearest = np.take_along_axis(every, order, 1)
+        truth = np.take_along_axis(numbers, order, 1)
+    return Codes(
+        index=open_parts(folder, projection, parts),
+        projected=projected,
+        asked=asked,
+        truth=truth,
+        is_real=np.arange(QUESTIONS) < len(held_out),
+        bytes_per_row=sum(part.bytes for part in parts["vectors"]) / rows,
+    )
+
+
+def _write(
+    folder: Path, first: int, exact: np.ndarray, codes: np.ndarray, parts: dict[str, list[Part]]
+) -> None:
+    count = len(exact)
+    kind = pa.list_(pa.field("element", pa.uint8()), codes.shape[1])
+    table = pa.table(
+        {
+            "sample_key": [f"train64-{first // SHARD:03d}.parquet:{n}" for n in range(count)],
+            "psnr": np.random.default_rng(first).random(count, np.float32) * 100,
+            "code": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), type=kind),
+        }
+    )
+    for name, data in (("vectors", to_arrow(table)), ("exact", None)):
+        path = folder / f"{first}.{name}"
+        if data is None:
+            with path.open("wb") as file:
+                np.save(file, exact)
+        else:
+            path.write_bytes(data)
+        size = path.stat().st_size
+        parts[name].append(Part(path=path.name, rows=count, bytes=size, sha256=""))
+
+
+def open_parts(folder: Path, projection: Projection, parts: dict[str, list[Part]]) -> Index:
+    """The parts as an index, without a ledger."""
+    return Index(
+        uri=str(folder),
+        source=str(folder),
+        space="w_plus",
+        projection=projection,
+        tables=[open_vectors(str(folder), part) for part in parts["vectors"]],
+        exact=Exact(str(folder), parts["exact"]),
+    )
+
+
+# ---------------------------------------------------------------------------- the libraries
+
+
+@dataclass
+class Library:
+    """How one of them is built and asked.
+
+    Attributes:
+        build: from the codes: its search at a setting of the knob.
+        knob: settings from fast to thorough; the first that finds enough is timed.
+        most: rows that it is built for here.
+        size: bytes of a vector, None where it is that of its input.
+    """
+
+    build: Callable[[Codes, Path], Callable[[Any], Search]]
+    knob: tuple[Any, ...] = (None,)
+    most: int = 1_000_000
+    bytes_each: Callable[[Codes], float] = field(default=lambda codes: 4.0 * 128)
+
+
+def _faiss_flat(codes: Codes, folder: Path) -> Callable[[Any], Search]:
+    import faiss
+
+    index = faiss.IndexFlatL2(128)
+    index.add(codes.projected)
+    return lambda knob: lambda asked: list(index.search(asked, RERANKED)[1])
+
+
+def _faiss_ivf(codes: Codes, folder: Path) -> Callable[[Any], Search]:
+    import faiss
+
+    lists = int(4 * len(codes.index) ** 0.5)
+    index = faiss.index_factory(128, f"IVF{lists},SQ8")
+    index.train(codes.projected[:: max(1, len(codes.projected) // (50 * lists))])
+    index.add(codes.projected)
+
+    def at(knob: int) -> Search:
+        index.nprobe = knob
+        return lambda asked: list(index.search(asked, RERANKED)[1])
+
+    return at
+
+
+def _usearch(codes: Codes, folder: Path) -> Callable[[Any], Search]:
+    from usearch.index import Index as Graph
+
+    graph = Graph(ndim=128, metric="l2sq", dtype="i8", connectivity=16, expansion_add=64)
+    # Its 8-bit type takes integers as they are.
+    rounded = np.rint(codes.projected).clip(-127, 127).astype(np.int8)
+    graph.add(np.arange(len(rounded)), rounded)
+
+    def at(knob: int) -> Search:
+        graph.expansion_search = knob
+
+        def search(asked: np.ndarray) -> list[np.ndarray]:
+            rounded = np.rint(asked).clip(-127, 127).astype(np.int8)
+            keys = graph.search(rounded, min(knob, RERANKED)).keys
+            return list(np.atleast_2d(keys).astype(np.int64))
+
+        return search
+
+    return at
+
+
+def _lancedb(codes: Codes, folder: Path) -> Callable[[Any], Search]:
+    import lancedb
+
+    kind = pa.list_(pa.float32(), 128)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(codes.projected.reshape(-1)), type=kind)
+    data = pa.table({"row": np.arange(len(codes.projected)), "vector": vectors})
+    table = lancedb.connect(str(folder / "lance")).create_table("codes", data, mode="overwrite")
+    table.create_index(
+        metric="l2",
+        vector_column_name="vector",
+        index_type="IVF_PQ",
+        num_partitions=max(1, int(len(codes.projected) ** 0.5)),
+        num_sub_vectors=32,
+    )
+
+    def at(knob: int) -> Search:
+        def search(asked: np.ndarray) -> list[np.ndarray]:
+            return [
+                table.search(each)
+                .nprobes(knob)
+                .limit(RERANKED)
+                .select(["row"])
+                .to_arrow()["row"]
+                .to_numpy()
+                for each in asked
+            ]
+
+        return search
+
+    return at
+
+
+def _duckdb(codes: Codes, folder: Path) -> Callable[[Any], Search]:
+    import duckdb
+
+    connection = duckdb.connect()
+    kind = pa.list_(pa.float32(), 128)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(codes.projected.reshape(-1)), type=kind)
+    connection.register(
+        "given", pa.table({"number": np.arange(len(codes.projected)), "vector": vectors})
+    )
+    connection.execute(
+        "CREATE TABLE codes AS SELECT number, vector::FLOAT[128] AS vector FROM given"
+    )
+    sql = (
+        f"SELECT number FROM codes ORDER BY array_distance(vector, ?::FLOAT[128]) LIMIT {RERANKED}"
+    )
+
+    def search(asked: np.ndarray) -> list[np.ndarray]:
+        return [connection.execute(sql, [each.tolist()]).fetchnumpy()["number"] for each in asked]
+
+    return lambda knob: search
+
+
+def _numpy(codes: Codes, folder: Path) -> Callable[[Any], Search]:
+    squares = (codes.projected**2).sum(1)
+
+    def search(asked: np.ndarray) -> list[np.ndarray]:
+        found = []
+        for each in asked:
+            distance = squares - 2 * (codes.projected @ each)
+            found.append(np.argpartition(distance, min(RERANKED, len(distance) - 1))[:RERANKED])
+        return found
+
+    return lambda knob: search
+
+
+PROBES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+LIBRARIES = {
+    "faiss flat, float32": Library(_faiss_flat),
+    "faiss IVF, 8 bit": Library(_faiss_ivf, PROBES, bytes_each=lambda codes: 128 + 8.0),
+    "usearch HNSW, 8 bit": Library(
+        _usearch, (32, 64, 128, 256, 512, 1024), 100_000, lambda codes: 128 + 4.0 * 16 * 2 + 16
+    ),
+    "LanceDB IVF_PQ": Library(_lancedb, PROBES, bytes_each=lambda codes: 512 + 32.0),
+    "DuckDB array_distance": Library(_duckdb),
+    "numpy": Library(_numpy),
+}
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def timed(ask: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Median milliseconds by the clock, and of processors."""
+    wall, work = [], []
+    ask()
+    for _ in range(rounds):
+        clock, busy = time.perf_counter(), time.process_time()
+        ask()
+        wall.append(time.perf_counter() - clock)
+        work.append(time.process_time() - busy)
+    return {"ms": 1e3 * statistics.median(wall), "cpu_ms": 1e3 * statistics.median(work)}
+
+
+def ours(codes: Codes, rounds: int) -> dict[str, Any]:
+    """`Index.search`: alone, in batches, under a filter."""
+    index, asked = codes.index, codes.asked
+    keys = np.concatenate([table["sample_key"].to_numpy() for table in index.tables])
+    number = {key: row for row, key in enumerate(keys.tolist())}
+
+    def rows(vectors: np.ndarray, where: str | None = None) -> list[np.ndarray]:
+        return [
+            np.array([number[key] for key in found["sample_key"].to_pylist()])
+            for found in index.search(vectors, K, where)
+        ]
+
+    found = rows(asked)
+    alone = iter(np.tile(asked, (rounds + 1, 1, 1)).reshape(-1, 1, asked.shape[1]))
+    under = iter(np.tile(asked, (rounds + 1, 1, 1)).reshape(-1, 1, asked.shape[1]))
+    batch = timed(lambda: index.search(asked, K), max(1, rounds // 10))
+    return {
+        "recall": codes.recall(found),
+        "recall_real": codes.recall(found, codes.is_real),
+        "bytes": codes.bytes_per_row,
+        "alone": timed(lambda: index.search(next(alone), K), rounds),
+        "batch": {name: value / len(asked) for name, value in batch.items()},
+        "filtered": timed(lambda: index.search(next(under), K, "psnr < 1"), rounds),
+    }
+
+
+def theirs(name: str, codes: Codes, folder: Path, rounds: int) -> dict[str, Any]:
+    """The first setting that finds enough, timed as ours is, re-ranking included."""
+    library = LIBRARIES[name]
+    started = time.perf_counter()
+    at = library.build(codes, folder)
+    built_s = time.perf_counter() - started
+    asked = codes.index.projection.project(codes.asked)
+    result: dict[str, Any] = {}
+    for knob in library.knob:
+        search = at(knob)
+        recall = codes.recall(codes.reranked(search(asked)))
+        result = {"recall": recall, "knob": knob}
+        if recall >= WANTED:
+            break
+
+    def answer(first: int, stop: int) -> None:
+        part = Codes(**{**vars(codes), "asked": codes.asked[first:stop]})
+        part.reranked(search(asked[first:stop]))
+
+    turn = iter(np.arange(10 * rounds) % QUESTIONS)
+
+    def one() -> None:
+        at = next(turn)
+        answer(at, at + 1)
+
+    batch = timed(lambda: answer(0, QUESTIONS), max(1, rounds // 10))
+    return result | {
+        "alone": timed(one, rounds),
+        "batch": {key: value / QUESTIONS for key, value in batch.items()},
+        "build_s": built_s,
+        "bytes": library.bytes_each(codes),
+    }
+
+
+def cold(folder: Path, codes: Codes) -> dict[str, float]:
+    """A new process whose files are not in memory: from open to the first answer."""
+    for path in folder.glob("*.vectors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    np.save(folder / "question.npy", codes.asked[:1])
+    codes.index.projection.write(str(folder))
+    program = (
+        "import sys, time; from benchmarks.similar import reopened; import numpy as np\n"
+        "index_of, start = reopened, time.perf_counter()\n"
+        "index = index_of(sys.argv[1]); opened = time.perf_counter()\n"
+        "index.search(np.load(sys.argv[1] + '/question.npy'), 10)\n"
+        "print(opened - start, time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    opened, answered = map(float, done.stdout.split())
+    return {"opened_ms": 1e3 * opened, "answered_ms": 1e3 * answered}
+
+
+def reopened(folder: str) -> Index:
+    """The index of a folder of parts, for another process."""
+    projection = Projection.read(folder)
+    assert projection is not None
+    parts: dict[str, list[Part]] = {"vectors": [], "exact": []}
+    width = 2 * len(projection.mean)
+    for path in sorted(Path(folder).glob("*.exact"), key=lambda each: int(each.stem)):
+        size = path.stat().st_size
+        rows = (size - 128) // width
+        other = path.with_suffix(".vectors")
+        parts["exact"].append(Part(path=path.name, rows=rows, bytes=size, sha256=""))
+        parts["vectors"].append(
+            Part(path=other.name, rows=rows, bytes=other.stat().st_size, sha256="")
+        )
+    return open_parts(Path(folder), projection, parts)
+
+
+def build_rate(run: str) -> dict[str, float]:
+    """`refinery index` over the real run, by one worker in this process."""
+    from pipeline.config import load_stored_config
+    from pipeline.run import plan
+    from pipeline.run import run as work
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_stored_config("index", run, None, ["engine.kind=inline"])
+        plan(run, f"{folder}/index", config)
+        busy = time.process_time()
+        outcome = work(f"{folder}/index", config.engine)
+        busy = time.process_time() - busy
+        markers = read_markers(f"{folder}/index").values()
+        stages = {
+            stage: sum(marker.seconds[stage] for marker in markers)
+            for stage in ("read", "embed", "write")
+        }
+        return {
+            "rows": outcome.rows,
+            "per_s": outcome.rows / outcome.seconds,
+            "per_cpu_s": outcome.rows / busy,
+            **stages,
+        }
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def page(found: dict[str, Any]) -> str:
+    """The section of benchmarks/query.md."""
+    machine = found["machine"]
+    lines = [
+        "## Similarity",
+        "",
+        f"{machine['date']}, {machine['chip']}, {os.cpu_count()} cores, load {found['load']:.0f}; "
+        "`python -m benchmarks.similar --run RUN`. Milliseconds a question by the clock, in "
+        "brackets of processors: on a busy machine only the latter and the ratios mean something.",
+        "",
+        "| rows | what | recall@10 | of real questions | bytes | alone | in batches of 100 | "
+        "1 % filter | build, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for rows, table in found["rows"].items():
+        for name, each in table.items():
+            lines.append(f"| {int(rows):,} | {_row(name, each)} |")
+    lines += ["", *_goals(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, each: dict[str, Any]) -> str:
+    def cell(value: dict[str, float] | None) -> str:
+        return "" if value is None else f"{value['ms']:.1f} ({value['cpu_ms']:.1f})"
+
+    knob = "" if each.get("knob") is None else f", {each['knob']}"
+    real = f"{each['recall_real']:.3f}" if "recall_real" in each else ""
+    built = f"{each['build_s']:.1f}" if "build_s" in each else ""
+    cells = [
+        f"{name}{knob}",
+        f"{each['recall']:.3f}",
+        real,
+        f"{each['bytes']:.0f}",
+        cell(each["alone"]),
+        cell(each["batch"]),
+        cell(each.get("filtered")),
+        built,
+    ]
+    return " | ".join(cells)
+
+
+def _goals(found: dict[str, Any]) -> Iterator[str]:
+    yield "| goal at 1,000,000 rows | measured | |"
+    yield "|---|---|---|"
+    own = found["rows"].get("1000000", {}).get("refinery")
+    if own is None:
+        return
+    goals = [
+        ("recall@10 of real questions >= 0.99", own["recall_real"], own["recall_real"] >= 0.99),
+        ("<= 20 ms alone", own["alone"]["ms"], own["alone"]["ms"] <= 20),
+        ("<= 5 ms in batches of 100", own["batch"]["ms"], own["batch"]["ms"] <= 5),
+        ("<= 300 bytes a vector", own["bytes"], own["bytes"] <= 300),
+        (
+            "a filter that keeps 1 %: no slower than without, ms",
+            own["filtered"]["ms"],
+            own["filtered"]["ms"] <= own["alone"]["ms"],
+        ),
+        (
+            "first answer from a cold local file < 150 ms",
+            own["cold"]["answered_ms"],
+            own["cold"]["answered_ms"] < 150,
+        ),
+    ]
+    if "build" in found:
+        rate = found["build"]["per_s"]
+        goals.append(("build >= 20,000 vectors/s", rate, rate >= 20_000))
+    for what, value, is_met in goals:
+        yield f"| {what} | {value:.4g} | {'met' if is_met else '**not met**'} |"
+
+
+def write_section(path: Path, text: str) -> None:
+    """Put the section into the page, in the place of the one that is there."""
+    title = text.partition("\n")[0]
+    before, found, rest = (path.read_text() if path.exists() else "").partition(f"{title}\n")
+    after = rest[rest.index("\n## ") + 1 :] if found and "\n## " in rest else ""
+    path.write_text(
+        "\n".join(filter(None, [before.rstrip("\n") + "\n" * bool(before), text, after]))
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--only", nargs="+", default=["refinery", *LIBRARIES, "build"])
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    path = HERE / "similar.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    found |= {"machine": describe_machine(), "load": os.getloadavg()[0]}
+    if "build" in args.only:
+        found["build"] = build_rate(args.run)
+    for rows in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            codes = make_codes(real_codes(args.run), rows, Path(folder))
+            table = found["rows"].setdefault(str(rows), {})
+            for name in args.only:
+                if name == "refinery":
+                    table[name] = ours(codes, args.rounds) | {"cold": cold(Path(folder), codes)}
+                elif name in LIBRARIES and rows <= LIBRARIES[name].most:
+                    table[name] = theirs(name, codes, Path(folder), args.rounds)
+                sys.stderr.write(f"{rows} {name} {table.get(name)}\n")
+                path.write_text(json.dumps(found, indent=1) + "\n")
+    text = page(found)
+    write_section(HERE / "query.md", text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

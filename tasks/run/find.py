@@ -1,0 +1,35 @@
+"""Runs below a folder."""
+
+from models.errors import LedgerError
+from tasks.storage.files import exists, join
+from tasks.storage.folders import list_folder
+
+MOST_LEVELS = 5
+
+
+def find_runs(uri: str) -> dict[str, str]:
+    """The run at a place, or all runs below it, by name: the path below `uri`, in order.
+
+    A folder is opened for its run.json alone; a run's own folders are not looked into.
+
+    Raises:
+        LedgerError: there is no run here.
+    """
+    uri = uri.rstrip("/") or "/"
+    if exists(join(uri, "run.json")):
+        return {uri.rsplit("/", 1)[-1]: uri}
+    found: dict[str, str] = {}
+    waiting = [(folder, 1) for folder in list_folder(uri, is_whole=True)[0]]
+    while waiting:
+        name, level = waiting.pop()
+        folders, files = list_folder(join(uri, name))
+        if "run.json" in files:
+            found[name] = join(uri, name)
+        elif level < MOST_LEVELS:
+            waiting += [(f"{name}/{folder}", level + 1) for folder in folders]
+    if not found:
+        raise LedgerError(
+            f"{uri}: no run here or in a folder below (run.json is missing); give the folder that "
+            "`refinery invert IN OUT` wrote as OUT, or one above it"
+        )
+    return dict(sorted(found.items()))

@@ -1,0 +1,465 @@
+"""All rows of a run without their codes in one compact file, and a consistent look at a run.
+
+    metadata/000100-9f3c21d0.parquet     the rows of 100 shards, those shards' markers in the footer
+
+Written at sealing, and every `EVERY` commits while a run is at work. It is derived: delete it, and
+answers stay the same. Columns of one family lie together (keys, texts, numbers), so that a question
+of metrics is one request for each 262,144 rows. What nobody but the machine reads:
+
+    shard       of the row
+    position    of an inverted row among the inverted ones of its shard: its row in images/ and
+                residuals/; null for a failed one
+    code_at     where its code begins in the latents part, bytes; null where parts are older than
+                that layout (`tasks.run.parts`)
+
+A reader lists commits/ and metadata/. A shard whose marker is the one that a metadata file was made
+from is read there, any other from its part. So the answer is the present one while workers commit,
+after kills and after shards were done again; and it holds no row twice.
+"""
+
+import base64
+import json
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.cache import cache_folder
+from models.errors import LedgerError
+from tasks.run import ledger
+from tasks.run.marker import Marker
+from tasks.storage.files import file_info, join, list_files, open_write, read_bytes, remove
+from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
+
+FOLDER = "metadata"
+EVERY = 64
+"""Commits between two metadata files of a run at work; a reader keeps so many on its machine."""
+GROUP_ROWS = 2**18
+FOOTER_BYTES = 2**20
+READERS = 16
+FAMILIES = (("sample_key",), ("image_uri", "image_sha256", "error", "seed"))
+"""Columns that lie together; the others, all numbers or of few values, are the third family."""
+PLACES = ("shard", "position", "code_at")
+_FEW_VALUES = ("status", "error_kind", "method", "run_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One metadata file.
+
+    Attributes:
+        held: the markers it was made from.
+        shards: those of them whose rows count.
+        fetched: its bytes as far as they were read, with what is read together.
+    """
+
+    uri: str
+    bytes: int
+    held: dict[int, Marker]
+    shards: frozenset[int]
+    fetched: Fetched
+    codes: "CodeLayout"
+
+    @property
+    def is_whole(self) -> bool:
+        """All its rows count."""
+        return len(self.shards) == len(self.held)
+
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeLayout:
+    """How a code is stored: its shape (L, D), float16 or float32."""
+
+    shape: tuple[int, int]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.size * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What stood in a run at one moment.
+
+    Attributes:
+        record: run.json.
+        markers: by shard, in order; of the latest commit of each.
+        tags: of the markers' files, as listed before they were read.
+        segments: metadata files, each with the shards that are read there.
+        fresh: rows of all other shards, as in a metadata file; None where there are none.
+        codes: None while no row is committed.
+    """
+
+    uri: str
+    record: dict[str, Any]
+    declared: ledger.Declared
+    markers: dict[int, Marker]
+    tags: dict[int, str]
+    quarantined: dict[int, ledger.Quarantined]
+    is_sealed: bool
+    segments: tuple[Segment, ...]
+    fresh: pa.Table | None
+    codes: CodeLayout | None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(marker.rows for marker in self.markers.values())
+
+    def parts(self, kind: str) -> dict[int, str]:
+        """Paths of a kind of part by shard."""
+        return {s: m.parts[kind].path for s, m in self.markers.items() if kind in m.parts}
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read_snapshot(run_uri: str) -> Snapshot:
+    """Look at a run: two listings, run.json, the footers of its metadata files, and the parts that
+    are in none of them.
+
+    Raises:
+        LedgerError: no run, a damaged marker or part, or a store that does not answer.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        record = pool.submit(ledger.read_run, run_uri)
+        sealed = pool.submit(file_info, join(run_uri, "_SEALED.json"))
+        failed = pool.submit(lambda: list(list_files(join(run_uri, "failed"), LedgerError)))
+        files = pool.submit(lambda: list(list_files(join(run_uri, FOLDER), LedgerError)))
+        tags = _tags(run_uri)  # before any marker is read: a later commit then looks like new
+        run = record.result()
+        found = [(join(run_uri, FOLDER, name), size) for name, size, _ in files.result()]
+        found += [(str(path), path.stat().st_size) for path in _cache(run).glob("*.parquet")]
+        # The largest file first: of a sealed run it is the only one that is opened.
+        found.sort(key=lambda file: file[0].rsplit("/", 1)[-1], reverse=True)
+        segments, markers = _covered(found, tags)
+        read = pool.map(lambda shard: _read_marker(run_uri, shard), sorted(tags - markers.keys()))
+        new = {marker.shard: marker for marker in read if marker is not None}
+        # A run that was copied has other times on its files, and the same markers.
+        for number, segment in enumerate(segments):
+            same = {s: m for s, m in new.items() if segment.held.get(s) == m}
+            markers |= same
+            segments[number] = replace(segment, shards=segment.shards | same.keys())
+            new = {s: m for s, m in new.items() if s not in same}
+        tables = list(
+            pool.map(lambda m: part_rows(run_uri, m), (m for m in new.values() if m.rows))
+        )
+    fresh = pa.concat_tables(tables, promote_options="permissive") if tables else None
+    segments = [segment for segment in segments if segment.shards]
+    codes = segments[0].codes if segments else fresh and _layout(fresh.schema.metadata)
+    snapshot = Snapshot(
+        uri=run_uri,
+        record=run,
+        declared=ledger.declared_by(run),
+        markers=dict(sorted({**markers, **new}.items())),
+        tags=tags,
+        quarantined=ledger.read_quarantine(run_uri) if failed.result() else {},
+        is_sealed=sealed.result() is not None,
+        segments=tuple(segments),
+        fresh=fresh,
+        codes=codes or None,
+    )
+    _remember(snapshot, len(new))
+    return snapshot
+
+
+def has_moved(snapshot: Snapshot) -> bool:
+    """Whether the run has gone on since: a commit, or a metadata file replaced by another."""
+    segments = (file_info(segment.uri) for segment in snapshot.segments)
+    return None in segments or _tags(snapshot.uri) != snapshot.tags
+
+
+def _covered(
+    files: Sequence[tuple[str, int]], tags: Mapping[int, str]
+) -> tuple[list[Segment], dict[int, Marker]]:
+    """The metadata files that are needed, and the markers of the shards they hold as listed."""
+    segments: list[Segment] = []
+    markers: dict[int, Marker] = {}
+    for uri, size in files:
+        if tags.keys() <= markers.keys():
+            break
+        segment, made_from = _open_segment(uri, size)
+        same = {s for s, tag in made_from.items() if tags.get(s) == tag and s not in markers}
+        markers |= {shard: segment.held[shard] for shard in same}
+        segments.append(replace(segment, shards=frozenset(same)))
+    return segments, markers
+
+
+def _read_marker(run_uri: str, shard: int) -> Marker | None:
+    """None where it is gone since the listing."""
+    uri = join(run_uri, "commits", f"{ledger.shard_name(shard)}.json")
+    try:
+        return Marker.from_json(read_bytes(uri, LedgerError), uri)
+    except LedgerError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, str]]:
+    """A metadata file, and the tag of each marker it was made from."""
+    fetched = Fetched.tail(size, FOOTER_BYTES)
+    with part_errors(uri):
+        footer = pq.read_metadata(PartFile(uri, size, fetched=fetched))
+    fetched.add(_regions(footer))
+    values = footer.metadata or {}
+    try:
+        made_from = json.loads(zlib.decompress(base64.b64decode(values[b"markers"])))
+        held = {int(s): Marker.from_json(text.encode(), uri) for s, (_, text) in made_from.items()}
+        codes = _layout(values)
+    except (KeyError, ValueError, zlib.error) as error:
+        raise LedgerError(
+            f"{uri}: not a metadata file ({type(error).__name__}: {error}); delete it: it is made "
+            "from the parts, and answers do not need it"
+        ) from error
+    segment = Segment(
+        uri=uri,
+        bytes=size,
+        held=held,
+        shards=frozenset(),
+        fetched=fetched,
+        codes=codes,
+    )
+    return segment, {int(shard): tag for shard, (tag, _) in made_from.items()}
+
+
+def _regions(footer: pq.FileMetaData) -> Iterator[Region]:
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        ends: dict[int, list[int]] = {}
+        for column in map(group.column, range(group.num_columns)):
+            start = column.dictionary_page_offset or column.data_page_offset
+            ends.setdefault(_family(column.path_in_schema), []).extend(
+                (start, start + column.total_compressed_size)
+            )
+        yield from ((min(found), max(found)) for found in ends.values())
+
+
+def _family(column: str) -> int:
+    return next((n for n, names in enumerate(FAMILIES) if column in names), len(FAMILIES))
+
+
+def _layout(metadata: Mapping[bytes, bytes]) -> CodeLayout:
+    found = json.loads(metadata[b"codes"])
+    return CodeLayout(shape=tuple(found["shape"]), dtype=found["dtype"])
+
+
+def part_rows(run_uri: str, marker: Marker) -> pa.Table:
+    """The rows of one committed shard as a metadata file has them.
+
+    Raises:
+        LedgerError: the part is missing or damaged.
+    """
+    part = marker.parts["latents"]
+    uri = join(run_uri, part.path)
+    with part_errors(uri):
+        file = open_part(uri, part.bytes)
+        codes = file.schema_arrow.field("w_plus")
+        table = file.read([name for name in file.schema_arrow.names if name != codes.name])
+    is_ok = np.array([status == "ok" for status in table["status"].to_pylist()], bool)
+    position = np.cumsum(is_ok) - 1
+    places = {
+        "shard": pa.array(np.full(table.num_rows, marker.shard, np.int32)),
+        "position": pa.array(position.astype(np.int32), mask=~is_ok),
+        "code_at": pa.array(_code_offsets(file, is_ok), mask=~is_ok),
+    }
+    if not _has_rows_in_place(codes):
+        places["code_at"] = pa.nulls(table.num_rows, pa.int64())
+    for name, values in places.items():
+        table = table.append_column(name, values)
+    shape = json.loads(codes.metadata[b"shape"])
+    text = json.dumps({"shape": shape, "dtype": codes.type.value_type.to_pandas_dtype().__name__})
+    return table.replace_schema_metadata({"codes": text})
+
+
+def open_part(uri: str, size: int) -> pq.ParquetFile:
+    """A Parquet file whose footer is one read, and whose columns are read together."""
+    return pq.ParquetFile(PartFile(uri, size, fetched=Fetched.tail(size)), pre_buffer=True)
+
+
+def _has_rows_in_place(codes: pa.Field) -> bool:
+    return (codes.metadata or {}).get(b"layout") == b"rows"
+
+
+def _code_offsets(file: pq.ParquetFile, is_ok: np.ndarray) -> np.ndarray:
+    """Where each inverted row's code begins: codes are the last bytes of their column chunk."""
+    kind = file.schema_arrow.field("w_plus").type
+    row_bytes = kind.list_size * kind.value_type.bit_width // 8
+    found, row = np.zeros(len(is_ok), np.int64), 0
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        (column,) = (
+            c
+            for c in map(group.column, range(group.num_columns))
+            if c.path_in_schema.split(".")[0] == "w_plus"
+        )
+        rows = row + np.flatnonzero(is_ok[row : row + group.num_rows])
+        end = column.data_page_offset + column.total_compressed_size
+        found[rows] = end - row_bytes * np.arange(len(rows), 0, -1)
+        row += group.num_rows
+    return found
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write_metadata(run_uri: str) -> str | None:
+    """One file of all rows that are committed, in order of shards; earlier ones are removed.
+
+    Returns:
+        Its URI, or None where no row is committed.
+
+    Raises:
+        LedgerError: a part is missing or damaged, or the file cannot be written.
+    """
+    snapshot = read_snapshot(run_uri)
+    markers = {s: m for s, m in snapshot.markers.items() if m.rows}
+    if not markers:
+        return None
+    if len(snapshot.segments) == 1 and snapshot.fresh is None:
+        only = snapshot.segments[0]
+        if only.is_whole and only.uri.startswith(join(run_uri, FOLDER)):
+            return only.uri
+
+    def tables() -> Iterator[pa.Table]:
+        waiting = list(markers.values())
+        with ThreadPoolExecutor(READERS) as pool:
+            for at in range(0, len(waiting), 2 * READERS):
+                some = waiting[at : at + 2 * READERS]
+                yield from pool.map(lambda marker: part_rows(run_uri, marker), some)
+
+    return _replace_segments(join(run_uri, FOLDER), tables(), markers, snapshot.tags)
+
+
+def refresh_metadata(run_uri: str) -> None:
+    """The same for a run at work: a further file of what is new, smaller earlier ones folded in.
+
+    Raises:
+        LedgerError: as `write_metadata`.
+    """
+    snapshot = read_snapshot(run_uri)
+    if snapshot.fresh is None:
+        return
+    folder = join(run_uri, FOLDER)
+    own = [segment for segment in snapshot.segments if segment.uri.startswith(folder)]
+    _fold(snapshot, own, folder)
+
+
+def _fold(snapshot: Snapshot, own: Sequence[Segment], folder: str) -> None:
+    """A file in `folder` of what is fresh, and of those of the folder that hold no more shards."""
+    assert snapshot.fresh is not None
+    shards = set(snapshot.fresh["shard"].unique().to_pylist())
+    folded = [segment for segment in own if len(segment.shards) <= len(shards)]
+    kept = [segment for segment in own if segment not in folded]
+    tables = [*(segment_rows(segment) for segment in folded), snapshot.fresh]
+    shards |= {shard for segment in folded for shard in segment.shards}
+    markers = {shard: snapshot.markers[shard] for shard in sorted(shards)}
+    names = {segment.name for segment in kept}
+    _replace_segments(folder, tables, markers, snapshot.tags, names)
+
+
+def segment_rows(segment: Segment) -> pa.Table:
+    """The rows of a metadata file that count."""
+    with part_errors(segment.uri):
+        table = pq.ParquetFile(PartFile(segment.uri, segment.bytes)).read()
+    if not segment.is_whole:
+        wanted = np.isin(table["shard"].to_numpy(), list(segment.shards))
+        table = table.filter(pa.array(wanted))
+    layout = json.dumps({"shape": segment.codes.shape, "dtype": segment.codes.dtype})
+    return table.replace_schema_metadata({"codes": layout})
+
+
+def _tags(run_uri: str) -> dict[int, str]:
+    return {
+        int(name.removesuffix(".json")): f"{size}-{etag}"
+        for name, size, etag in list_files(join(run_uri, "commits"), LedgerError)
+        if name.removesuffix(".json").isdigit()
+    }
+
+
+def _replace_segments(
+    folder: str,
+    tables: Iterable[pa.Table],
+    markers: Mapping[int, Marker],
+    tags: Mapping[int, str],
+    kept: Iterable[str] = (),
+) -> str:
+    earlier = [name for name, _, _ in list_files(folder, LedgerError) if name not in kept]
+    uri = join(folder, f"{len(markers):06d}-{uuid.uuid4().hex[:8]}.parquet")
+    made_from = {s: (tags.get(s, ""), m.to_json().decode()) for s, m in markers.items()}
+    text = base64.b64encode(zlib.compress(json.dumps(made_from).encode()))
+    with open_write(uri) as file:
+        writer: pq.ParquetWriter | None = None
+        codes = b""
+        for table in _in_groups(tables):
+            if writer is None:
+                writer = _writer(file, table.schema)
+                codes = (table.schema.metadata or {})[b"codes"]
+            writer.write_table(table.cast(writer.schema), row_group_size=GROUP_ROWS)
+        assert writer is not None
+        writer.add_key_value_metadata({b"markers": text, b"codes": codes})
+        writer.close()
+    remove([join(folder, name) for name in earlier])
+    return uri
+
+
+def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables of `GROUP_ROWS` rows, the last one smaller; columns by family."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        while sum(found.num_rows for found in waiting) >= GROUP_ROWS:
+            joined = pa.concat_tables(waiting, promote_options="permissive")
+            yield _by_family(joined.slice(0, GROUP_ROWS))
+            waiting = [joined.slice(GROUP_ROWS)]
+    if waiting and sum(found.num_rows for found in waiting):
+        yield _by_family(pa.concat_tables(waiting, promote_options="permissive"))
+
+
+def _by_family(table: pa.Table) -> pa.Table:
+    return table.select(sorted(table.column_names, key=_family))
+
+
+def _writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    encodings = dict.fromkeys(floats, "BYTE_STREAM_SPLIT")
+    encodings |= dict.fromkeys(PLACES, "DELTA_BINARY_PACKED")
+    return pq.ParquetWriter(
+        file,
+        schema.with_metadata(None),
+        compression="zstd",
+        use_dictionary=list(_FEW_VALUES),  # type: ignore[arg-type]  # columns are allowed here too
+        column_encoding=encodings,
+    )
+
+
+# ---------------------------------------------------------------------------- this machine's copy
+
+
+def _cache(record: Mapping[str, Any]) -> Path:
+    """Where a reader keeps the rows of a run that has not written them itself yet."""
+    return cache_folder() / FOLDER / record["run_id"]
+
+
+def _remember(snapshot: Snapshot, read: int) -> None:
+    folder = _cache(snapshot.record)
+    own = [segment for segment in snapshot.segments if segment.uri.startswith(str(folder))]
+    if snapshot.fresh is not None and read >= EVERY:
+        with suppress(LedgerError):  # a home that cannot be written to: it is read again next time
+            _fold(snapshot, own, str(folder))

@@ -1,0 +1,303 @@
+"""The index of a run, open for questions: which samples are nearest to a vector.
+
+    index = open_index("runs/faces-index", "runs/faces")
+    (found,) = index.search(index.vectors(["a.png"]), 20, "psnr > 22", leave_out=["a.png"])
+
+A filter comes first, and only what it keeps is scanned; the scan is of 8-bit codes, exact over all
+rows; the best of it are ordered by the exact vectors. The index may still be growing: what is
+committed when it is opened is what is searched.
+
+Legend: Q queries, E values of a vector, P bytes of a code.
+"""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float32
+
+from models.errors import ConfigError, LedgerError
+from tasks.run.ledger import read_markers, read_run
+from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_vectors
+from tasks.similar.scan import Stretch, scan
+from tasks.storage.files import exists, join
+
+RERANKED = 200
+"""Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
+RERANKED_EACH = 10
+
+
+def open_index(index_uri: str, run_uri: str | None = None) -> "Index":
+    """Open what is committed of an index.
+
+    Args:
+        run_uri: the run that it must be of; None for whichever.
+
+    Raises:
+        LedgerError: there is no index, nothing of it is committed, or a part is damaged.
+        ConfigError: it is no index, or one of another run or generator.
+    """
+    if not exists(join(index_uri, "run.json")):
+        raise LedgerError(
+            f"{index_uri}: no index here; make it with `{_command(index_uri, run_uri or 'RUN')}`"
+        )
+    record = read_run(index_uri)
+    config = record["config"]
+    if "space" not in config:
+        raise ConfigError(
+            f"{index_uri} is a run, not an index; `refinery index {index_uri}` makes one of it"
+        )
+    if run_uri is not None:
+        _check_source(index_uri, record, run_uri)
+    parts = [m.parts for m in read_markers(index_uri).values() if "vectors" in m.parts]
+    projection = Projection.read(index_uri)
+    if not parts or projection is None:
+        raise LedgerError(
+            f"{index_uri}: nothing is indexed yet; run `refinery index` again, which finishes it"
+        )
+    return Index(
+        uri=index_uri,
+        source=config["source"],
+        space=config["space"],
+        projection=projection,
+        tables=[open_vectors(index_uri, part["vectors"]) for part in parts],
+        exact=Exact(index_uri, [part["exact"] for part in parts]),
+    )
+
+
+def _command(index_uri: str, run_uri: str) -> str:
+    """What makes an index."""
+    rest = index_uri.removeprefix(default_index(run_uri))
+    if not rest:
+        return f"refinery index {run_uri}"
+    if rest == index_uri:
+        return f"refinery index {run_uri} {index_uri}"
+    return f"refinery index {run_uri} --space {rest.removeprefix('-')}"
+
+
+def _check_source(index_uri: str, record: dict, run_uri: str) -> None:
+    run = read_run(run_uri)
+    advice = f"give the index of this run, or make it: refinery index {run_uri}"
+    made_with, given = (each["weights"].get("generator") for each in (record, run))
+    if made_with != given:
+        raise ConfigError(
+            f"{index_uri} is of codes of another generator ({str(made_with)[:12]}) than {run_uri} "
+            f"({str(given)[:12]}); {advice}"
+        )
+    if record["config"]["source_run"] != run["run_id"]:
+        raise ConfigError(
+            f"{index_uri} is an index of run {record['config']['source_run']} "
+            f"({record['config']['source']}), {run_uri} is run {run['run_id']}; {advice}"
+        )
+
+
+@dataclass(kw_only=True)
+class Index:
+    """Vectors of a run's samples.
+
+    Attributes:
+        source: the run.
+        space: of `tasks.work.spaces`.
+        tables: sample_key, scores and codes of each part.
+        exact: the vectors of the same rows.
+    """
+
+    uri: str
+    source: str
+    space: str
+    projection: Projection
+    tables: Sequence[pa.Table]
+    exact: Exact
+
+    def __post_init__(self) -> None:
+        sizes = [table.num_rows for table in self.tables]
+        self._starts = np.array([0, *itertools.accumulate(sizes)], np.int64)
+        self._codes = [codes_of(table) for table in self.tables]
+        self._rows = [table.drop_columns("code") for table in self.tables]
+        self._labels: pa.Table | None = None
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._asking = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def size(self) -> int:
+        """E."""
+        return len(self.projection.mean)
+
+    def label(self, labels: pa.Table) -> None:
+        """Columns of the user's for filters and results, joined by `sample_key`."""
+        if "sample_key" not in labels.column_names:
+            raise ConfigError(
+                "table: expected a column sample_key to join by; it has "
+                f"{', '.join(labels.column_names)}"
+            )
+        self._labels, self._connection = labels, None
+
+    def search(
+        self,
+        vectors: Float32[np.ndarray, "Q E"],
+        k: int = 20,
+        where: str | None = None,
+        *,
+        leave_out: Sequence[str] = (),
+    ) -> list[pa.Table]:
+        """The nearest samples of each vector, nearest first: sample_key, distance and the scores.
+
+        Args:
+            where: SQL condition over sample_key and the scores; only rows it keeps are scanned.
+            leave_out: keys that are not answers; the query itself, as a rule.
+
+        Returns:
+            A table for each vector, of at most k rows. Distances are Euclidean, in the space.
+
+        Raises:
+            ConfigError: k below 1, vectors of another size, not finite, or a wrong condition.
+            LedgerError: a part is missing or damaged.
+        """
+        vectors = self._checked(vectors, k)
+        stretches, kept = self._stretches(where)
+        keep = min(max(RERANKED, RERANKED_EACH * k) + len(leave_out), len(self))
+        _, rows = scan(stretches, self.projection.project(vectors), keep)
+        if kept is not None and len(kept):
+            rows = np.where(rows < 0, -1, kept[rows.clip(0)])
+        return [
+            self._ranked(query, found[found >= 0], k, set(leave_out))
+            for query, found in zip(vectors, rows, strict=True)
+        ]
+
+    def vectors(self, sample_keys: Sequence[str]) -> Float32[np.ndarray, "Q E"]:
+        """The exact vectors of samples.
+
+        Raises:
+            ConfigError: a key is not in the index; the message has the nearest one.
+        """
+        return self.take(np.array([self._row_of(key) for key in sample_keys], np.int64))
+
+    def take(self, rows: np.ndarray) -> Float32[np.ndarray, "M E"]:
+        """The exact vectors of rows."""
+        parts = np.searchsorted(self._starts, rows, "right") - 1
+        return self.exact.take(parts, rows - self._starts[parts])
+
+    def samples(self, rows: np.ndarray) -> pa.Table:
+        """sample_key and scores of rows."""
+        parts = np.searchsorted(self._starts, rows, "right") - 1
+        places = zip(parts.tolist(), (rows - self._starts[parts]).tolist(), strict=True)
+        found = [self._rows[part].slice(row, 1) for part, row in places]
+        return pa.concat_tables(found or [self._rows[0].slice(0, 0)]).combine_chunks()
+
+    def codes(self, first: int, stop: int) -> np.ndarray:
+        """uint8 [stop - first, P] of consecutive rows."""
+        parts = [
+            codes[max(0, first - start) : max(0, stop - start)]
+            for start, codes in zip(self._starts, self._codes, strict=False)
+        ]
+        return np.concatenate(parts)
+
+    # ------------------------------------------------------------------ inside
+
+    def _checked(self, vectors: np.ndarray, k: int) -> np.ndarray:
+        vectors = np.asarray(vectors, np.float32)
+        if k < 1:
+            raise ConfigError(f"k is {k}; expected at least 1")
+        if vectors.ndim != 2 or vectors.shape[1] != self.size:
+            raise ConfigError(
+                f"query of shape {list(vectors.shape)}: {self.uri} holds vectors of {self.size} "
+                f"values (space {self.space}); expected [number, {self.size}]"
+            )
+        if not np.isfinite(vectors).all():
+            raise ConfigError("query: a vector has values that are not finite")
+        return vectors
+
+    def _stretches(self, where: str | None) -> tuple[list[Stretch], np.ndarray | None]:
+        """What is to be scanned; under a filter also the index's row of each row of that."""
+        if where is None:
+            return list(zip(self._starts.tolist(), self._codes, strict=False)), None
+        kept = self._filtered(where)
+        cuts = np.searchsorted(kept, self._starts)
+        codes = [
+            (int(first), codes[kept[first:stop] - start])
+            for first, stop, start, codes in zip(
+                cuts[:-1], cuts[1:], self._starts, self._codes, strict=False
+            )
+            if stop > first
+        ]
+        return codes, kept
+
+    def _filtered(self, where: str) -> np.ndarray:
+        """Rows that a condition keeps, ascending."""
+        try:
+            found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
+        except duckdb.Error as error:
+            raise ConfigError(
+                f"where {where!r}: {str(error).splitlines()[0]}; columns: "
+                f"{', '.join(self._columns)}"
+            ) from error
+        return found["row number"].to_numpy()
+
+    def _sql(self, sql: str, *parameters: str) -> pa.Table:
+        """The rows as SQL sees them: the view `samples`. One question at a time."""
+        with self._asking:
+            if self._connection is None:
+                numbers = pa.array(np.arange(len(self)))
+                table = pa.concat_tables(self._rows).append_column("row number", numbers)
+                self._connection = _sandbox(table, self._labels)
+            return self._connection.sql(sql, params=list(parameters)).to_arrow_table()
+
+    @property
+    def _columns(self) -> list[str]:
+        labels = [] if self._labels is None else self._labels.column_names
+        return list(dict.fromkeys([*self._rows[0].column_names, *labels]))
+
+    def _ranked(self, query: np.ndarray, rows: np.ndarray, k: int, leave_out: set[str]) -> pa.Table:
+        rows = np.sort(rows)
+        apart = self.take(rows) - query
+        distances = np.sqrt(np.einsum("re,re->r", apart, apart))
+        order = np.argsort(distances, kind="stable")[: k + len(leave_out)]
+        found = self.samples(rows[order])
+        found = found.add_column(1, "distance", pa.array(distances[order], pa.float32()))
+        if leave_out:
+            keys = found["sample_key"].to_pylist()
+            found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))
+        found = found.slice(0, k)
+        return found if self._labels is None else _joined(found, self._labels)
+
+    def _row_of(self, key: str) -> int:
+        for start, table in zip(self._starts, self._rows, strict=False):
+            at = pc.index(table["sample_key"], key).as_py()
+            if at >= 0:
+                return int(start) + at
+        near = self._sql(
+            "SELECT sample_key FROM samples "
+            "ORDER BY jaro_winkler_similarity(sample_key, ?) DESC, sample_key LIMIT 1",
+            key,
+        )
+        raise ConfigError(
+            f"{self.source} has no sample {key!r} with a vector in {self.uri}; did you mean "
+            f"{near['sample_key'][0].as_py()!r}?"
+        )
+
+
+def _sandbox(rows: pa.Table, labels: pa.Table | None) -> duckdb.DuckDBPyConnection:
+    """A connection that knows the view `samples` and nothing else: no file, no variable."""
+    connection = duckdb.connect(
+        config={"python_enable_replacements": False, "enable_external_access": False}
+    )
+    connection.register("rows", rows)
+    if labels is None:
+        connection.execute("CREATE VIEW samples AS FROM rows")
+        return connection
+    connection.register("labels", labels)
+    connection.execute("CREATE VIEW samples AS FROM rows LEFT JOIN labels USING (sample_key)")
+    return connection
+
+
+def _joined(found: pa.Table, labels: pa.Table) -> pa.Table:
+    with _sandbox(found, labels) as connection:
+        return connection.sql("FROM samples ORDER BY distance, sample_key").to_arrow_table()
