@@ -49,6 +49,8 @@ class EngineConfig(BaseModel):
     """Wait before the second try; four times longer for each further one."""
     shard_timeout_s: float = Field(default=7200.0, gt=0)
     """A worker that holds a shard for longer is restarted."""
+    heartbeat_s: float = Field(default=45.0, gt=0)
+    """A worker that gives no sign of life for longer is restarted."""
     patience_s: float = Field(default=600.0, gt=0)
     """Give up when storage fails, or no worker comes up, for so long."""
 

@@ -1,4 +1,8 @@
-"""Connect to a Ray cluster, or start a small one on loopback, and end only what we started."""
+"""Connect to a Ray cluster, or start a small one on loopback, and end only what we started.
+
+A Ray without its raylet or its GCS server answers nothing, and its client waits: so the daemons of a
+Ray of this process are looked at from outside, by pid.
+"""
 
 import logging
 import os
@@ -6,11 +10,13 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from models.errors import ConfigError
+from models.errors import ConfigError, RefineryError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +33,16 @@ OBJECT_STORE_BYTES = 100 * 2**20
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
 Linux all of 127/8 is loopback."""
+DAEMONS = ("gcs_server", "raylet")
+STOPPED_S = 15.0
+"""How long a daemon may be stopped; past a minute without its GCS, Ray's client ends the process."""
+
+
+class RayLost(RefineryError):
+    """A daemon of the Ray that this process has started is gone."""
+
+
+_stopped_since: dict[int, float] = {}
 
 
 @contextmanager
@@ -67,6 +83,52 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+
+
+def check_daemons() -> bool:
+    """Look at the daemons of the Ray that this process has started; a cluster's are not ours.
+
+    Returns:
+        False while one of them is stopped: no call of Ray would return.
+
+    Raises:
+        RayLost: one has ended, or was stopped for longer than `STOPPED_S` and is ended here.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+    processes = {} if node is None else node.all_processes
+    found = [(name, entry.process) for name in DAEMONS for entry in processes.get(name, ())]
+    stopped = {process.pid for _, process in found if _is_stopped(process.pid)}
+    now = time.monotonic()
+    for pid in _stopped_since.keys() - stopped:
+        del _stopped_since[pid]
+    for name, process in found:
+        if process.poll() is not None:
+            raise RayLost(f"Ray's {name} (pid {process.pid}) has ended: {_ending(process)}")
+        if process.pid in stopped:
+            since = _stopped_since.setdefault(process.pid, now)
+            if now - since > STOPPED_S:
+                process.kill()
+                process.wait()
+                raise RayLost(f"Ray's {name} (pid {process.pid}) was stopped for {STOPPED_S:g} s")
+    return not stopped
+
+
+def _ending(process: Any) -> str:
+    code = process.returncode
+    if code >= 0:
+        return f"status {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name}{hint}"
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        # "pid (name) state ...": a name may hold blanks and brackets.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
 
 
 def _start_local(num_cpus: int | None) -> None:

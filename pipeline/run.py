@@ -180,15 +180,9 @@ def _work(
         return
     if "://" not in handle.uri and engine.address:
         logger.warning("%s is a local path: every node of the cluster must see it", handle.uri)
-    from pipeline.ray_session import ray_session
+    from pipeline.pool import run_on_ray
 
-    with ray_session(engine.address):
-        import ray
-
-        from pipeline.pool import Pool, gpus_per_actor
-
-        gpus = gpus_per_actor(engine, ray.cluster_resources())
-        Pool(order("cuda" if gpus > 0 else "cpu"), engine, gpus, tally).run()
+    run_on_ray(order, engine, tally)
 
 
 def local_device() -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,20 @@ class ShardResult:
     is_fatal: bool = False
 
 
+@dataclass(frozen=True)
+class ShardProgress:
+    """How far one attempt at one shard is.
+
+    Attributes:
+        rows: computed so far; not yet visible.
+        seconds: since the attempt began.
+    """
+
+    shard: int
+    rows: int
+    seconds: float
+
+
 class ShardWorker:
     """Loads the models once, then runs shards; several threads may call `run` at the same time."""
 
@@ -73,6 +88,7 @@ class ShardWorker:
         self._station: Station | None = None
         self._building = threading.Lock()
         self._device_lock = threading.Lock()
+        self._at_work: dict[int, tuple[float, int]] = {}
 
     def start(self) -> str:
         """Load the models, check that they are the run's.
@@ -95,10 +111,12 @@ class ShardWorker:
         from tasks.work.shard import do_shard
 
         started = time.monotonic()
+        self._note(shard, started, 0)
         try:
             station = self._loaded()
             spec = read_shard_spec(self.order.run.uri, shard)
-            marker = do_shard(spec, self.order.run, station, self._device_lock)
+            tell = partial(self._note, shard, started)
+            marker = do_shard(spec, self.order.run, station, self._device_lock, tell)
         except Exception as error:
             if is_cuda_error(error):
                 self._leave(shard, error)
@@ -112,9 +130,22 @@ class ShardWorker:
                 exc_info=not is_named,
             )
             return failed_result(shard, error)
+        finally:
+            self._at_work.pop(shard, None)
         return ShardResult(
             shard=shard, rows=marker.rows, failed=marker.failed, seconds=dict(marker.seconds)
         )
+
+    def progress(self) -> tuple[ShardProgress, ...]:
+        """Of the shards that are at work."""
+        now = time.monotonic()
+        return tuple(
+            ShardProgress(shard, rows, round(now - since, 3))
+            for shard, (since, rows) in sorted(self._at_work.copy().items())
+        )
+
+    def _note(self, shard: int, since: float, rows: int) -> None:
+        self._at_work[shard] = (since, rows)
 
     def _loaded(self) -> "Station":
         import torch

@@ -6,6 +6,7 @@ A sample that cannot be read or computed is a row with a reason. Any other error
 what it wrote stays invisible: only the marker, written last, makes parts visible.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -25,11 +26,13 @@ def do_shard(
     run: RunHandle,
     station: Station,
     lock: AbstractContextManager[object] | None = None,
+    on_rows: Callable[[int], None] | None = None,
 ) -> Marker:
     """Do one shard and commit it. It may run any number of times, anywhere: equal bytes every time.
 
     Args:
         lock: held around the device's work only: an actor's other shards read and write meanwhile.
+        on_rows: called after each batch with the number of rows so far.
 
     Raises:
         ShardError: the shard cannot be read, or two samples share a key; retried, then quarantined.
@@ -46,4 +49,6 @@ def do_shard(
             attempt.notes += result.notes
             with attempt.watch("write"):
                 list(pool.map(partial(fill_row, batch, result, station), range(len(batch))))
+            if on_rows:
+                on_rows(len(attempt.rows))
         return attempt.commit(station.layout, station.device_name)
