@@ -296,9 +296,7 @@ class Pool:
                 self._tally.book(lost)
 
 
-def run_on_ray(
-    make_order: Callable[[str], WorkOrder], engine: EngineConfig, tally: Tally
-) -> None:
+def run_on_ray(make_order: Callable[[str], WorkOrder], engine: EngineConfig, tally: Tally) -> None:
     """Run every scheduled shard on the engine's Ray. One of our own that dies is started again, as
     long as shards are committed in between.
 

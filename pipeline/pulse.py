@@ -10,13 +10,13 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.ray_session import end_worker
 from pipeline.worker import ShardProgress
 
 BEAT_INTERVAL_S = 5.0
@@ -87,16 +87,7 @@ class Pulse:
         return True
 
 
-def end_worker(pid: int) -> bool:
-    """SIGKILL a Ray worker of this machine; a process that is none is left alone."""
-    with suppress(OSError):
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
-            os.kill(pid, signal.SIGKILL)
-            return True
-    return False
-
-
 def die_with_parent() -> None:
-    """A worker whose raylet is gone has nobody to report to: the kernel ends it, whatever it does."""
+    """A worker whose raylet is gone has nobody to report to: the kernel ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

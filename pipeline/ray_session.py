@@ -1,18 +1,19 @@
 """Connect to a Ray cluster, or start a small one on loopback, and end only what we started.
 
-A Ray without its raylet or its GCS server answers nothing, and its client waits: so the daemons of a
-Ray of this process are looked at from outside, by pid.
+A Ray without its raylet or its GCS server answers nothing, and its client waits: so the daemons of
+a Ray of this process are looked at from outside, by pid.
 """
 
 import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 Linux all of 127/8 is loopback."""
 DAEMONS = ("gcs_server", "raylet")
 STOPPED_S = 15.0
-"""How long a daemon may be stopped; past a minute without its GCS, Ray's client ends the process."""
+"""How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
 
 
 class RayLost(RefineryError):
@@ -79,10 +80,51 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
             f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with free space, "
             "or run with --engine inline"
         ) from error
+    with _no_agent_left():
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _no_agent_left() -> Iterator[None]:
+    """The raylet's agents do not notice its end, nor this process's: a shell that sees its standard
+    input close ends them."""
+    agents = _agents()
+    if not agents:
+        yield
+        return
+    command = ["sh", "-c", f"read -r _; kill -KILL {' '.join(map(str, agents))} 2>&-"]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:
-        ray.shutdown()
+        guard.kill()
+        guard.communicate()
+        for pid in agents:
+            end_worker(pid)
+
+
+def _agents() -> list[int]:
+    """Pids of the agents of our own raylet."""
+    raylets = {process.pid for name, process in _daemons() if name == "raylet"}
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*") if raylets else ():
+        with suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) in raylets and b"agent" in (folder / "cmdline").read_bytes().lower():
+                found.append(int(folder.name))
+    return found
+
+
+def end_worker(pid: int) -> bool:
+    """SIGKILL a Ray process of this machine; a process that is none is left alone."""
+    with suppress(OSError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
 
 
 def check_daemons() -> bool:
@@ -94,11 +136,7 @@ def check_daemons() -> bool:
     Raises:
         RayLost: one has ended, or was stopped for longer than `STOPPED_S` and is ended here.
     """
-    import ray
-
-    node = ray._private.worker._global_node
-    processes = {} if node is None else node.all_processes
-    found = [(name, entry.process) for name in DAEMONS for entry in processes.get(name, ())]
+    found = _daemons()
     stopped = {process.pid for _, process in found if _is_stopped(process.pid)}
     now = time.monotonic()
     for pid in _stopped_since.keys() - stopped:
@@ -113,6 +151,15 @@ def check_daemons() -> bool:
                 process.wait()
                 raise RayLost(f"Ray's {name} (pid {process.pid}) was stopped for {STOPPED_S:g} s")
     return not stopped
+
+
+def _daemons() -> list[tuple[str, Any]]:
+    """Name and process of each."""
+    from ray._private import worker
+
+    node = worker._global_node
+    processes = {} if node is None else node.all_processes
+    return [(name, entry.process) for name in DAEMONS for entry in processes.get(name, ())]
 
 
 def _ending(process: Any) -> str:

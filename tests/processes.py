@@ -1,4 +1,4 @@
-"""Processes of this machine as tests see them: by /proc, and only below one that the test started."""
+"""Processes as tests see them: by /proc, and only below one that the test started."""
 
 import os
 import signal
