@@ -64,7 +64,7 @@ class Trial:
 
     def moment_s(self) -> float:
         """Some time within the run."""
-        return self.random.uniform(0.0, 1.1 * self.site.calm_s[self.kind])
+        return self.dice.uniform(0.0, 1.1 * self.site.calm_s[self.kind])
 
     def finish(self, *sets: str, **environment: str) -> None:
         """Run once more, undisturbed, and look at everything."""
@@ -231,9 +231,8 @@ def symlinks_in_output(trial: Trial) -> None:
 def _weather(way: str, share: float) -> Callable[[Trial], None]:
     def fault(trial: Trial) -> None:
         trial.run = f"{trial.site.server.make_bucket()}/run"
-        length_s = trial.dice.uniform(1.0, 6.0)
-        proxy = trial.site.proxy
-        with proxy.under(Weather(way, trial.seed, share, time.monotonic() + length_s)) as weather:
+        length_s = trial.dice.uniform(2.0, 8.0)
+        with trial.site.proxy.under(Weather(way, trial.seed, share, length_s)) as weather:
             driver = trial.start(**trial.site.s3)
             trial.expect(driver)
             trial.hits += weather.hits
@@ -247,7 +246,7 @@ def s3_late_marker(trial: Trial) -> None:
     trial.run = f"{trial.site.server.make_bucket()}/run"
     proxy = trial.site.proxy
     proxy.delay_s = trial.dice.uniform(1.0, 4.0)
-    with proxy.under(Weather("late-marker", trial.seed, 1.0, time.monotonic() + 3.0)) as weather:
+    with proxy.under(Weather("late-marker", trial.seed, 1.0, 3.0)) as weather:
         late = trial.start(**trial.site.s3)
         wait_for(lambda: weather.hits or not late.process.is_alive(), 60, "a marker")
         proxy.weather = None
@@ -261,7 +260,7 @@ def s3_late_marker(trial: Trial) -> None:
 def s3_driver_killed(trial: Trial) -> None:
     """SIGKILL while an object is on its way."""
     trial.run = f"{trial.site.server.make_bucket()}/run"
-    with trial.site.proxy.under(Weather("slow", trial.seed, 0.3, time.monotonic() + 30)):
+    with trial.site.proxy.under(Weather("slow", trial.seed, 0.3, 30.0)):
         driver = trial.start(**trial.site.s3)
         time.sleep(2 * trial.moment_s())
         driver.send(signal.SIGKILL)
@@ -290,7 +289,7 @@ def poison_picture(trial: Trial) -> None:
 
 def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
     def fault(trial: Trial) -> None:
-        driver = trial.start(*RAY, f"engine.max_attempts={6}")
+        driver = trial.start(*RAY, "engine.max_attempts=6")
         wait_for(
             lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
             120,

@@ -21,18 +21,22 @@ class Weather:
     Args:
         way: one of `WAYS`.
         share: of the requests that are hit; of "lost-ack", of the PUTs.
-        until: monotonic seconds; calm from then on.
+        length_s: it is calm so long after the first request that it concerns.
     """
 
-    def __init__(self, way: str, seed: int, share: float, until: float) -> None:
+    def __init__(self, way: str, seed: int, share: float, length_s: float) -> None:
         assert way in WAYS
-        self.way, self.share, self.until = way, share, until
-        self.hits = 0
+        self.way, self.share, self.length_s = way, share, length_s
+        self.hits, self._until = 0, 0.0
         self._random, self._lock, self._row = random.Random(seed), threading.Lock(), 0
 
     def strikes(self, method: str, path: str) -> bool:
         with self._lock:
-            if time.monotonic() > self.until or not self._concerns(method, path):
+            if not self._concerns(method, path):
+                return False
+            now = time.monotonic()
+            self._until = self._until or now + self.length_s
+            if now > self._until:
                 return False
             # Never as often in a row as a client tries again.
             hit = self.way in ("outage", "expired") or (
@@ -52,6 +56,7 @@ class Weather:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm, wbufsize = True, -1
     server: "FaultProxy"
 
     def _serve(self) -> None:
@@ -79,6 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, headers, found)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+
+    def handle_expect_100(self) -> bool:
+        done = super().handle_expect_100()
+        self.wfile.flush()
+        return done
 
     def _chunked(self) -> bytes:
         found = b""
@@ -114,6 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+        self.wfile.flush()
 
     def _cut(self) -> None:
         """A reset: the client sees ECONNRESET, not an orderly end."""

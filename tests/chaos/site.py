@@ -122,7 +122,9 @@ class Site:
         modules += [f"tasks.work.{name}" for name in (*KINDS, "station")]
         context.set_forkserver_preload(modules)
         server = S3Server()
+        os.environ.update(server.environment)  # the invariants look past the proxy
         site = Site(folder, dataset, context, server, FaultProxy(server.endpoint))
+        site.start("invert", str(folder / "first")).end()  # the fork server loads PyTorch
         for kind in KINDS:
             run, began = str(folder / "calm" / kind), time.monotonic()
             driver = site.start(kind, run)

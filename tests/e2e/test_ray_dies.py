@@ -108,7 +108,7 @@ def test_a_ray_that_dies_again_and_again_ends_the_run_with_the_reason(driver: Dr
         driver.wait_for_commits(0)
         wait_for(lambda: named(pid, "raylet"), 120, "a raylet")
         (raylet,) = named(pid, "raylet")
-        wait_for(lambda: named(pid, "ray::"), 120, "its workers")  # the session has begun
+        wait_for(lambda: named(pid, "ray::PoolActor"), 120, "its worker")
         send([raylet], signal.SIGKILL)
         wait_for(lambda: not command_line(raylet), 60, "its end")  # noqa: B023
     assert driver.process.wait(120) == 2, driver.said
