@@ -1,5 +1,5 @@
-"""Kinds of fault: each is a function of a `Trial` that disturbs a run in its way, lets it come to its
-end, and has the invariants looked at."""
+"""Kinds of fault: each is a function of a `Trial` that disturbs a run in its way, lets it come to
+its end, and has the invariants looked at."""
 
 import os
 import random
@@ -211,7 +211,7 @@ def _try_mount() -> bool:
 
 
 def symlinks_in_output(trial: Trial) -> None:
-    """The run is a link to another disk, its folders are links; the driver dies and is run again."""
+    """The run is a link to another disk, so are its folders; the driver dies and is run again."""
     elsewhere = trial.folder / "elsewhere"
     elsewhere.mkdir()
     (trial.folder / "run").symlink_to(elsewhere, target_is_directory=True)
@@ -272,8 +272,8 @@ def s3_driver_killed(trial: Trial) -> None:
 
 
 def poison_picture(trial: Trial) -> None:
-    """A picture that ends every process that touches it: its shard is given up, all others are done;
-    once it is cured, the run is whole."""
+    """A picture that ends every process that touches it: its shard is given up, all others are
+    done; once it is cured, the run is whole."""
     trial.kind = "invert"
     shard = trial.dice.randrange(NUM_SHARDS)
     sick = trial.start(*RAY, "engine.max_attempts=2", REFINERY_CRASH=f"in_decode:{shard}")

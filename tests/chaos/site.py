@@ -1,5 +1,5 @@
-"""Where chaos happens: a small data set, undisturbed runs of each kind, drivers that are forked from
-a process with everything loaded, so that a start costs no seconds."""
+"""Where chaos happens: a small data set, undisturbed runs of each kind, drivers that are forked
+from a process with everything loaded, so that a start costs no seconds."""
 
 import contextlib
 import multiprocessing
