@@ -85,7 +85,12 @@ RETRY_ON_OUTAGE: dict[str, Any] = {
 }
 
 
-@flow(name="invert-dataset", flow_run_name="{output_uri}")
+def run_name(parameters: dict[str, Any]) -> str:
+    """A flow run is called as the run that it writes."""
+    return str(parameters["output_uri"]).replace("{date}", scheduled_day())
+
+
+@flow(name="invert-dataset", flow_run_name=run_name)
 def invert_dataset(
     input_uri: str,
     output_uri: str,
@@ -115,7 +120,7 @@ def invert_dataset(
     )
 
 
-@flow(name="run-over-run", flow_run_name="{output_uri}")
+@flow(name="run-over-run", flow_run_name=run_name)
 def run_over_run(
     kind: str,
     source_uri: str,

@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from models.errors import RefineryError
 from pipeline.config import EngineConfig
 from pipeline.pulse import Beat, Pulse, die_with_parent
-from pipeline.ray_session import RayLost, check_daemons, ray_session
+from pipeline.ray_session import RayLost, check_daemons, end_stopped_workers, ray_session
 from pipeline.schedule import Failure, Taken
 from pipeline.tally import Tally
 from pipeline.worker import ShardResult, ShardWorker, WorkOrder, failed_result
@@ -158,6 +158,7 @@ class Pool:
     def _grow(self, now: float) -> None:
         """One slot per place in the cluster; called again and again, because nodes join."""
         self._grown_at = now
+        end_stopped_workers()
         wanted = pool_size(self._engine, self._gpus, ray.cluster_resources())
         while len(self._slots) < wanted:
             slot = _Slot(len(self._slots), self._new_actor())

@@ -108,14 +108,23 @@ def _no_agent_left() -> Iterator[None]:
 
 def _agents() -> list[int]:
     """Pids of the agents of our own raylet."""
-    raylets = {process.pid for name, process in _daemons() if name == "raylet"}
     found: list[int] = []
+    for pid, _ in _workers():
+        with suppress(OSError):
+            if b"agent" in Path(f"/proc/{pid}/cmdline").read_bytes().lower():
+                found.append(pid)
+    return found
+
+
+def _workers() -> Iterator[tuple[int, str]]:
+    """Pid and state of every child of our own raylet."""
+    raylets = {process.pid for name, process in _daemons() if name == "raylet"}
     for folder in Path("/proc").glob("[0-9]*") if raylets else ():
         with suppress(OSError):
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) in raylets and b"agent" in (folder / "cmdline").read_bytes().lower():
-                found.append(int(folder.name))
-    return found
+            # "pid (name) state parent ...": a name may hold blanks and brackets.
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) in raylets:
+                yield int(folder.name), state
 
 
 def end_worker(pid: int) -> bool:
@@ -136,21 +145,34 @@ def check_daemons() -> bool:
     Raises:
         RayLost: one has ended, or was stopped for longer than `STOPPED_S` and is ended here.
     """
-    found = _daemons()
-    stopped = {process.pid for _, process in found if _is_stopped(process.pid)}
-    now = time.monotonic()
-    for pid in _stopped_since.keys() - stopped:
-        del _stopped_since[pid]
-    for name, process in found:
+    is_running = True
+    for name, process in _daemons():
         if process.poll() is not None:
             raise RayLost(f"Ray's {name} (pid {process.pid}) has ended: {_ending(process)}")
-        if process.pid in stopped:
-            since = _stopped_since.setdefault(process.pid, now)
-            if now - since > STOPPED_S:
-                process.kill()
-                process.wait()
-                raise RayLost(f"Ray's {name} (pid {process.pid}) was stopped for {STOPPED_S:g} s")
-    return not stopped
+        stopped_s = _stopped_s(process.pid, _state(process.pid))
+        is_running &= stopped_s == 0
+        if stopped_s > STOPPED_S:
+            process.kill()
+            process.wait()
+            raise RayLost(f"Ray's {name} (pid {process.pid}) was stopped for {STOPPED_S:g} s")
+    return is_running
+
+
+def end_stopped_workers() -> None:
+    """End those of our own raylet that are stopped for longer than `STOPPED_S`: one that is stopped
+    before it is up answers no heartbeat, and Ray waits for it."""
+    for pid, state in _workers():
+        if _stopped_s(pid, state) > STOPPED_S and end_worker(pid):
+            logger.warning("a worker (pid %d) was stopped for %g s and is ended", pid, STOPPED_S)
+
+
+def _stopped_s(pid: int, state: str) -> float:
+    """For how long a process has been seen stopped."""
+    if state not in ("T", "t"):
+        _stopped_since.pop(pid, None)
+        return 0.0
+    now = time.monotonic()
+    return now - _stopped_since.setdefault(pid, now - 1e-3)
 
 
 def _daemons() -> list[tuple[str, Any]]:
@@ -170,12 +192,11 @@ def _ending(process: Any) -> str:
     return f"{signal.Signals(-code).name}{hint}"
 
 
-def _is_stopped(pid: int) -> bool:
+def _state(pid: int) -> str:
     try:
-        # "pid (name) state ...": a name may hold blanks and brackets.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 def _start_local(num_cpus: int | None) -> None:

@@ -1,6 +1,7 @@
 """One trial of each kind of fault without a Ray of its own (tests/e2e/test_ray_dies.py has those
 with one), and that the invariants would notice."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,12 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with pytest.MonkeyPatch.context() as patch:
-        found = Site.make(tmp_path_factory.mktemp("chaos"))
-        for name, value in found.server.environment.items():
-            patch.setenv(name, value)
-        yield found
+    before = dict(os.environ)
+    found = Site.make(tmp_path_factory.mktemp("chaos"))
+    yield found
     found.close()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.timeout(400)
