@@ -85,9 +85,9 @@ RETRY_ON_OUTAGE: dict[str, Any] = {
 }
 
 
-def run_name(parameters: dict[str, Any]) -> str:
+def run_name() -> str:
     """A flow run is called as the run that it writes."""
-    return str(parameters["output_uri"]).replace("{date}", scheduled_day())
+    return str(flow_run.parameters["output_uri"]).replace("{date}", scheduled_day())
 
 
 @flow(name="invert-dataset", flow_run_name=run_name)
