@@ -66,7 +66,7 @@ chaos: $(STAMP)
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
 test-prefect: $(STAMP)
-	@$(BIN)/python -m pytest tests/deploy/test_prefect_deployment.py tests/services/test_nights.py -m "soak or not soak" $(ARGS)
+	@REFINERY_SOAK=1 $(BIN)/python -m pytest tests/deploy/test_prefect_deployment.py tests/services/test_nights.py $(ARGS)
 
 test-s3: $(STAMP)
 	@$(BIN)/python -m pytest tests/services/test_s3.py $(ARGS)
