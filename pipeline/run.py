@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from models.errors import ConfigError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.schedule import Schedule
-from pipeline.tally import OnProgress, Tally, ignore_progress
+from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.lease import hold
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     Raises:
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
-        LedgerError: the directory holds another run, or cannot be written.
+        LedgerError: the directory holds another run, another driver is at work on it, or it cannot
+            be written.
     """
     job = config.job
     station = load_station(job, "cpu")
@@ -105,8 +107,9 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     del station
     gc.collect()
     shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
-    info = manifest.write_manifest(run_uri, shards)
-    run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
+    with hold(run_uri, config.engine.if_busy):
+        info = manifest.write_manifest(run_uri, shards)
+        run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
         hashes=hashes,
@@ -122,6 +125,16 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
+    with hold(run_uri, engine.if_busy) as lease:
+
+        def tell(snapshot: Snapshot) -> None:
+            lease.check()
+            on_progress(snapshot)
+
+        return _run(run_uri, engine, tell)
+
+
+def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome:
     record = ledger.read_run(run_uri)
     handle, job = ledger.open_run(run_uri), load_job(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
@@ -202,8 +215,9 @@ def seal(run_uri: str) -> str:
     Raises:
         LedgerError: a shard is neither committed nor quarantined.
     """
-    uri = ledger.seal(run_uri)
-    ledger.remove_orphans(run_uri)
+    with hold(run_uri):
+        uri = ledger.seal(run_uri)
+        ledger.remove_orphans(run_uri)
     return uri
 
 
@@ -242,8 +256,9 @@ def carry_out(
     Raises:
         RefineryError: as the stages.
     """
-    plan(source, run_uri, config, limit=limit)
-    return finish(run_uri, config.engine, on_progress)
+    with hold(run_uri, config.engine.if_busy):
+        plan(source, run_uri, config, limit=limit)
+        return finish(run_uri, config.engine, on_progress)
 
 
 def finish(
@@ -254,8 +269,9 @@ def finish(
     Raises:
         RefineryError: as the stages.
     """
-    outcome = run(run_uri, engine, on_progress)
-    seal(run_uri)
+    with hold(run_uri, engine.if_busy):
+        outcome = run(run_uri, engine, on_progress)
+        seal(run_uri)
     found = verify(run_uri)
     return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from models.errors import LedgerError
 from tasks.job import InputConfig, ShardSpec
@@ -209,6 +210,15 @@ def _note_orphans(run_uri: str, markers: dict[int, Marker], report: VerifyReport
 # ---------------------------------------------------------------------------- one shard
 
 
+def _input_settings(record: dict[str, Any]) -> InputConfig:
+    """The defaults where there are none, as for shards that are read from a run, or where they were
+    edited, which `_check_identity` reports."""
+    try:
+        return TypeAdapter(InputConfig).validate_python(record["config"].get("input", {}))
+    except ValidationError:
+        return InputConfig()
+
+
 def _in_windows(
     pool: ThreadPoolExecutor,
     run_uri: str,
@@ -217,8 +227,7 @@ def _in_windows(
     deep: bool,
 ) -> Iterator[ShardCheck]:
     """Checks in shard order, a few at a time: a large manifest is never held at once."""
-    # Shards that are read from a run need no such settings.
-    settings = InputConfig(**record["config"].get("input", {}))
+    settings = _input_settings(record)
     window: list[tuple[Marker, ShardSpec | None]] = []
 
     def flush() -> Iterator[ShardCheck]:

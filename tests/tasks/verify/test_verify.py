@@ -101,8 +101,8 @@ def test_an_unfinished_run(small: SmallRun) -> None:
     assert report.problems == ["1 of 2 shards are not committed yet (00001); run its command again"]
     assert report.notes == [
         "the run is not sealed yet",
-        "2 files belong to no commit (unfinished attempts); readers do not see them, and sealing "
-        "removes them",
+        "2 files belong to no commit (unfinished attempts); readers do not see them, and "
+        "`refinery gc` removes them",
     ]
 
 
