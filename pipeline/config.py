@@ -52,6 +52,10 @@ class EngineConfig(BaseModel):
     """A worker that holds a shard for longer is restarted."""
     heartbeat_s: float = Field(default=45.0, gt=0)
     """A worker that gives no sign of life for longer is restarted."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """The driver's own Prometheus endpoint; 0: none. Ray's has the metrics in any case."""
+    metrics_address: str = "127.0.0.1"
+    """Where that listens; 0.0.0.0 to be scraped from elsewhere."""
     patience_s: float = Field(default=600.0, gt=0)
     """Give up when storage fails, or no worker comes up, for so long."""
     if_busy: IfBusy = "refuse"

@@ -22,11 +22,12 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from models.errors import RefineryError
 from pipeline.config import EngineConfig
+from pipeline.metrics import exported_by_ray
 from pipeline.pulse import Beat, Pulse, die_with_parent
 from pipeline.ray_session import RayLost, check_daemons, end_stopped_workers, ray_session
 from pipeline.schedule import Failure, Taken
 from pipeline.tally import Tally
-from pipeline.worker import ShardResult, ShardWorker, WorkOrder, failed_result
+from pipeline.worker import ShardProgress, ShardResult, ShardWorker, WorkOrder, failed_result
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Pool:
             RayLost: a daemon of our own Ray died. The shards in flight are scheduled again.
             RefineryError: the run cannot go on. What is committed stays; run again to resume.
         """
+        self._tally.at_work = self._at_work
         try:
             self._tally.tell()
             while not self._tally.schedule.is_empty() or any(s.in_flight for s in self._slots):
@@ -121,6 +123,12 @@ class Pool:
         finally:
             for slot in self._slots:
                 ray.kill(slot.actor, no_restart=True)
+
+    def _at_work(self) -> tuple[int, tuple[ShardProgress, ...]]:
+        beats = [slot.pulse.last for slot in self._slots if slot.pulse.last is not None]
+        held = {taken.shard for slot in self._slots for taken, _ in slot.in_flight.values()}
+        found = tuple(shard for beat in beats for shard in beat.shards if shard.shard in held)
+        return sum(slot.is_ready for slot in self._slots), found
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -310,7 +318,7 @@ def run_on_ray(make_order: Callable[[str], WorkOrder], engine: EngineConfig, tal
     losses, done = 0, tally.shards_done
     while True:
         try:
-            with ray_session(engine.address):
+            with ray_session(engine.address), exported_by_ray(tally.metrics):
                 gpus = gpus_per_actor(engine, ray.cluster_resources())
                 Pool(make_order("cuda" if gpus > 0 else "cpu"), engine, gpus, tally).run()
                 return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError
 from pipeline.config import EngineConfig, RunConfig
+from pipeline.run_log import kept_log
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
@@ -163,7 +164,10 @@ def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome
     del markers, commits
     started = tally.started
     if waiting:
-        _work(handle, job, record["weights"], engine, tally)
+        from pipeline.metrics import exported
+
+        with kept_log(tally, run_uri, handle.run_id), exported(tally, handle.run_id, engine):
+            _work(handle, job, record["weights"], engine, tally)
     on_progress(tally.snapshot())
     return Outcome(
         run_uri=run_uri,

@@ -67,6 +67,11 @@ def show_status(console: Console, status: "Status") -> None:
     }
     if status.driver:
         values["driver"] = status.driver
+    if status.at_work:
+        values["at work"] = ", ".join(
+            f"shard {shard:05d}: {rows} rows in {seconds:.0f} s"
+            for shard, rows, seconds in status.at_work
+        )
     if status.images_per_s is not None:
         values["pace"] = f"{status.images_per_s:.1f} images/s from first start to last commit"
         values["busy"] = ", ".join(f"{k} {v:.1f} s" for k, v in status.seconds.items())

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 
+from pipeline.run_log import read_progress
 from tasks.run import ledger
 from tasks.run.lease import Driver, read_driver
 from tasks.run.records import DamagedError
@@ -18,6 +19,7 @@ class Status:
         failures: failed rows by error_kind.
         quarantined: reason by shard.
         driver: the last that worked on it, and whether it still does; "" where none is known.
+        at_work: shard, rows computed, seconds since its begin: what the driver said last.
         problems: files of the run that are damaged or missing.
         images_per_s: rows by the time from the first start to the last commit; None without one.
         seconds: busy time by stage, summed over workers.
@@ -34,6 +36,7 @@ class Status:
     failures: dict[str, int]
     quarantined: dict[int, str]
     driver: str
+    at_work: tuple[tuple[int, int, float], ...]
     problems: tuple[str, ...]
     images_per_s: float | None
     seconds: dict[str, float]
@@ -80,11 +83,17 @@ def read_status(run_uri: str) -> Status:
         failures=dict(sorted(failures.items())),
         quarantined={shard: entry.reason for shard, entry in quarantined.items()},
         driver=f"{driver}, {driver.state}" if driver else "",
+        at_work=_at_work(run_uri) if driver and driver.state == "at work" else (),
         problems=tuple(problems),
         images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
         seconds=dict(seconds),
         last_commit_at=max((m.finished_at for m in markers), default=""),
     )
+
+
+def _at_work(run_uri: str) -> tuple[tuple[int, int, float], ...]:
+    told = read_progress(run_uri) or {}
+    return tuple((s["shard"], s["rows"], s["seconds"]) for s in told.get("at_work", ()))
 
 
 def _pace(rows: int, started: list[str], finished: list[str]) -> float | None:

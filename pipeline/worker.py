@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ class ShardResult:
     """How one attempt ended. `error` is None after a commit.
 
     Attributes:
+        attempt, bytes, failures: as in the marker.
         is_fatal: every other shard would fail the same way (a missing asset, a full disk).
     """
 
@@ -61,6 +63,9 @@ class ShardResult:
     rows: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    attempt: str = ""
+    bytes: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     failure: Failure = Failure.SHARD
     is_fatal: bool = False
@@ -89,6 +94,8 @@ class ShardWorker:
         self._building = threading.Lock()
         self._device_lock = threading.Lock()
         self._at_work: dict[int, tuple[float, int]] = {}
+        self.on_rows: Callable[[], None] | None = None
+        """Called after each batch."""
 
     def start(self) -> str:
         """Load the models, check that they are the run's.
@@ -133,7 +140,13 @@ class ShardWorker:
         finally:
             self._at_work.pop(shard, None)
         return ShardResult(
-            shard=shard, rows=marker.rows, failed=marker.failed, seconds=dict(marker.seconds)
+            shard=shard,
+            rows=marker.rows,
+            failed=marker.failed,
+            seconds=dict(marker.seconds),
+            attempt=marker.attempt,
+            bytes=sum(part.bytes for part in marker.parts.values()),
+            failures=dict(marker.failures),
         )
 
     def progress(self) -> tuple[ShardProgress, ...]:
@@ -146,6 +159,8 @@ class ShardWorker:
 
     def _note(self, shard: int, since: float, rows: int) -> None:
         self._at_work[shard] = (since, rows)
+        if self.on_rows:
+            self.on_rows()
 
     def _loaded(self) -> "Station":
         import torch

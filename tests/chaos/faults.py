@@ -145,8 +145,8 @@ def clock_jump(trial: Trial) -> None:
 
 
 def _other(trial: Trial) -> tuple[str, ...]:
-    """Settings of a driver that may meet another one."""
-    return ()
+    """Settings of a driver that may meet another one: it waits for its end, or takes the run."""
+    return (f"engine.if_busy={trial.dice.choice(['wait', 'take'])}",)
 
 
 # ---------------------------------------------------------------------------- disks
