@@ -2,6 +2,9 @@
 #
 #   make demo     plan, invert, query and report on the bundled sample shard
 #   make test     the tests; ARGS are passed on: make test ARGS="tests/tasks -x"
+#   make chaos    trials of kills and faults: make chaos ARGS="--trials 300 --seed 1 --out chaos.json"
+#   make test-prefect  nights against real Prefect servers that are killed (SQLite, PostgreSQL)
+#   make test-s3  the tests of storage and runs against Ceph's gateway, where its programs are installed
 #   make lint     ruff, codespell, pyright
 #   make bench    the figures of the README
 #   make bench-gpu  speed of synthesis, searches and encoders on a GPU, else on the CPU
@@ -32,7 +35,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help venv demo test lint format bench bench-gpu clean
+.PHONY: help venv demo test chaos test-prefect test-s3 lint format bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -58,6 +61,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(STAMP)
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+test-prefect: $(STAMP)
+	@REFINERY_SOAK=1 $(BIN)/python -m pytest tests/deploy/test_prefect_deployment.py tests/services/test_nights.py $(ARGS)
+
+test-s3: $(STAMP)
+	@$(BIN)/python -m pytest tests/services/test_s3.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from tasks.job import Job, JobConfig, MethodConfig
+from tasks.run.lease import IfBusy
 from tasks.run.ledger import read_declared, read_run
 from tasks.work.kinds import job_class
 
@@ -49,8 +50,16 @@ class EngineConfig(BaseModel):
     """Wait before the second try; four times longer for each further one."""
     shard_timeout_s: float = Field(default=7200.0, gt=0)
     """A worker that holds a shard for longer is restarted."""
+    heartbeat_s: float = Field(default=45.0, gt=0)
+    """A worker that gives no sign of life for longer is restarted."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """The driver's own Prometheus endpoint; 0: none. Ray's has the metrics in any case."""
+    metrics_address: str = "127.0.0.1"
+    """Where that listens; 0.0.0.0 to be scraped from elsewhere."""
     patience_s: float = Field(default=600.0, gt=0)
     """Give up when storage fails, or no worker comes up, for so long."""
+    if_busy: IfBusy = "refuse"
+    """Another driver is at work on the run: refuse, wait for its end, or take the run from it."""
 
 
 J = TypeVar("J", bound=Job)

@@ -18,6 +18,7 @@ from pipeline.flows import (
     GPU_LIMIT,
     RETRY_ON_OUTAGE,
     ProgressBar,
+    run_name,
     run_stages,
     scheduled_day,
     show_picture,
@@ -26,7 +27,7 @@ from pipeline.run import Summary
 from tasks.adapt.config import AdaptConfig
 
 
-@flow(name="edit-dataset", flow_run_name="{output_uri}")
+@flow(name="edit-dataset", flow_run_name=run_name)
 def edit_dataset(
     source_uri: str,
     output_uri: str,
@@ -88,7 +89,7 @@ def learn_domains(config: AdaptConfig) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-@flow(name="nightly-domains", flow_run_name="{output_uri}")
+@flow(name="nightly-domains", flow_run_name=run_name)
 def nightly_domains(
     adapt_config: str,
     source_uri: str,

@@ -35,6 +35,7 @@ from pipeline.faults import is_passing
 from pipeline.preview import preview_png
 from pipeline.run import Outcome, Plan, Summary
 from pipeline.tally import OnProgress, Snapshot, ignore_progress
+from tasks.run.lease import hold
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,12 @@ RETRY_ON_OUTAGE: dict[str, Any] = {
 }
 
 
-@flow(name="invert-dataset", flow_run_name="{output_uri}")
+def run_name() -> str:
+    """A flow run is called as the run that it writes."""
+    return str(flow_run.parameters["output_uri"]).replace("{date}", scheduled_day())
+
+
+@flow(name="invert-dataset", flow_run_name=run_name)
 def invert_dataset(
     input_uri: str,
     output_uri: str,
@@ -115,7 +121,7 @@ def invert_dataset(
     )
 
 
-@flow(name="run-over-run", flow_run_name="{output_uri}")
+@flow(name="run-over-run", flow_run_name=run_name)
 def run_over_run(
     kind: str,
     source_uri: str,
@@ -147,8 +153,9 @@ def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | N
         IncompleteRun: shards were quarantined, or verification found problems.
     """
     stages.check_places(source, run_uri)
-    outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
-    problems = seal_and_verify(run_uri)
+    with hold(run_uri, config.engine.if_busy):
+        outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
+        problems = seal_and_verify(run_uri)
     summary = Summary(
         outcome=outcome,
         problems=problems,

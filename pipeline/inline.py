@@ -13,6 +13,7 @@ def run_inline(order: WorkOrder, tally: Tally) -> None:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
     worker = ShardWorker(order)
+    tally.at_work, worker.on_rows = lambda: (1, worker.progress()), tally.tell
     worker.start()
     tally.begin()
     schedule = tally.schedule

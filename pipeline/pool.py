@@ -4,13 +4,16 @@ Ray's default is at-most-once and an error may be raised although the task did r
 here, because a shard may be done twice. So every error is requeued; the ledger says what is done.
 
     starting --start() ok--> ready --any actor error--> resting --back-off--> starting
+
+Beside its work every actor answers heartbeats (`pipeline.pulse`). One that does not is ended; so is
+one that holds a shard for too long. A Ray of ours whose daemons die is started anew.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +22,12 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from models.errors import RefineryError
 from pipeline.config import EngineConfig
+from pipeline.metrics import exported_by_ray
+from pipeline.pulse import Beat, Pulse, die_with_parent
+from pipeline.ray_session import RayLost, check_daemons, end_stopped_workers, ray_session
 from pipeline.schedule import Failure, Taken
 from pipeline.tally import Tally
-from pipeline.worker import ShardResult, ShardWorker, WorkOrder, failed_result
+from pipeline.worker import ShardProgress, ShardResult, ShardWorker, WorkOrder, failed_result
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,7 @@ TICK_S = 1.0
 GROW_INTERVAL_S = 5.0
 MAX_REST_S = 10.0
 MAX_FAILED_STARTS = 5
+MAX_RAY_LOSSES = 3
 FORWARDED_PREFIX = "REFINERY_"
 
 
@@ -36,12 +43,17 @@ class PoolActor(ShardWorker):
     """The worker as a Ray actor. Its constructor cannot fail, so Ray always restarts it."""
 
     def __init__(self, order: WorkOrder, environment: dict[str, str]) -> None:
+        die_with_parent()
         os.environ.update(environment)
         os.environ["OMP_NUM_THREADS"] = str(order.threads)
         logging.basicConfig(
             level=logging.WARNING, format="%(levelname)s %(name)s pid=%(process)d %(message)s"
         )
         super().__init__(order)
+
+    def beat(self) -> Beat:
+        """How far this worker's shards are."""
+        return Beat.here(self.progress())
 
 
 @dataclass(eq=False)
@@ -55,7 +67,9 @@ class _Slot:
     rest_until: float = 0.0
     failed_starts: int = 0
     in_flight: dict[Any, tuple[Taken, float]] = field(default_factory=dict)
-    overdue: set[int] = field(default_factory=set)
+    pulse: Pulse = field(default_factory=Pulse)
+    stopped: dict[int, str] = field(default_factory=dict)
+    """Why we ended its process, by the shards that were the reason."""
 
     def room(self, limit: int) -> int:
         if not self.is_ready or any(taken.is_alone for taken, _ in self.in_flight.values()):
@@ -69,7 +83,7 @@ class Pool:
     Args:
         order: what every worker gets. Its device is "cuda" exactly when `gpus` > 0.
         gpus: of one actor; a fraction shares a GPU.
-        actor_class: made with (order, environment); has `start()` and `run(shard)`.
+        actor_class: made with (order, environment); has `start()`, `run(shard)` and `beat()`.
     """
 
     def __init__(
@@ -91,16 +105,30 @@ class Pool:
         """Work until every shard is committed or quarantined.
 
         Raises:
+            RayLost: a daemon of our own Ray died. The shards in flight are scheduled again.
             RefineryError: the run cannot go on. What is committed stays; run again to resume.
         """
+        self._tally.at_work = self._at_work
         try:
             self._tally.tell()
             while not self._tally.schedule.is_empty() or any(s.in_flight for s in self._slots):
-                self._step()
+                if check_daemons():
+                    self._step()
+                else:  # stopped: every call of Ray would wait for it
+                    time.sleep(TICK_S)
             self._tally.end()
+        except RayLost:
+            self._take_back()
+            raise
         finally:
             for slot in self._slots:
                 ray.kill(slot.actor, no_restart=True)
+
+    def _at_work(self) -> tuple[int, tuple[ShardProgress, ...]]:
+        beats = [slot.pulse.last for slot in self._slots if slot.pulse.last is not None]
+        held = {taken.shard for slot in self._slots for taken, _ in slot.in_flight.values()}
+        found = tuple(shard for beat in beats for shard in beat.shards if shard.shard in held)
+        return sum(slot.is_ready for slot in self._slots), found
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -110,6 +138,7 @@ class Pool:
             self._wake(slot, now)
             self._fill(slot, now)
             self._stop_overdue(slot, now)
+            self._stop_silent(slot, now)
         self._check_alive(now)
         waiting = {ref: slot for slot in self._slots for ref in slot.in_flight}
         waiting |= {s.start_ref: s for s in self._slots if s.start_ref is not None}
@@ -137,6 +166,7 @@ class Pool:
     def _grow(self, now: float) -> None:
         """One slot per place in the cluster; called again and again, because nodes join."""
         self._grown_at = now
+        end_stopped_workers()
         wanted = pool_size(self._engine, self._gpus, ray.cluster_resources())
         while len(self._slots) < wanted:
             slot = _Slot(len(self._slots), self._new_actor())
@@ -151,8 +181,8 @@ class Pool:
                 num_gpus=self._gpus,
                 max_restarts=-1,
                 max_task_retries=0,
-                # Shards overlap in threads; one more answers start() after a restart.
-                max_concurrency=self._engine.shards_in_flight + 1,
+                # Shards overlap in threads; one more answers start() after a restart, one beat().
+                max_concurrency=self._engine.shards_in_flight + 2,
             )
             .remote(self._order, forwarded_environment())
         )
@@ -178,10 +208,11 @@ class Pool:
                     ) from error
                 slot.actor = self._new_actor()
             slot.rest_until = time.monotonic() + min(2.0**slot.failed_starts / 4, MAX_REST_S)
+            slot.pulse = Pulse()
             return
         self._tally.begin()
         slot.is_ready, slot.failed_starts = True, 0
-        slot.overdue.clear()
+        slot.stopped.clear()
         logger.info("worker %d is up at %s", slot.number, where)
 
     def _check_alive(self, now: float) -> None:
@@ -190,10 +221,20 @@ class Pool:
         elif now - self._all_down_since > self._engine.patience_s:
             raise RefineryError(
                 f"no worker came up within {self._engine.patience_s:.0f} s: {len(self._slots)} "
-                f"actors want {self._cpus} CPU and {self._gpus:g} GPU each, the cluster has "
-                f"{ray.cluster_resources()}; lower engine.gpus_per_actor or engine.threads, add "
-                "nodes, or raise engine.patience_s. Run again to resume"
+                f"actors want {self._cpus} CPU and {self._gpus:g} GPU each, "
+                f"{self._why_none(ray.cluster_resources())}. Run again to resume"
             )
+
+    def _why_none(self, found: Mapping[str, float]) -> str:
+        if found.get("CPU", 0.0) < self._cpus or found.get("GPU", 0.0) < self._gpus:
+            return (
+                f"the cluster has {found}; lower engine.gpus_per_actor or engine.threads, add "
+                "nodes, or raise engine.patience_s"
+            )
+        return (
+            f"which the cluster has ({found}), but others hold it or the workers do not start; see "
+            "`ray status`, and the workers' logs under /tmp/ray/session_latest/logs"
+        )
 
     # ------------------------------------------------------------------ shards
 
@@ -218,11 +259,11 @@ class Pool:
     def _lost(self, slot: _Slot, shard: int, error: RayError) -> ShardResult:
         """The worker went away under a shard."""
         slot.is_ready = False
+        slot.pulse = Pulse()
         slot.rest_until = time.monotonic() + 0.25
-        if shard in slot.overdue:
-            reason = f"took longer than engine.shard_timeout_s = {self._engine.shard_timeout_s:g} s"
-            return ShardResult(shard=shard, error=reason, failure=Failure.TIMEOUT)
-        if slot.overdue:
+        if shard in slot.stopped:
+            return ShardResult(shard=shard, error=slot.stopped[shard], failure=Failure.TIMEOUT)
+        if slot.stopped:
             return ShardResult(
                 shard=shard, error="its worker was stopped", failure=Failure.NEIGHBOUR
             )
@@ -231,18 +272,67 @@ class Pool:
         return ShardResult(shard=shard, error=reason, failure=Failure.DEATH)
 
     def _stop_overdue(self, slot: _Slot, now: float) -> None:
-        late = {
-            taken.shard
-            for taken, since in slot.in_flight.values()
-            if now - since > self._engine.shard_timeout_s
-        }
-        if late and not slot.overdue:
-            logger.warning(
-                "worker %d holds shards %s for too long, restarting it", slot.number, late
+        limit_s = self._engine.shard_timeout_s
+        reason = f"took longer than engine.shard_timeout_s = {limit_s:g} s"
+        late = {t.shard: reason for t, since in slot.in_flight.values() if now - since > limit_s}
+        if late and not slot.stopped:
+            self._stop(slot, late)
+
+    def _stop_silent(self, slot: _Slot, now: float) -> None:
+        """A stopped process, or one stuck in native code, holds its shards without a word."""
+        if slot.stopped or now < slot.rest_until:
+            return
+        silent_s = slot.pulse.silent_s(slot.actor, now)
+        if silent_s > self._engine.heartbeat_s:
+            reason = (
+                f"its worker gave no sign of life for {silent_s:.0f} s (stopped? stuck in native "
+                "code?); engine.heartbeat_s is the limit"
             )
-            slot.overdue = late
-            slot.is_ready = False
+            self._stop(slot, {taken.shard: reason for taken, _ in slot.in_flight.values()})
+
+    def _stop(self, slot: _Slot, reasons: dict[int, str]) -> None:
+        why = "; ".join(f"shard={shard:05d} {reason}" for shard, reason in reasons.items())
+        logger.warning("worker %d is restarted: %s", slot.number, why or "silent at its start")
+        slot.stopped, slot.is_ready = reasons, False
+        if not slot.pulse.end_process():
             ray.kill(slot.actor, no_restart=False)
+        slot.pulse = Pulse()
+
+    def _take_back(self) -> None:
+        for slot in self._slots:
+            for taken, _ in slot.in_flight.values():
+                lost = ShardResult(shard=taken.shard, error="Ray died", failure=Failure.NEIGHBOUR)
+                self._tally.book(lost)
+
+
+def run_on_ray(make_order: Callable[[str], WorkOrder], engine: EngineConfig, tally: Tally) -> None:
+    """Run every scheduled shard on the engine's Ray. One of our own that dies is started again, as
+    long as shards are committed in between.
+
+    Args:
+        make_order: the order for a device, "cpu" or "cuda".
+
+    Raises:
+        RefineryError: the run cannot go on. What is committed stays; run again to resume.
+    """
+    losses, done = 0, tally.shards_done
+    while True:
+        try:
+            with ray_session(engine.address), exported_by_ray(tally.metrics):
+                gpus = gpus_per_actor(engine, ray.cluster_resources())
+                Pool(make_order("cuda" if gpus > 0 else "cpu"), engine, gpus, tally).run()
+                return
+        except RayLost as lost:
+            ray.shutdown()  # also one that somebody else began in this process
+            losses = 1 if tally.shards_done > done else losses + 1
+            done = tally.shards_done
+            if losses >= MAX_RAY_LOSSES:
+                raise RefineryError(
+                    f"{lost}, {losses} times without a commit in between; see its logs under "
+                    "/tmp/ray, give the machine more memory, or try --engine inline. Run again to "
+                    "resume"
+                ) from lost
+            logger.warning("%s; starting Ray again", lost)
 
 
 def pool_size(engine: EngineConfig, gpus: float, resources: Mapping[str, float]) -> int:

@@ -92,6 +92,8 @@ def describe(snapshot: "Snapshot") -> str:
     ]
     if snapshot.shards_quarantined:
         parts.append(f"{snapshot.shards_quarantined} shards quarantined")
+    if computed := sum(shard.rows for shard in snapshot.at_work):
+        parts.append(f"{computed} more computed")
     if snapshot.rows_now:
         parts.append(f"{snapshot.images_per_s:.1f} images/s")
     if snapshot.eta_s:

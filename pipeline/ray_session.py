@@ -1,16 +1,23 @@
-"""Connect to a Ray cluster, or start a small one on loopback, and end only what we started."""
+"""Connect to a Ray cluster, or start a small one on loopback, and end only what we started.
+
+A Ray without its raylet or its GCS server answers nothing, and its client waits: so the daemons of
+a Ray of this process are looked at from outside, by pid.
+"""
 
 import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from models.errors import ConfigError
+from models.errors import ConfigError, RefineryError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +34,16 @@ OBJECT_STORE_BYTES = 100 * 2**20
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
 Linux all of 127/8 is loopback."""
+DAEMONS = ("gcs_server", "raylet")
+STOPPED_S = 15.0
+"""How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
+
+
+class RayLost(RefineryError):
+    """A daemon of the Ray that this process has started is gone."""
+
+
+_stopped_since: dict[int, float] = {}
 
 
 @contextmanager
@@ -63,10 +80,123 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
             f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with free space, "
             "or run with --engine inline"
         ) from error
+    with _no_agent_left():
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _no_agent_left() -> Iterator[None]:
+    """The raylet's agents do not notice its end, nor this process's: a shell that sees its standard
+    input close ends them."""
+    agents = _agents()
+    if not agents:
+        yield
+        return
+    command = ["sh", "-c", f"read -r _; kill -KILL {' '.join(map(str, agents))} 2>&-"]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:
-        ray.shutdown()
+        guard.kill()
+        guard.communicate()
+        for pid in agents:
+            end_worker(pid)
+
+
+def _agents() -> list[int]:
+    """Pids of the agents of our own raylet."""
+    found: list[int] = []
+    for pid, _ in _workers():
+        with suppress(OSError):
+            if b"agent" in Path(f"/proc/{pid}/cmdline").read_bytes().lower():
+                found.append(pid)
+    return found
+
+
+def _workers() -> Iterator[tuple[int, str]]:
+    """Pid and state of every child of our own raylet."""
+    raylets = {process.pid for name, process in _daemons() if name == "raylet"}
+    for folder in Path("/proc").glob("[0-9]*") if raylets else ():
+        with suppress(OSError):
+            # "pid (name) state parent ...": a name may hold blanks and brackets.
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) in raylets:
+                yield int(folder.name), state
+
+
+def end_worker(pid: int) -> bool:
+    """SIGKILL a Ray process of this machine; a process that is none is left alone."""
+    with suppress(OSError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
+def check_daemons() -> bool:
+    """Look at the daemons of the Ray that this process has started; a cluster's are not ours.
+
+    Returns:
+        False while one of them is stopped: no call of Ray would return.
+
+    Raises:
+        RayLost: one has ended, or was stopped for longer than `STOPPED_S` and is ended here.
+    """
+    is_running = True
+    for name, process in _daemons():
+        if process.poll() is not None:
+            raise RayLost(f"Ray's {name} (pid {process.pid}) has ended: {_ending(process)}")
+        stopped_s = _stopped_s(process.pid, _state(process.pid))
+        is_running &= stopped_s == 0
+        if stopped_s > STOPPED_S:
+            process.kill()
+            process.wait()
+            raise RayLost(f"Ray's {name} (pid {process.pid}) was stopped for {STOPPED_S:g} s")
+    return is_running
+
+
+def end_stopped_workers() -> None:
+    """End those of our own raylet that are stopped for longer than `STOPPED_S`: one that is stopped
+    before it is up answers no heartbeat, and Ray waits for it."""
+    for pid, state in _workers():
+        if _stopped_s(pid, state) > STOPPED_S and end_worker(pid):
+            logger.warning("a worker (pid %d) was stopped for %g s and is ended", pid, STOPPED_S)
+
+
+def _stopped_s(pid: int, state: str) -> float:
+    """For how long a process has been seen stopped."""
+    if state not in ("T", "t"):
+        _stopped_since.pop(pid, None)
+        return 0.0
+    now = time.monotonic()
+    return now - _stopped_since.setdefault(pid, now - 1e-3)
+
+
+def _daemons() -> list[tuple[str, Any]]:
+    """Name and process of each."""
+    from ray._private import worker
+
+    node = worker._global_node
+    processes = {} if node is None else node.all_processes
+    return [(name, entry.process) for name in DAEMONS for entry in processes.get(name, ())]
+
+
+def _ending(process: Any) -> str:
+    code = process.returncode
+    if code >= 0:
+        return f"status {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name}{hint}"
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def _start_local(num_cpus: int | None) -> None:

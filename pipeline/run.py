@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.metadata import metadata_kept
+from pipeline.run_log import kept_log
 from pipeline.schedule import Schedule
-from pipeline.tally import OnProgress, Tally, ignore_progress
+from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
 from tasks.work.kinds import load_job, load_station, station_class
 
@@ -34,7 +36,6 @@ class Plan:
     Attributes:
         hashes: sha256 of all weights by name.
         num_samples: None where only reading tells (tars).
-        num_pending: shards still without a commit.
     """
 
     run: ledger.RunHandle
@@ -42,7 +43,6 @@ class Plan:
     num_shards: int
     num_samples: int | None
     num_bytes: int
-    num_pending: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     Raises:
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
-        LedgerError: the directory holds another run, or cannot be written.
+        LedgerError: the directory holds another run, another driver is at work on it, or it cannot
+            be written.
     """
     job = config.job
     station = load_station(job, "cpu")
@@ -114,15 +115,15 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     del station
     gc.collect()
     shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
-    info = manifest.write_manifest(run_uri, shards)
-    run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
+    with hold(run_uri, config.engine.if_busy):
+        info = manifest.write_manifest(run_uri, shards)
+        run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
         hashes=hashes,
         num_shards=info.num_shards,
         num_samples=info.num_samples,
         num_bytes=info.num_bytes,
-        num_pending=len(ledger.pending(run_uri)),
     )
 
 
@@ -132,9 +133,23 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
+    with hold(run_uri, engine.if_busy) as lease:
+
+        def tell(snapshot: Snapshot) -> None:
+            lease.check()
+            on_progress(snapshot)
+
+        return _run(run_uri, engine, tell)
+
+
+def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome:
     record = ledger.read_run(run_uri)
     handle, job = ledger.open_run(run_uri), load_job(run_uri)
-    markers = ledger.read_markers(run_uri)
+    commits = ledger.read_commits(run_uri, with_parts=True)
+    commits.refuse_newer()
+    for error in commits.damaged.values():
+        logger.warning("%s", error)
+    markers = commits.markers
     waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
     tally = Tally(
         schedule=Schedule(
@@ -153,10 +168,16 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
         rows_failed=sum(marker.failed for marker in markers.values()),
         on_progress=on_progress,
     )
-    del markers
+    del markers, commits
     started = tally.started
     if waiting:
-        with metadata_kept(run_uri, on_progress) as tally.on_progress:
+        from pipeline.metrics import exported
+
+        with (
+            metadata_kept(run_uri, on_progress) as tally.on_progress,
+            kept_log(tally, run_uri, handle.run_id),
+            exported(tally, handle.run_id, engine),
+        ):
             _work(handle, job, record["weights"], engine, tally)
     on_progress(tally.snapshot())
     return Outcome(
@@ -188,15 +209,9 @@ def _work(
         return
     if "://" not in handle.uri and engine.address:
         logger.warning("%s is a local path: every node of the cluster must see it", handle.uri)
-    from pipeline.ray_session import ray_session
+    from pipeline.pool import run_on_ray
 
-    with ray_session(engine.address):
-        import ray
-
-        from pipeline.pool import Pool, gpus_per_actor
-
-        gpus = gpus_per_actor(engine, ray.cluster_resources())
-        Pool(order("cuda" if gpus > 0 else "cpu"), engine, gpus, tally).run()
+    run_on_ray(order, engine, tally)
 
 
 def local_device() -> str:
@@ -215,12 +230,13 @@ def seal(run_uri: str) -> str:
     Raises:
         LedgerError: a shard is neither committed nor quarantined.
     """
-    uri = ledger.seal(run_uri)
-    ledger.remove_orphans(run_uri)
-    try:
-        write_metadata(run_uri)
-    except LedgerError as error:  # answers do not need it, and verification says what is wrong
-        logger.warning("%s: its metadata are not in one file: %s", run_uri, error)
+    with hold(run_uri):
+        uri = ledger.seal(run_uri)
+        ledger.remove_orphans(run_uri)
+        try:
+            write_metadata(run_uri)
+        except LedgerError as error:  # answers do not need it; verification says what is wrong
+            logger.warning("%s: its metadata are not in one file: %s", run_uri, error)
     return uri
 
 
@@ -270,8 +286,9 @@ def carry_out(
     Raises:
         RefineryError: as the stages.
     """
-    plan(source, run_uri, config, limit=limit)
-    return finish(run_uri, config.engine, on_progress)
+    with hold(run_uri, config.engine.if_busy):
+        plan(source, run_uri, config, limit=limit)
+        return finish(run_uri, config.engine, on_progress)
 
 
 def finish(
@@ -282,8 +299,9 @@ def finish(
     Raises:
         RefineryError: as the stages.
     """
-    outcome = run(run_uri, engine, on_progress)
-    seal(run_uri)
+    with hold(run_uri, engine.if_busy):
+        outcome = run(run_uri, engine, on_progress)
+        seal(run_uri)
     found = verify(run_uri)
     return Summary(
         outcome=outcome,

@@ -4,10 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from models.errors import LedgerError, RefineryError
 from pipeline.schedule import Failure, Schedule, Verdict
-from pipeline.worker import ShardResult
+from pipeline.worker import ShardProgress, ShardResult
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ class Snapshot:
 
     Attributes:
         rows_total: samples of the manifest, or None where only reading tells (tars).
+        workers: those that are up.
+        at_work: how far shards are that are not committed yet.
     """
 
     shards_total: int
@@ -28,6 +31,8 @@ class Snapshot:
     rows_failed: int
     rows_now: int
     seconds: float
+    workers: int = 0
+    at_work: tuple[ShardProgress, ...] = ()
 
     @property
     def images_per_s(self) -> float:
@@ -47,6 +52,16 @@ class Snapshot:
 
 
 OnProgress = Callable[[Snapshot], None]
+
+
+class Listener(Protocol):
+    """Hears of every result and of every snapshot."""
+
+    def on_result(self, result: ShardResult, outcome: str) -> None:
+        """Outcome: committed, retried or quarantined."""
+        ...
+
+    def on_progress(self, snapshot: Snapshot) -> None: ...
 
 
 def ignore_progress(snapshot: Snapshot) -> None:
@@ -72,6 +87,11 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     has_begun: bool = False
     ended: float | None = None
+    listeners: list[Listener] = field(default_factory=list)
+    metrics: Any = None
+    """A `pipeline.metrics.Metrics` among the listeners, for engines that export by themselves."""
+    at_work: Callable[[], tuple[int, tuple[ShardProgress, ...]]] = lambda: (0, ())
+    """Set by the engine: how many workers are up, and how far their shards are."""
 
     def begin(self) -> None:
         """The first worker is ready: pace counts from here. Later calls change nothing."""
@@ -91,10 +111,14 @@ class Tally:
         return (self.ended or time.monotonic()) - self.started
 
     def tell(self) -> None:
-        """Pass the counts on to the listener."""
-        self.on_progress(self.snapshot())
+        """Pass the counts on to the listeners."""
+        snapshot = self.snapshot()
+        for listener in self.listeners:
+            listener.on_progress(snapshot)
+        self.on_progress(snapshot)
 
     def snapshot(self) -> Snapshot:
+        workers, at_work = self.at_work()
         return Snapshot(
             shards_total=self.shards_total,
             shards_done=self.shards_done,
@@ -104,6 +128,8 @@ class Tally:
             rows_failed=self.rows_failed,
             rows_now=self.rows_now,
             seconds=self.seconds,
+            workers=workers,
+            at_work=at_work,
         )
 
     def book(self, result: ShardResult) -> None:
@@ -118,6 +144,7 @@ class Tally:
             self.rows_done += result.rows
             self.rows_failed += result.failed
             self.rows_now += result.rows
+            self._pass_on(result, "committed")
             self.tell()
             return
         if result.is_fatal:
@@ -129,11 +156,18 @@ class Tally:
             self.quarantined[result.shard] = result.error
             self.quarantine(result.shard, result.error, self.schedule.attempts(result.shard))
             logger.warning("shard=%05d quarantined: %s", result.shard, result.error)
+            self._pass_on(result, "quarantined")
             self.tell()
-        elif result.failure is not Failure.NEIGHBOUR:
+            return
+        self._pass_on(result, "retried")
+        if result.failure is not Failure.NEIGHBOUR:
             logger.warning(
                 "shard=%05d will be tried again (%s): %s",
                 result.shard,
                 result.failure,
                 result.error,
             )
+
+    def _pass_on(self, result: ShardResult, outcome: str) -> None:
+        for listener in self.listeners:
+            listener.on_result(result, outcome)

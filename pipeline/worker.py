@@ -10,7 +10,9 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +55,7 @@ class ShardResult:
     """How one attempt ended. `error` is None after a commit.
 
     Attributes:
+        attempt, bytes, failures: as in the marker.
         is_fatal: every other shard would fail the same way (a missing asset, a full disk).
     """
 
@@ -60,9 +63,26 @@ class ShardResult:
     rows: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    attempt: str = ""
+    bytes: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     failure: Failure = Failure.SHARD
     is_fatal: bool = False
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """How far one attempt at one shard is.
+
+    Attributes:
+        rows: computed so far; not yet visible.
+        seconds: since the attempt began.
+    """
+
+    shard: int
+    rows: int
+    seconds: float
 
 
 class ShardWorker:
@@ -73,6 +93,9 @@ class ShardWorker:
         self._station: Station | None = None
         self._building = threading.Lock()
         self._device_lock = threading.Lock()
+        self._at_work: dict[int, tuple[float, int]] = {}
+        self.on_rows: Callable[[], None] | None = None
+        """Called after each batch."""
 
     def start(self) -> str:
         """Load the models, check that they are the run's.
@@ -95,10 +118,12 @@ class ShardWorker:
         from tasks.work.shard import do_shard
 
         started = time.monotonic()
+        self._note(shard, started, 0)
         try:
             station = self._loaded()
             spec = read_shard_spec(self.order.run.uri, shard)
-            marker = do_shard(spec, self.order.run, station, self._device_lock)
+            tell = partial(self._note, shard, started)
+            marker = do_shard(spec, self.order.run, station, self._device_lock, tell)
         except Exception as error:
             if is_cuda_error(error):
                 self._leave(shard, error)
@@ -112,9 +137,30 @@ class ShardWorker:
                 exc_info=not is_named,
             )
             return failed_result(shard, error)
+        finally:
+            self._at_work.pop(shard, None)
         return ShardResult(
-            shard=shard, rows=marker.rows, failed=marker.failed, seconds=dict(marker.seconds)
+            shard=shard,
+            rows=marker.rows,
+            failed=marker.failed,
+            seconds=dict(marker.seconds),
+            attempt=marker.attempt,
+            bytes=sum(part.bytes for part in marker.parts.values()),
+            failures=dict(marker.failures),
         )
+
+    def progress(self) -> tuple[ShardProgress, ...]:
+        """Of the shards that are at work."""
+        now = time.monotonic()
+        return tuple(
+            ShardProgress(shard, rows, round(now - since, 3))
+            for shard, (since, rows) in sorted(self._at_work.copy().items())
+        )
+
+    def _note(self, shard: int, since: float, rows: int) -> None:
+        self._at_work[shard] = (since, rows)
+        if self.on_rows:
+            self.on_rows()
 
     def _loaded(self) -> "Station":
         import torch

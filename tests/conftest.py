@@ -61,15 +61,17 @@ def make_picture(seed: int, size: int = 48) -> Image.Image:
     return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
 
 
+def make_picture_bytes(seed: int) -> bytes:
+    """The same, encoded as PNG."""
+    buffer = io.BytesIO()
+    make_picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="session")
 def face_bytes() -> list[bytes]:
     """Eight encoded PNG pictures."""
-    found = []
-    for seed in range(8):
-        buffer = io.BytesIO()
-        make_picture(seed).save(buffer, "PNG")
-        found.append(buffer.getvalue())
-    return found
+    return [make_picture_bytes(seed) for seed in range(8)]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Commands over runs. Heavy imports wait inside, so that --help is immediate."""
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -139,14 +140,25 @@ def _dry_run(
     return OK
 
 
-def status(run: Run, /) -> int:
-    """Where a run stands: commits, rows, failures, pace. Works while it runs and after a crash."""
+def status(run: Run, /, *, watch: bool = False, every_s: float = 5.0) -> int:
+    """Where a run stands: commits, rows, failures, pace. Works while it runs and after a crash.
+
+    Args:
+        watch: show it again and again until the run is sealed.
+        every_s: seconds between two looks.
+    """
     from pipeline.screen import show_status
     from pipeline.status import read_status
 
     found = read_status(run)
+    while watch and not found.is_sealed:
+        if console.is_terminal:
+            console.clear()
+        show_status(console, found)
+        time.sleep(every_s)
+        found = read_status(run)
     show_status(console, found)
-    return UNCLEAN if found.quarantined else OK
+    return UNCLEAN if found.quarantined or found.problems else OK
 
 
 def verify(run: Run, /, *, deep: bool = True) -> int:

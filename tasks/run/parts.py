@@ -212,8 +212,12 @@ def write_parts(
     run: RunHandle,
     shard: int,
     attempt: str,
+    generation: int = 0,
 ) -> dict[str, Part]:
     """Store the rows of one shard, sorted by key, under names that only this attempt uses.
+
+    Args:
+        generation: of the shard (`tasks.run.ledger`).
 
     Raises:
         ShardError: two samples have one key, or the store refuses (full disk, credentials).
@@ -234,7 +238,8 @@ def write_parts(
     parts: dict[str, Part] = {}
     for kind, build in files.items():
         data = build()
-        path = f"{kind}/{shard_name(shard)}-{attempt}.{ENDINGS.get(kind, 'parquet')}"
+        ending = ENDINGS.get(kind, "parquet")
+        path = f"{kind}/{shard_name(shard, generation)}-{attempt}.{ending}"
         write_bytes(join(run.uri, path), data)
         digest = hashlib.sha256(data).hexdigest()
         count = len(rows if kind == "latents" else inverted)

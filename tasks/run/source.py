@@ -11,9 +11,9 @@ from models.errors import ConfigError, LedgerError, ShardError
 from tasks.input.face import Face
 from tasks.job import ShardSpec
 from tasks.run.ledger import (
+    read_commits,
     read_declared,
     read_marker,
-    read_markers,
     read_run,
     read_seal,
     shard_name,
@@ -57,7 +57,10 @@ def plan_source(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec
             f"{source_uri}: the run is not finished, so its samples may still change; run "
             "its command again, which finishes it"
         )
-    markers = [marker for marker in read_markers(source_uri).values() if marker.rows]
+    commits = read_commits(source_uri, with_parts=True)
+    for error in commits.damaged.values():
+        raise LedgerError(f"{source_uri}: a commit of this run is damaged: {error}")
+    markers = [marker for marker in commits.markers.values() if marker.rows]
     if not markers:
         raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to work on")
     return _shards(source_uri, markers, limit)

@@ -6,12 +6,13 @@ A sample that cannot be read or computed is a row with a reason. Any other error
 what it wrote stays invisible: only the marker, written last, makes parts visible.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from tasks.job import ShardSpec
-from tasks.run.ledger import RunHandle
+from tasks.run.ledger import RunHandle, open_shard
 from tasks.run.marker import Marker
 from tasks.storage.crash import crash_point
 from tasks.work.attempt import Attempt, place_in_errors
@@ -25,18 +26,24 @@ def do_shard(
     run: RunHandle,
     station: Station,
     lock: AbstractContextManager[object] | None = None,
+    on_rows: Callable[[int], None] | None = None,
 ) -> Marker:
     """Do one shard and commit it. It may run any number of times, anywhere: equal bytes every time.
+    A shard that is committed already is not done again.
 
     Args:
         lock: held around the device's work only: an actor's other shards read and write meanwhile.
+        on_rows: called after each batch with the number of rows so far.
 
     Raises:
         ShardError: the shard cannot be read, or two samples share a key; retried, then quarantined.
         RefineryError: the store or an asset fails.
     """
     crash_point("before_read", spec.id)
-    attempt = Attempt(spec, run, station.stages)
+    generation, earlier = open_shard(run.uri, spec.id)
+    if earlier is not None:
+        return earlier
+    attempt = Attempt(spec, run, station.stages, generation)
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
         for batch in station.read(attempt, pool):
             with lock or nullcontext():
@@ -46,4 +53,6 @@ def do_shard(
             attempt.notes += result.notes
             with attempt.watch("write"):
                 list(pool.map(partial(fill_row, batch, result, station), range(len(batch))))
+            if on_rows:
+                on_rows(len(attempt.rows))
         return attempt.commit(station.layout, station.device_name)

@@ -83,7 +83,7 @@ def test_flow_completes_and_shows_the_run(
     assert fingerprint(str(run)) == fingerprint(undisturbed)
     assert (seen[-1].shards_done, seen[-1].rows_failed) == (6, 1)
 
-    (flow_run,) = (f for f in flow_runs() if f.name.startswith(str(tmp_path)))
+    (flow_run,) = (f for f in flow_runs() if f.name == str(run))
     assert flow_run.state is not None
     assert flow_run.state.is_completed()
     found = artifacts(flow_run)

@@ -1,6 +1,7 @@
 """The Ray pool against actors that fail in every way; they load no models, so start quickly."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import ray
 
 from models.errors import AssetError, LedgerError, RefineryError
 from pipeline import pool as pool_module
+from pipeline import pulse
 from pipeline.config import EngineConfig
 from pipeline.pool import Pool, forwarded_environment, gpus_per_actor, pool_size
+from pipeline.pulse import Beat
 from pipeline.schedule import Failure, Schedule
 from pipeline.tally import Snapshot, Tally
 from pipeline.worker import ShardResult, WorkOrder
@@ -38,6 +41,9 @@ class FakeActor:
             raise AssetError("no such checkpoint; name another")
         return f"pid {os.getpid()}"
 
+    def beat(self) -> Beat:
+        return Beat.here()
+
     def run(self, shard: int) -> ShardResult:
         attempt = len(list(self.folder.glob(f"{shard}.*")))
         (self.folder / f"{shard}.{attempt}.{os.getpid()}").touch()
@@ -50,6 +56,10 @@ class FakeActor:
                 time.sleep(0.05)
         if what == "hang":
             time.sleep(60)
+        if what == "nap":
+            time.sleep(4)
+        if what == "stop-once" and attempt == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if what == "raise":
             raise RuntimeError("unforeseen")
         if what == "fatal":
@@ -138,6 +148,28 @@ def test_a_shard_that_hangs_is_stopped(tmp_path: Path) -> None:
     booked.pool.run()
     assert booked.reasons == {0: "took longer than engine.shard_timeout_s = 1.5 s"}
     assert booked.tally.shards_done == 2
+
+
+def test_a_stopped_worker_is_noticed_by_its_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pulse, "BEAT_INTERVAL_S", 0.5)
+    booked = Booked(tmp_path, 3, "1=stop-once", shard_timeout_s=7200, heartbeat_s=5)
+    booked.pool.run()
+    assert (booked.tally.shards_done, booked.reasons) == (3, {})
+    assert booked.attempts(1) == 2
+    assert "shard=00001 its worker gave no sign of life for " in caplog.text
+    stopped = next(tmp_path.glob("1.0.*")).suffix.removeprefix(".")
+    assert not Path(f"/proc/{stopped}").exists()
+
+
+def test_a_worker_that_only_computes_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "BEAT_INTERVAL_S", 0.2)
+    booked = Booked(tmp_path, 1, "0=nap", heartbeat_s=2)
+    booked.pool.run()
+    assert booked.attempts(0) == 1
 
 
 def test_errors_are_retried_then_quarantined_with_their_reason(tmp_path: Path) -> None:

@@ -1,0 +1,348 @@
+"""Kinds of fault: each is a function of a `Trial` that disturbs a run in its way, lets it come to
+its end, and has the invariants looked at."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tasks.storage.crash import POINTS
+from tests.chaos.invariants import check_exit, check_processes, check_run
+from tests.chaos.proxy import Weather
+from tests.chaos.site import Driver, Site
+from tests.e2e.small_dataset import NUM_SHARDS
+from tests.processes import named, send, wait_for
+
+RAY = ("engine.kind=ray", "engine.actors=1", "engine.gpus_per_actor=0", "engine.heartbeat_s=10")
+
+
+@dataclass
+class Trial:
+    """One run, its drivers, and what was found wrong."""
+
+    site: Site
+    fault: str
+    seed: int
+    kind: str
+    folder: Path
+    dice: random.Random = field(init=False)
+    run: str = ""
+    drivers: list[Driver] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    hits: int = 0
+    """What the proxy did, or how many processes were hit."""
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(f"{self.fault} {self.seed}")
+        self.run = self.run or str(self.folder / "run")
+        self.mark = f"chaos-{self.fault}-{self.seed}-{os.getpid()}"
+
+    def start(self, *sets: str, **environment: str) -> Driver:
+        driver = self.site.start(
+            self.kind, self.run, *sets, environment={"CHAOS_TRIAL": self.mark, **environment}
+        )
+        self.drivers.append(driver)
+        return driver
+
+    def expect(self, driver: Driver, *codes: int) -> int:
+        """A driver that nobody killed ends by itself; with one of these codes, where given."""
+        try:
+            code = driver.end()
+        except TimeoutError as error:
+            self.problems.append(str(error))
+            return -1
+        self.problems += check_exit(code, driver.said)
+        if codes and code not in codes:
+            self.problems.append(f"exit code {code}, not {codes}: {driver.said[-300:]}")
+        return code
+
+    def moment_s(self) -> float:
+        """Some time within the run."""
+        return self.dice.uniform(0.0, 1.1 * self.site.calm_s[self.kind])
+
+    def finish(self, *sets: str, **environment: str) -> None:
+        """Run once more, undisturbed, and look at everything."""
+        last = self.start(*sets, **environment)
+        self.expect(last, 0)
+        self.check(last)
+
+    def check(self, last: Driver) -> None:
+        if not self.problems:
+            self.problems += check_run(self.run, self.site.calm[self.kind], last.said)
+        self.problems += check_processes([driver.pid for driver in self.drivers], self.mark)
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+def driver_killed(trial: Trial) -> None:
+    """SIGKILL at any moment, up to three times."""
+    for _ in range(trial.dice.randint(1, 3)):
+        driver = trial.start()
+        time.sleep(trial.moment_s())
+        driver.send(signal.SIGKILL)
+        trial.hits += driver.end() == -signal.SIGKILL
+    trial.finish()
+
+
+def driver_terminated(trial: Trial) -> None:
+    """SIGTERM, as a preempted machine sends it."""
+    driver = trial.start()
+    time.sleep(trial.moment_s())
+    driver.send(signal.SIGTERM)
+    trial.hits += trial.expect(driver, 0, 130, -signal.SIGTERM) != 0
+    trial.finish()
+
+
+def crash_point(trial: Trial) -> None:
+    """A death at a named place of a shard: before the read, between two parts, ..."""
+    points = [p for p in POINTS if p != "in_decode" or trial.kind == "invert"]
+    point, shard = trial.dice.choice(points), trial.dice.randrange(NUM_SHARDS)
+    driver = trial.start(REFINERY_CRASH=f"{point}:{shard}:{trial.folder / 'token'}")
+    trial.hits += driver.end() == 137
+    trial.finish()
+
+
+def driver_stopped(trial: Trial) -> None:
+    """SIGSTOP; another driver finishes the run; then the first one wakes up."""
+    late = trial.start()
+    time.sleep(trial.moment_s())
+    late.send(signal.SIGSTOP)
+    trial.hits += late.process.is_alive()
+    other = trial.start(*_other(trial))
+    trial.expect(other, 0)
+    late.send(signal.SIGCONT)
+    trial.expect(late)
+    trial.finish()
+
+
+def two_drivers(trial: Trial) -> None:
+    """Two at once on one run; one of them may be told so."""
+    first = trial.start()
+    time.sleep(trial.dice.uniform(0, 0.5))
+    second = trial.start(*_other(trial))
+    trial.hits += 1
+    codes = {trial.expect(first), trial.expect(second)}
+    if 0 not in codes:
+        trial.problems.append(f"neither came to its end: {codes}")
+    trial.finish()
+
+
+def clock_jump(trial: Trial) -> None:
+    """A driver whose clock is hours off dies, another one goes on."""
+    shift = trial.dice.choice([-90_000, -4_000, 4_000, 90_000])
+    driver = trial.start(CHAOS_CLOCK_S=str(shift))
+    time.sleep(trial.moment_s())
+    driver.send(signal.SIGKILL)
+    trial.hits += driver.end() == -signal.SIGKILL
+    trial.finish()
+
+
+def _other(trial: Trial) -> tuple[str, ...]:
+    """Settings of a driver that may meet another one: it waits for its end, or takes the run."""
+    return (f"engine.if_busy={trial.dice.choice(['wait', 'take'])}",)
+
+
+# ---------------------------------------------------------------------------- disks
+
+
+def disk_full(trial: Trial) -> None:
+    """A disk of a few hundred kilobytes that fills up, and is then made larger."""
+    size = trial.dice.randint(20, 90)
+    with _small_disk(trial, f"size={size}k"):
+        code = trial.expect(trial.start(), 0, 2)
+        trial.hits += code == 2
+        _mount("-o", "remount,size=64m", str(trial.folder / "disk"))
+        trial.finish()
+
+
+def disk_read_only(trial: Trial) -> None:
+    """A disk that turns read-only in the middle, as one with errors does."""
+    disk = str(trial.folder / "disk")
+    with _small_disk(trial, "size=64m"):
+        driver = trial.start()
+        time.sleep(trial.moment_s())
+        with suppress(subprocess.CalledProcessError):  # busy: a file is open for writing
+            _mount("-o", "remount,ro", disk)
+        code = trial.expect(driver, 0, 2)
+        trial.hits += code == 2
+        _mount("-o", "remount,rw", disk)
+        trial.finish()
+
+
+class _small_disk:
+    def __init__(self, trial: Trial, options: str) -> None:
+        self.disk, self.trial, self.options = trial.folder / "disk", trial, options
+
+    def __enter__(self) -> None:
+        self.disk.mkdir()
+        _mount("-t", "tmpfs", "-o", self.options, "tmpfs", str(self.disk))
+        self.trial.run = str(self.disk / "run")
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
+
+
+def _mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a small disk."""
+    return os.geteuid() == 0 and shutil.which("mount") is not None and _try_mount()
+
+
+def _try_mount() -> bool:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True
+        )
+        if done.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+        return done.returncode == 0
+
+
+def symlinks_in_output(trial: Trial) -> None:
+    """The run is a link to another disk, so are its folders; the driver dies and is run again."""
+    elsewhere = trial.folder / "elsewhere"
+    elsewhere.mkdir()
+    (trial.folder / "run").symlink_to(elsewhere, target_is_directory=True)
+    for name in trial.dice.sample(["latents", "images", "commits"], 2):
+        (trial.folder / name).mkdir()
+        (elsewhere / name).symlink_to(trial.folder / name, target_is_directory=True)
+    driver = trial.start()
+    time.sleep(trial.moment_s())
+    driver.send(signal.SIGKILL)
+    trial.hits += driver.end() == -signal.SIGKILL
+    trial.finish()
+
+
+# ---------------------------------------------------------------------------- S3
+
+
+def _weather(way: str, share: float) -> Callable[[Trial], None]:
+    def fault(trial: Trial) -> None:
+        trial.run = f"{trial.site.server.make_bucket()}/run"
+        length_s = trial.dice.uniform(2.0, 8.0)
+        with trial.site.proxy.under(Weather(way, trial.seed, share, length_s)) as weather:
+            driver = trial.start(**trial.site.s3)
+            trial.expect(driver)
+            trial.hits += weather.hits
+        trial.finish(**trial.site.s3)
+
+    return fault
+
+
+def s3_late_marker(trial: Trial) -> None:
+    """The marker of one driver hangs in the network until another driver has finished the run."""
+    trial.run = f"{trial.site.server.make_bucket()}/run"
+    proxy = trial.site.proxy
+    proxy.delay_s = trial.dice.uniform(1.0, 4.0)
+    with proxy.under(Weather("late-marker", trial.seed, 1.0, 3.0)) as weather:
+        late = trial.start(**trial.site.s3)
+        wait_for(lambda: weather.hits or not late.process.is_alive(), 60, "a marker")
+        proxy.weather = None
+        other = trial.start(*_other(trial), **trial.site.s3)
+        trial.expect(other)
+        trial.expect(late)
+        trial.hits += weather.hits
+    trial.finish(**trial.site.s3)
+
+
+def s3_driver_killed(trial: Trial) -> None:
+    """SIGKILL while an object is on its way."""
+    trial.run = f"{trial.site.server.make_bucket()}/run"
+    with trial.site.proxy.under(Weather("slow", trial.seed, 0.3, 30.0)):
+        driver = trial.start(**trial.site.s3)
+        time.sleep(2 * trial.moment_s())
+        driver.send(signal.SIGKILL)
+        trial.hits += driver.end() == -signal.SIGKILL
+    trial.finish(**trial.site.s3)
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def poison_picture(trial: Trial) -> None:
+    """A picture that ends every process that touches it: its shard is given up, all others are
+    done; once it is cured, the run is whole."""
+    trial.kind = "invert"
+    shard = trial.dice.randrange(NUM_SHARDS)
+    sick = trial.start(*RAY, "engine.max_attempts=2", REFINERY_CRASH=f"in_decode:{shard}")
+    trial.expect(sick, 1)
+    if f"{shard:05d}" not in sick.said:
+        trial.problems.append(f"shard {shard} is not named: {sick.said[-300:]}")
+    trial.hits += 1
+    trial.finish()
+
+
+# ---------------------------------------------------------------------------- Ray
+
+
+def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
+    def fault(trial: Trial) -> None:
+        driver = trial.start(*RAY, "engine.max_attempts=6")
+        wait_for(
+            lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
+            120,
+            "a worker",
+        )
+        time.sleep(trial.moment_s())
+        found = [driver.pid] if part == "driver" else named(driver.pid, part)
+        send(found[:1], number)
+        trial.hits += len(found[:1])
+        if part == "driver":
+            driver.end()
+            time.sleep(5)
+            trial.finish()
+        elif trial.expect(driver, 0) == 0:
+            trial.check(driver)
+
+    return fault
+
+
+# ---------------------------------------------------------------------------- all
+
+QUICK: dict[str, Callable[[Trial], None]] = {
+    "driver-killed": driver_killed,
+    "driver-terminated": driver_terminated,
+    "driver-stopped": driver_stopped,
+    "crash-point": crash_point,
+    "two-drivers": two_drivers,
+    "clock-jump": clock_jump,
+    "symlinks-in-output": symlinks_in_output,
+    "s3-503-burst": _weather("503", 0.3),
+    "s3-reset": _weather("reset", 0.2),
+    "s3-truncated": _weather("truncate", 0.3),
+    "s3-slow": _weather("slow", 0.3),
+    "s3-outage": _weather("outage", 1.0),
+    "s3-lost-acknowledgement": _weather("lost-ack", 0.4),
+    "s3-expired-credentials": _weather("expired", 1.0),
+    "s3-late-marker": s3_late_marker,
+    "s3-driver-killed": s3_driver_killed,
+}
+"""Drivers with the inline engine: seconds a trial."""
+DISKS: dict[str, Callable[[Trial], None]] = {
+    "disk-full": disk_full,
+    "disk-read-only": disk_read_only,
+}
+"""Need the right to mount."""
+RAYS: dict[str, Callable[[Trial], None]] = {
+    "poison-picture": poison_picture,
+    "worker-killed": _in_ray("ray::PoolActor", signal.SIGKILL),
+    "worker-stopped": _in_ray("ray::PoolActor", signal.SIGSTOP),
+    "raylet-killed": _in_ray("raylet", signal.SIGKILL),
+    "raylet-stopped": _in_ray("raylet", signal.SIGSTOP),
+    "gcs-killed": _in_ray("gcs_server", signal.SIGKILL),
+    "gcs-stopped": _in_ray("gcs_server", signal.SIGSTOP),
+    "ray-driver-killed": _in_ray("driver", signal.SIGKILL),
+}
+"""Each starts a Ray: half a minute a trial."""
