@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError, ShardError
 from tasks.job import ShardSpec
 from tasks.run.ledger import (
+    is_whole,
     read_commits,
     read_declared,
-    read_marker,
+    read_generations,
     read_run,
     read_seal,
     shard_name,
@@ -88,15 +89,18 @@ def source_marker(spec: ShardSpec) -> Marker:
     Raises:
         ShardError: it is gone, or is not the one that was planned with.
     """
-    shard = int(spec.members[0])
-    marker = read_marker(spec.uri, shard)
-    if marker is None or _etag(marker) != spec.etag:
-        found = "gone" if marker is None else "not the same"
-        raise ShardError(
-            f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
-            "restore the run, or start again with a new output"
-        )
-    return marker
+    shard, found = int(spec.members[0]), "gone"
+    for marker in read_generations(spec.uri, shard):
+        if _etag(marker) == spec.etag:
+            if is_whole(spec.uri, marker):
+                return marker
+            found = "compacted"
+            break
+        found = "not the same"
+    raise ShardError(
+        f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
+        "restore the run, or start again with a new output"
+    )
 
 
 def read_rows(run_uri: str, marker: Marker) -> list[Row]:
