@@ -6,7 +6,8 @@ from pipeline.commands.terminal import OK, Run, console
 def compact(run: Run, /, *, target_mb: float = 128.0) -> int:
     """Give the small shards of a finished run common files: fewer to open, the same rows.
 
-    The files before stay for a day, for those who are reading them; then `refinery gc` removes them.
+    The files before stay for a day, for those who are reading them; `refinery gc` removes them
+    then.
 
     Args:
         target_mb: size of the files of a shard together, MB; they are held in memory.
