@@ -374,9 +374,11 @@ def test_a_closed_generation_leaves_the_commit_before_it(run: str) -> None:
     assert ledger.remove_orphans(run, older_than_s=0) == []
 
 
-def test_what_a_damaged_marker_may_name_stays(run: str) -> None:
+def test_what_a_damaged_commit_may_need_stays(run: str) -> None:
     commit(run, 0)
     Path(run, "commits/00000.json").write_text("{")
+    commit(run, 1)
+    Path(run, "latents/00001-aa.parquet").write_bytes(b"cut")
     assert ledger.remove_orphans(run, older_than_s=0) == []
 
 
