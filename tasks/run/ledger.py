@@ -646,6 +646,23 @@ def read_seal(run_uri: str) -> Seal | None:
     return None if data is None else parse(SEAL, data, uri, newest=1, advice=advice)
 
 
+def read_finished(run_uri: str) -> Commits:
+    """All commits of a run that is to be worked on as a whole.
+
+    Raises:
+        LedgerError: it is not sealed, or a commit is damaged.
+    """
+    if read_seal(run_uri) is None:
+        raise LedgerError(
+            f"{run_uri}: the run is not finished, so its samples may still change; run its command "
+            "again, which finishes it"
+        )
+    commits = read_commits(run_uri, with_parts=True)
+    for error in commits.damaged.values():
+        raise error
+    return commits
+
+
 def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
     """Delete files in the part folders that no marker names nor will: what attempts left behind
     that were killed or came second. It may run at any time, beside attempts at work.

@@ -382,6 +382,22 @@ def test_what_a_damaged_commit_may_need_stays(run: str) -> None:
     assert ledger.remove_orphans(run, older_than_s=0) == []
 
 
+def test_a_store_without_conditions_is_given_time(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a late marker may land on a commit, its parts stay, and it must not be too late."""
+    monkeypatch.setattr(ledger, "creates_once", lambda *_: False)
+    commit(run, 0)
+    orphan = Path(run, "latents/00000-bb.parquet")
+    orphan.write_bytes(b"x")
+    assert ledger.remove_orphans(run, older_than_s=0) == []
+    os.utime(orphan, (0, orphan.stat().st_mtime - ledger.ORPHAN_AGE_S - 60))
+    assert ledger.remove_orphans(run, older_than_s=0) == ["latents/00000-bb.parquet"]
+    with pytest.raises(ShardError, match="took 43201 s"):
+        ledger.write_marker(run, make_marker(1, wall_s=43201.0))
+    assert ledger.read_marker(run, 1) is None
+
+
 def test_superseded_parts_stay_for_their_readers(run: str) -> None:
     commit(run, 0)
     commit(run, 0, generation=1)
