@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import asking, browse, editing, models, photos, runs, similar
+from pipeline.commands import asking, browse, editing, models, photos, runs, similar, upkeep
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -44,6 +44,8 @@ COMMANDS = {
         asking.reproduce,
         photos.export,
         browse.browse,
+        upkeep.compact,
+        upkeep.gc,
     ),
     Group("Models", sort_key=1): (
         models.methods,
