@@ -1,22 +1,29 @@
 """What a run will take, before it starts: counts from a listing, time and size from a probe."""
 
+import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from rich.table import Table
 
+from models.errors import ShardError
 from pipeline.config import InvertConfig
 from pipeline.progress import duration
 from pipeline.run import local_device
 from pipeline.screen import pairs, size
+from tasks.input.plan import in_words
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
 from tasks.run.manifest import plan_shards
 
-SAMPLED = 64
-"""Pictures of the first tar whose mean size stands for all, where only reading would count them."""
+logger = logging.getLogger(__name__)
+
+SAMPLED, TRIED = 64, 8
+"""Pictures of the first tar that can be read, of so many, whose mean size stands for all, where
+only reading would count them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,7 @@ class Listing:
     Attributes:
         num_images: counted, or estimated from sizes where `is_counted` is False (tars).
         num_bytes: encoded.
+        skipped: files that are in no shard, by reason.
     """
 
     kinds: dict[str, int]
@@ -33,6 +41,7 @@ class Listing:
     num_images: int
     num_bytes: int
     is_counted: bool
+    skipped: dict[str, int]
 
 
 def list_input(source: str, shard_size: int, limit: int | None, settings: InputConfig) -> Listing:
@@ -43,24 +52,37 @@ def list_input(source: str, shard_size: int, limit: int | None, settings: InputC
     """
     kinds: Counter[str] = Counter()
     num_images = num_bytes = uncounted_bytes = 0
-    first_uncounted: ShardSpec | None = None
-    for spec in plan_shards(source, shard_size, limit, settings):
+    uncounted: list[ShardSpec] = []
+    shards = plan_shards(source, shard_size, limit, settings)
+    for spec in shards:
         kinds[spec.kind] += 1
         num_bytes += spec.num_bytes
         num_images += max(spec.num_samples, 0)
         if spec.num_samples < 0:
-            first_uncounted = first_uncounted or spec
+            uncounted += [spec] if len(uncounted) < TRIED else []
             uncounted_bytes += spec.num_bytes
-    if first_uncounted is not None:
-        sizes = [len(s.data or b"") for s in islice(read_shard(first_uncounted, settings), SAMPLED)]
-        num_images += round(uncounted_bytes / max(sum(sizes) / max(len(sizes), 1), 1))
+    if uncounted:
+        num_images += round(uncounted_bytes / max(_mean_bytes(uncounted, settings), 1))
     return Listing(
         kinds=dict(kinds),
         num_shards=kinds.total(),
         num_images=num_images,
         num_bytes=num_bytes,
-        is_counted=first_uncounted is None,
+        is_counted=not uncounted,
+        skipped=dict(shards.skipped),
     )
+
+
+def _mean_bytes(specs: Sequence[ShardSpec], settings: InputConfig) -> float:
+    for spec in specs:
+        try:
+            sizes = [len(s.data or b"") for s in islice(read_shard(spec, settings), SAMPLED)]
+        except ShardError as problem:  # quarantined when it is its turn
+            logger.warning("not looked at for its pictures' size: %s", problem)
+            continue
+        if sum(sizes):
+            return sum(sizes) / len(sizes)
+    return float(sum(spec.num_bytes for spec in specs))
 
 
 def estimate(source: str, config: InvertConfig, *, limit: int | None, count: int) -> Table:
@@ -81,6 +103,7 @@ def estimate(source: str, config: InvertConfig, *, limit: int | None, count: int
         "shards": f"{found.num_shards} ({kinds})",
         "images": f"{about}{found.num_images}",
         "bytes": size(found.num_bytes),
+        "skipped": in_words(found.skipped) or "nothing",
         "methods": " then ".join(link.name for link in config.job.methods),
     }
     if count:

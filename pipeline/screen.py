@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import duration
+from tasks.input.plan import in_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,6 +64,7 @@ def show_status(console: Console, status: "Status") -> None:
         "shards": f"{shards}, {status.num_pending} pending",
         "rows": f"{status.rows}{total}",
         "failed rows": _counts(status.failed, status.failures),
+        "skipped": in_words(status.skipped) or "nothing",
         "last commit": status.last_commit_at or "none yet",
     }
     if status.images_per_s is not None:

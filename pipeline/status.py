@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tasks.run import ledger
+from tasks.run.manifest import read_skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,7 @@ class Status:
     Attributes:
         rows_total: samples of the manifest, None where only reading tells (tars).
         failures: failed rows by error_kind.
+        skipped: files of the input that are in no shard, by reason.
         quarantined: reason by shard.
         images_per_s: rows by the time from the first start to the last commit; None without one.
         seconds: busy time by stage, summed over workers.
@@ -28,6 +30,7 @@ class Status:
     rows: int
     failed: int
     failures: dict[str, int]
+    skipped: dict[str, int]
     quarantined: dict[int, str]
     images_per_s: float | None
     seconds: dict[str, float]
@@ -62,6 +65,7 @@ def read_status(run_uri: str) -> Status:
         rows=rows,
         failed=sum(marker.failed for marker in markers),
         failures=dict(sorted(failures.items())),
+        skipped=read_skipped(run_uri),
         quarantined={i: q.reason for i, q in ledger.read_quarantine(run_uri).items()},
         images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
         seconds=dict(seconds),

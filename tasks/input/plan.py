@@ -3,7 +3,8 @@
 What counts: loose pictures (`tasks.input.sample.IMAGE_SUFFIXES`) in groups of `shard_size`,
 WebDataset tars (.tar, .tar.gz, .tgz) one shard each, Parquet files (.parquet, .pq) in ranges of
 rows that end with a row group where they can. Names that begin with a dot (".thumbnails/",
-"._a.jpg") and "_temporary/" are left out.
+"._a.jpg") and "_temporary/", other kinds of files and links that lead nowhere are left out, and
+counted by reason.
 
 Sample keys cannot collide: a loose picture's ends in ".png" or the like, which no other key does; a
 Parquet row's is "<file>:<number>", a tar sample's "<file>:<name without a dot>". Keys that come
@@ -14,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from tasks.storage.files import file_info, is_local, list_files, local_path, sch
 logger = logging.getLogger(__name__)
 
 FOOTERS_AT_ONCE = 16
+LONGEST_SUFFIX = 10
+MAX_REASONS = 50
+"""Endings that are counted by name; what follows is counted together."""
 Entry = tuple[str, int, str]
 """(name relative to the input, size in bytes, etag)"""
 _KINDS = (
@@ -47,7 +51,7 @@ def plan_shards(
     input: InputConfig | None = None,
     *,
     listing: Iterable[Entry] | None = None,
-) -> Iterator[ShardSpec]:
+) -> "PlannedShards":
     """Shards of a folder, prefix or single file, streaming: one shard and one page are in memory.
 
     Args:
@@ -71,11 +75,27 @@ def plan_shards(
         input_uri = local_path(input_uri)
     plan = _Planner(input_uri, shard_size, limit, input or InputConfig())
     if listing is not None:
-        return plan.shards(input_uri, listing)
+        return PlannedShards(plan, input_uri, listing)
     single = _single_file(input_uri)
     if single is not None:
-        return plan.shards(input_uri.rpartition("/")[0], [single])
-    return plan.shards(input_uri, list_files(input_uri, ConfigError))
+        return PlannedShards(plan, input_uri.rpartition("/")[0], [single])
+    files = list_files(input_uri, ConfigError, include_partial=True, include_broken=True)
+    return PlannedShards(plan, input_uri, files)
+
+
+class PlannedShards(Iterator[ShardSpec]):
+    """The shards of a plan, made one by one.
+
+    Attributes:
+        skipped: files of the listing that are in no shard, by reason; complete at the end.
+    """
+
+    def __init__(self, plan: "_Planner", root: str, entries: Iterable[Entry]) -> None:
+        self.skipped = plan.skipped
+        self._shards = plan.shards(root, entries)
+
+    def __next__(self) -> ShardSpec:
+        return next(self._shards)
 
 
 def _single_file(uri: str) -> Entry | None:
@@ -95,6 +115,19 @@ def _kind(name: str) -> str | None:
     if suffix == "gz" and not name.lower().endswith(".tar.gz"):
         return None
     return _KINDS.get(suffix)
+
+
+def _why_not(name: str, size: int) -> str | None:
+    """Why a file of the listing is in no shard, or None where it is."""
+    if size < 0:
+        return "links that lead nowhere"
+    if _is_hidden(name):
+        return "hidden files"
+    if _kind(name) is not None:
+        return None
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    is_plain = suffix.isalnum() and len(suffix) <= LONGEST_SUFFIX
+    return f".{suffix.lower()}" if stem and dot and is_plain else "files without a known ending"
 
 
 def _is_hidden(name: str) -> bool:
@@ -119,7 +152,7 @@ class _Planner:
     input: InputConfig
     num_shards: int = 0
     num_planned: int = 0
-    ignored: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     kinds: set[str] = field(default_factory=set)
     keys: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
@@ -153,11 +186,14 @@ class _Planner:
     def _useful(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Entry]]:
         for entry in entries:
             name = entry[0]
-            kind = None if _is_hidden(name) else _kind(name)
-            if kind is None:
+            reason = _why_not(name, entry[1])
+            if reason is not None:
+                is_known = reason in self.skipped or len(self.skipped) < MAX_REASONS
                 if not name.endswith("/"):
-                    self.ignored["." + name.rpartition("/")[2].rpartition(".")[2].lower()] += 1
+                    self.skipped[reason if is_known else "other files"] += 1
                 continue
+            kind = _kind(name)
+            assert kind is not None
             if kind not in self.kinds:
                 self.kinds.add(kind)
                 self._check_kinds(kind)
@@ -248,16 +284,19 @@ class _Planner:
         return spec
 
     def _finish(self) -> None:
-        counts = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
-        if counts:
-            logger.info("files left out of the plan: %s", counts)
         if not self.num_shards:
+            counts = in_words(self.skipped)
             found = f"found only {counts}" if counts else "found nothing"
             raise ConfigError(
                 f"no pictures in {self.input_uri}: {_looked_for()}; {found}. Check the path"
             )
         if self.input.key_column is not None:
             check_unique(self.keys, self.input.key_column)
+
+
+def in_words(skipped: Mapping[str, int]) -> str:
+    """ "3 .heic, 1 hidden files", most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common())
 
 
 def _look_ahead(

@@ -7,6 +7,7 @@ forbids scripts and loads, so a hostile file name or error text stays text.
 import shlex
 from html import escape
 
+from tasks.input.plan import in_words
 from tasks.report.aggregates import FAILURES_SHOWN
 from tasks.report.data import ReportData
 from tasks.report.edits import edit_pictures, edit_summary
@@ -87,6 +88,7 @@ def _facts(data: ReportData) -> str:
         ("Device", ", ".join(data.devices) or "unknown", ""),
         ("Shards", f"{number(data.shards_done)} of {number(data.shards_planned)}", ""),
         ("Working time", duration(seconds), ""),
+        ("Files skipped", in_words(data.skipped) or "none", ""),
         ("First shard started", when(line.first), ""),
         ("Last commit", when(line.last), ""),
         ("Code version", ", ".join(data.code_versions), "mono"),

@@ -58,8 +58,8 @@ def _known_to(version: int, job: Any, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is hashed: config, manifest and weights without places and what only rounds; in a weight's name the keys of
-    the config that hold its place stand for it."""
+    """What is hashed: config, manifest and weights, without places and what only rounds; in a
+    weight's name the keys of the config that hold its place stand for it."""
     found = {key: copy.deepcopy(record[key]) for key in ("config", "manifest", "weights")}
     values = {
         place: _taken(found["config"], place.split(".")) for place in record.get("places", ())

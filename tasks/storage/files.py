@@ -256,21 +256,25 @@ def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
 
 
 def list_files(
-    uri: str, error: type[RefineryError] = ShardError, include_partial: bool = False
+    uri: str,
+    error: type[RefineryError] = ShardError,
+    include_partial: bool = False,
+    include_broken: bool = False,
 ) -> Iterator[tuple[str, int, str]]:
     """Every file below a folder or prefix: (name relative to it, size in bytes, etag), streaming.
 
     Sorted by the UTF-8 bytes of the name on every store, so that a plan is the same wherever the
     files lie. Memory: one page of an object store, or the names of the local folders being walked.
     A missing folder is empty, as it is on an object store. Files being written are left out unless
-    `include_partial`.
+    `include_partial`, links that lead nowhere unless `include_broken`: those have size -1.
 
     Raises:
         error: storage cannot be listed (bucket, credentials, network, permission).
     """
     with storage_errors("list", uri, error):
         for name, size, etag in _list_any(uri):
-            if include_partial or not name.endswith(PARTIAL_SUFFIX):
+            is_wanted = include_partial or not name.endswith(PARTIAL_SUFFIX)
+            if is_wanted and (include_broken or size >= 0):
                 yield name, size, etag
 
 
@@ -299,7 +303,7 @@ def _list_local(
     if identity in above:  # a symbolic link back up
         return
     with os.scandir(folder) as entries:
-        names = [os.fsencode(entry.name) + (b"/" if entry.is_dir() else b"") for entry in entries]
+        names = [os.fsencode(entry.name) + (b"/" if os.path.isdir(entry.path) else b"") for entry in entries]
     names.sort()
     for encoded in names:
         name = os.fsdecode(encoded)
@@ -309,8 +313,13 @@ def _list_local(
             continue
         try:
             status = os.stat(path)
-        except FileNotFoundError:  # a broken link, or deleted since the listing
-            continue
+        except OSError:
+            if os.path.islink(path):  # leads nowhere, or in a circle
+                yield prefix + name, -1, ""
+                continue
+            if os.path.lexists(path):
+                raise
+            continue  # deleted since the listing
         yield prefix + name, status.st_size, _local_etag(status)
 
 
