@@ -50,9 +50,7 @@ def with_chunk(kind: bytes, data: bytes) -> bytes:
 def tiff(*entries: tuple[int, int, int, int], following: int = 0) -> bytes:
     """A TIFF of one directory at byte 8."""
     packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return (
-        b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + struct.pack("<I", following)
-    )
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + struct.pack("<I", following)
 
 
 def frames(kind: str) -> bytes:

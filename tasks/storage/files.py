@@ -303,7 +303,10 @@ def _list_local(
     if identity in above:  # a symbolic link back up
         return
     with os.scandir(folder) as entries:
-        names = [os.fsencode(entry.name) + (b"/" if os.path.isdir(entry.path) else b"") for entry in entries]
+        names = [
+            os.fsencode(entry.name) + (b"/" if os.path.isdir(entry.path) else b"")
+            for entry in entries
+        ]
     names.sort()
     for encoded in names:
         name = os.fsdecode(encoded)
