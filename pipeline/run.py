@@ -32,7 +32,6 @@ class Plan:
     Attributes:
         hashes: sha256 of all weights by name.
         num_samples: None where only reading tells (tars).
-        num_pending: shards still without a commit.
     """
 
     run: ledger.RunHandle
@@ -40,7 +39,6 @@ class Plan:
     num_shards: int
     num_samples: int | None
     num_bytes: int
-    num_pending: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +113,6 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
         num_shards=info.num_shards,
         num_samples=info.num_samples,
         num_bytes=info.num_bytes,
-        num_pending=len(ledger.pending(run_uri)),
     )
 
 
@@ -127,7 +124,11 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
     """
     record = ledger.read_run(run_uri)
     handle, job = ledger.open_run(run_uri), load_job(run_uri)
-    markers = ledger.read_markers(run_uri)
+    commits = ledger.read_commits(run_uri, with_parts=True)
+    commits.refuse_newer()
+    for error in commits.damaged.values():
+        logger.warning("%s", error)
+    markers = commits.markers
     waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
     tally = Tally(
         schedule=Schedule(
@@ -146,7 +147,7 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
         rows_failed=sum(marker.failed for marker in markers.values()),
         on_progress=on_progress,
     )
-    del markers
+    del markers, commits
     started = tally.started
     if waiting:
         _work(handle, job, record["weights"], engine, tally)

@@ -73,6 +73,8 @@ def show_status(console: Console, status: "Status") -> None:
     console.print(pairs("", values))
     if status.quarantined:
         console.print(reasons("Quarantined shards (run again to retry)", status.quarantined))
+    if status.problems:
+        console.print(reasons("Problems", dict(enumerate(status.problems))))
 
 
 def domains_table(folders: Sequence[Path]) -> Table:

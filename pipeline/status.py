@@ -6,6 +6,7 @@ from datetime import datetime
 
 from tasks.run import ledger
 from tasks.run.manifest import read_skipped
+from tasks.run.records import DamagedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Status:
         failures: failed rows by error_kind.
         skipped: files of the input that are in no shard, by reason.
         quarantined: reason by shard.
+        problems: files of the run that are damaged or missing.
         images_per_s: rows by the time from the first start to the last commit; None without one.
         seconds: busy time by stage, summed over workers.
     """
@@ -32,23 +34,31 @@ class Status:
     failures: dict[str, int]
     skipped: dict[str, int]
     quarantined: dict[int, str]
+    problems: tuple[str, ...]
     images_per_s: float | None
     seconds: dict[str, float]
     last_commit_at: str
 
     @property
     def num_pending(self) -> int:
-        return self.num_shards - self.num_committed - len(self.quarantined)
+        return max(self.num_shards - self.num_committed - len(self.quarantined), 0)
 
 
 def read_status(run_uri: str) -> Status:
     """Count the markers of a run.
 
     Raises:
-        LedgerError: there is no run at this place, or a marker is damaged.
+        LedgerError: there is no run at this place, or its run.json is damaged.
     """
     record = ledger.read_run(run_uri)
-    markers = list(ledger.read_markers(run_uri).values())
+    commits = ledger.read_commits(run_uri, with_parts=True)
+    markers, problems = list(commits.markers.values()), [*map(str, commits.damaged.values())]
+    is_sealed = True
+    try:
+        is_sealed = ledger.read_seal(run_uri) is not None
+    except DamagedError as error:
+        problems.append(str(error))
+    quarantined = ledger.read_quarantine(run_uri, commits)
     failures: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     for marker in markers:
@@ -58,7 +68,7 @@ def read_status(run_uri: str) -> Status:
     return Status(
         run_uri=run_uri,
         run_id=record["run_id"],
-        is_sealed=ledger.read_seal(run_uri) is not None,
+        is_sealed=is_sealed,
         num_shards=record["num_shards"],
         num_committed=len(markers),
         rows_total=record["num_samples"],
@@ -66,7 +76,8 @@ def read_status(run_uri: str) -> Status:
         failed=sum(marker.failed for marker in markers),
         failures=dict(sorted(failures.items())),
         skipped=read_skipped(run_uri),
-        quarantined={i: q.reason for i, q in ledger.read_quarantine(run_uri).items()},
+        quarantined={shard: entry.reason for shard, entry in quarantined.items()},
+        problems=tuple(problems),
         images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
         seconds=dict(seconds),
         last_commit_at=max((m.finished_at for m in markers), default=""),

@@ -1,4 +1,4 @@
-"""A folder of files that have broken readers, made on the spot, each with what must become of it."""
+"""A folder of files that have broken readers, made on the spot, and what must become of each."""
 
 import gzip
 import io
@@ -149,7 +149,7 @@ def header(kind: bytes, size: int, name: str = "a.png") -> bytes:
 
 
 def gnu_sparse(claimed: int) -> bytes:
-    """A member of GNU's old sparse kind: 512 bytes that stand for `claimed`, its map in two blocks."""
+    """A member of GNU's old sparse kind: 512 bytes for `claimed`, its map in two blocks."""
     block = bytearray(header(tarfile.GNUTYPE_SPARSE, 512))
     block[386:410] = b"00000000000 00000001000 "
     block[482] = 1

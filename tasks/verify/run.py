@@ -17,7 +17,8 @@ from tasks.job import InputConfig, ShardSpec
 from tasks.run.identity import identity_digest
 from tasks.run.ledger import (
     PART_KINDS,
-    committed,
+    Commits,
+    read_commits,
     read_quarantine,
     read_run,
     read_seal,
@@ -71,16 +72,14 @@ def verify(run_uri: str, deep: bool = True) -> VerifyReport:
     record = read_run(run_uri)
     report = VerifyReport(num_shards=record["num_shards"], is_deep=deep)
     _check_identity(run_uri, record, report)
-    done = committed(run_uri)
-    _check_missing(run_uri, done, report)
-    markers: dict[int, Marker] = {}
+    commits = read_commits(run_uri)
+    markers = commits.markers
+    _check_missing(run_uri, commits, report)
     hashes: dict[int, np.ndarray] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for check in _in_windows(pool, run_uri, record, done, deep):
+        for check in _in_windows(pool, run_uri, record, markers, deep):
             report.problems += check.problems
             report.notes += check.notes
-            if check.marker is not None:
-                markers[check.shard] = check.marker
             hashes[check.shard] = check.key_hashes
     for marker in markers.values():
         report.num_committed += 1
@@ -117,8 +116,9 @@ def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) 
         )
 
 
-def _check_missing(run_uri: str, done: set[int], report: VerifyReport) -> None:
-    given_up = read_quarantine(run_uri)
+def _check_missing(run_uri: str, commits: Commits, report: VerifyReport) -> None:
+    given_up, done = read_quarantine(run_uri, commits), {*commits.markers, *commits.damaged}
+    report.problems += [f"shard {shard_name(i)}: {error}" for i, error in commits.damaged.items()]
     for shard, entry in given_up.items():
         report.problems.append(
             f"shard {shard_name(shard)}: given up after {entry.attempts} attempts: {entry.reason} "
@@ -202,7 +202,7 @@ def _note_orphans(run_uri: str, markers: dict[int, Marker], report: VerifyReport
     if count:
         report.notes.append(
             f"{count} files belong to no commit (unfinished attempts); readers do not see them, "
-            "and sealing removes them"
+            "and `refinery gc` removes them"
         )
 
 
@@ -210,25 +210,32 @@ def _note_orphans(run_uri: str, markers: dict[int, Marker], report: VerifyReport
 
 
 def _in_windows(
-    pool: ThreadPoolExecutor, run_uri: str, record: dict[str, Any], done: set[int], deep: bool
+    pool: ThreadPoolExecutor,
+    run_uri: str,
+    record: dict[str, Any],
+    markers: dict[int, Marker],
+    deep: bool,
 ) -> Iterator[ShardCheck]:
     """Checks in shard order, a few at a time: a large manifest is never held at once."""
     # Shards that are read from a run need no such settings.
     settings = InputConfig(**record["config"].get("input", {}))
-    window: list[ShardSpec | int] = []
+    window: list[tuple[Marker, ShardSpec | None]] = []
 
     def flush() -> Iterator[ShardCheck]:
         yield from pool.map(
-            lambda entry: check_shard(run_uri, record["run_id"], entry, settings, deep), window
+            lambda entry: check_shard(
+                run_uri, record["run_id"], entry[0], entry[1], settings, deep
+            ),
+            window,
         )
         window.clear()
 
     try:
         for spec in read_manifest(run_uri):
-            if spec.id in done:
-                window.append(spec)
+            if spec.id in markers:
+                window.append((markers[spec.id], spec))
             if len(window) >= _AT_ONCE:
                 yield from flush()
     except LedgerError:  # reported by _check_identity
-        window = list(sorted(done))
+        window = [(marker, None) for marker in markers.values()]
     yield from flush()

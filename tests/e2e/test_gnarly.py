@@ -1,9 +1,6 @@
 """Files that have broken readers: each becomes the row, the quarantined shard or the count that it
 must, and the run goes on."""
 
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -169,8 +170,6 @@ def test_what_needs_several_copies_is_the_same_in_strips(monkeypatch: pytest.Mon
 
 
 def test_a_pipe_or_a_device_does_not_hang_a_shard(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "a.png")
     os.symlink("/dev/zero", tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"x")
