@@ -93,7 +93,8 @@ def load_nvidia_discriminator(path: Path) -> Discriminator:
         if mbstd is None or mbstd.state.get("num_channels", 1) != 1:
             raise AssetError(
                 f"{source}: expected one channel of minibatch standard deviation; this variant "
-                f"(such as the cifar configuration) is not supported as a discriminator; its generator is"
+                f"(such as the cifar configuration) is not supported as a discriminator; its "
+                f"generator is"
             )
         group = mbstd.state.get("group_size", 4)
         state = _translate(network, source, _DISCRIMINATOR_RULES)
