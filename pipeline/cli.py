@@ -32,6 +32,7 @@ COMMANDS = {
         runs.plan,
         runs.invert,
         editing.edit,
+        runs.retry,
         runs.status,
         runs.verify,
         runs.query,

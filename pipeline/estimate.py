@@ -10,7 +10,7 @@ from itertools import islice
 from rich.table import Table
 
 from models.errors import ShardError
-from pipeline.config import InvertConfig
+from pipeline.config import EngineConfig, InvertConfig
 from pipeline.progress import duration
 from pipeline.run import local_device
 from pipeline.screen import pairs, size
@@ -32,6 +32,7 @@ class Listing:
 
     Attributes:
         num_images: counted, or estimated from sizes where `is_counted` is False (tars).
+        largest: images of the largest shard, estimated likewise.
         num_bytes: encoded.
         skipped: files that are in no shard, by reason.
     """
@@ -39,6 +40,7 @@ class Listing:
     kinds: dict[str, int]
     num_shards: int
     num_images: int
+    largest: int
     num_bytes: int
     is_counted: bool
     skipped: dict[str, int]
@@ -51,22 +53,27 @@ def list_input(source: str, shard_size: int, limit: int | None, settings: InputC
         ConfigError, ShardError: the input is missing, empty or cannot be listed.
     """
     kinds: Counter[str] = Counter()
-    num_images = num_bytes = uncounted_bytes = 0
+    num_images = num_bytes = uncounted_bytes = largest = largest_bytes = 0
     uncounted: list[ShardSpec] = []
     shards = plan_shards(source, shard_size, limit, settings)
     for spec in shards:
         kinds[spec.kind] += 1
         num_bytes += spec.num_bytes
         num_images += max(spec.num_samples, 0)
+        largest = max(largest, spec.num_samples)
         if spec.num_samples < 0:
             uncounted += [spec] if len(uncounted) < TRIED else []
             uncounted_bytes += spec.num_bytes
+            largest_bytes = max(largest_bytes, spec.num_bytes)
     if uncounted:
-        num_images += round(uncounted_bytes / max(_mean_bytes(uncounted, settings), 1))
+        mean_bytes = max(_mean_bytes(uncounted, settings), 1)
+        num_images += round(uncounted_bytes / mean_bytes)
+        largest = max(largest, math.ceil(largest_bytes / mean_bytes))
     return Listing(
         kinds=dict(kinds),
         num_shards=kinds.total(),
         num_images=num_images,
+        largest=largest,
         num_bytes=num_bytes,
         is_counted=not uncounted,
         skipped=dict(shards.skipped),
@@ -124,6 +131,7 @@ def _probed(source: str, config: InvertConfig, found: Listing, count: int) -> di
     unit = "CPU-core hours" if device == "cpu" else "GPU hours"
     actors = config.engine.actors
     shared = 1 if actors == "auto" else min(actors, found.num_shards)
+    warning = _timeout_warning(found.largest / result.images_per_s["total"], found, config.engine)
     return {
         "probe": f"{result.num_images} images on {result.device}, {result.num_failed} failed",
         "images/s": f"{speeds} (one worker)",
@@ -132,7 +140,21 @@ def _probed(source: str, config: InvertConfig, found: Listing, count: int) -> di
         f"{'worker' if shared == 1 else 'workers'}, start-up not included",
         "output": f"{size(result.bytes_per_image * found.num_images)} "
         f"({size(result.bytes_per_image)} an image)",
+        **({"warning": warning} if warning else {}),
     }
+
+
+def _timeout_warning(alone_s: float, found: Listing, engine: EngineConfig) -> str | None:
+    """What to change where the largest shard would not be done in time, beside others in flight."""
+    needed_s = math.ceil(alone_s * engine.shards_in_flight)
+    if needed_s <= engine.shard_timeout_s:
+        return None
+    return (
+        f"a shard of {found.largest} images takes about {duration(needed_s)} with "
+        f"{engine.shards_in_flight} in flight, and its worker would be restarted after "
+        f"{duration(math.ceil(engine.shard_timeout_s))}. Set engine.shard_timeout_s to at least "
+        f"{2 * needed_s}, or make shards smaller (engine.shard_size; tars are shards as they are)"
+    )
 
 
 def _hours(seconds: float) -> str:

@@ -7,7 +7,8 @@ same ones; each stage starts from what the one before it left in storage, so eac
 import gc
 import importlib.metadata
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError
@@ -116,19 +117,28 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     )
 
 
-def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_progress) -> Outcome:
+def run(
+    run_uri: str,
+    engine: EngineConfig,
+    on_progress: OnProgress = ignore_progress,
+    redo: Mapping[int, int] | None = None,
+) -> Outcome:
     """Work off every shard that has no commit yet, on the engine of the config.
+
+    Args:
+        redo: committed shards to do again, and in which generation (`tasks.run.redo`).
 
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
     record = ledger.read_run(run_uri)
-    handle, job = ledger.open_run(run_uri), load_job(run_uri)
+    redo = redo or {}
+    handle, job = replace(ledger.open_run(run_uri), redo=redo), load_job(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
     commits.refuse_newer()
     for error in commits.damaged.values():
         logger.warning("%s", error)
-    markers = commits.markers
+    markers = {shard: made for shard, made in commits.markers.items() if shard not in redo}
     waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
     tally = Tally(
         schedule=Schedule(
@@ -253,14 +263,20 @@ def carry_out(
 
 
 def finish(
-    run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_progress
+    run_uri: str,
+    engine: EngineConfig,
+    on_progress: OnProgress = ignore_progress,
+    redo: Mapping[int, int] | None = None,
 ) -> Summary:
     """All stages after the plan.
+
+    Args:
+        redo: as for `run`.
 
     Raises:
         RefineryError: as the stages.
     """
-    outcome = run(run_uri, engine, on_progress)
+    outcome = run(run_uri, engine, on_progress, redo)
     seal(run_uri)
     found = verify(run_uri)
     return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))

@@ -74,11 +74,16 @@ _PART = re.compile(r"\.?(\d{5,})(?:\.(\d+))?-.+")
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """All that a worker needs to know of a run; small enough to travel with every call."""
+    """All that a worker needs to know of a run; small enough to travel with every call.
+
+    Attributes:
+        redo: generations in which shards are to be done again although they are committed.
+    """
 
     uri: str
     run_id: str
     code_version: str = ""
+    redo: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ def do_shard(
     lock: AbstractContextManager[object] | None = None,
 ) -> Marker:
     """Do one shard and commit it. It may run any number of times, anywhere: equal bytes every time.
-    A shard that is committed already is not done again.
+    A shard that is committed already is not done again, but for the generation in `run.redo`.
 
     Args:
         lock: held around the device's work only: an actor's other shards read and write meanwhile.
@@ -38,7 +38,7 @@ def do_shard(
     """
     crash_point("before_read", spec.id)
     generation, earlier = open_shard(run.uri, spec.id)
-    if earlier is not None:
+    if earlier is not None and generation != run.redo.get(spec.id):
         return earlier
     attempt = Attempt(spec, run, station.stages, generation)
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
