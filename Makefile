@@ -3,6 +3,7 @@
 #   make demo     plan, invert, query and report on the bundled sample shard
 #   make test     the tests; ARGS are passed on: make test ARGS="tests/tasks -x"
 #   make lint     ruff, codespell, pyright
+#   make fuzz     broken files for every reader of foreign bytes, led by coverage: make fuzz ARGS=20000
 #   make bench    the figures of the README
 #   make bench-gpu  speed of synthesis, searches and encoders on a GPU, else on the CPU
 #
@@ -32,7 +33,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help venv demo test lint format bench bench-gpu clean
+.PHONY: help venv demo test fuzz lint format bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -68,6 +69,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(STAMP)
+	@$(PIP_INSTALL) --editable '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz_guided $(or $(ARGS),10000)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks $(ARGS)

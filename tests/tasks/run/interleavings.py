@@ -151,7 +151,7 @@ class Checker:
         cost: int,
     ) -> State:
         mine = (*state.answers[index], answer)
-        answers = state.answers[:index] + (mine,) + state.answers[index + 1 :]
+        answers = (*state.answers[:index], mine, *state.answers[index + 1 :])
         return State(store, answers, under_way, state.faults - cost)
 
     def _next(self, index: int, answers: tuple[Any, ...]) -> Op | None:
@@ -185,7 +185,7 @@ def freeze(store: dict[str, bytes]) -> Contents:
     return tuple(sorted(store.items()))
 
 
-class mounted:  # noqa: N801  # a context manager by class: cheaper, and entered a million times
+class mounted:  # a context manager by class: cheaper, and entered a million times
     """Inside, every URI of `tasks.storage` lies on a store that gives these answers."""
 
     current: Place

@@ -3,7 +3,7 @@ and running again heals. The programs are the real ones; the store is `interleav
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from tasks.storage import files, once
 from tasks.work import attempt
 from tasks.work.shard import do_shard
 from tests.tasks.run import interleavings
-from tests.tasks.run.interleavings import Checker, Contents, Op, State, apply, freeze, mounted
+from tests.tasks.run.interleavings import Checker, Contents, State, apply, freeze, mounted
 
 URI = "memory://run"
 RUN = RunHandle(uri=URI, run_id="0" * 16)
@@ -53,7 +53,7 @@ class Clock:
     wall_s = 0.0
 
     def __call__(self, stage: str) -> Any:
-        return suppress()
+        return nullcontext()
 
 
 class Station:
