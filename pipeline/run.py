@@ -7,7 +7,7 @@ same ones; each stage starts from what the one before it left in storage, so eac
 import gc
 import importlib.metadata
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pipeline.tally import OnProgress, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.update import check_settings, plan_update
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
@@ -86,7 +87,14 @@ def code_version() -> str:
     return importlib.metadata.version("style-refinery")
 
 
-def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None = None) -> Plan:
+def plan(
+    source: str,
+    run_uri: str,
+    config: RunConfig[Any],
+    *,
+    limit: int | None = None,
+    update: Sequence[str] = (),
+) -> Plan:
     """List the input, write manifest and run.json, or recognise the run that is already there.
 
     The job's models are loaded once on the CPU: a wrong checkpoint fails before any other work.
@@ -94,8 +102,10 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     Args:
         source: what the job reads: pictures, or a run.
         limit: only the first samples.
+        update: runs of the same settings, whose samples are left out unless they have changed.
 
     Raises:
+        NothingNewError: that leaves none.
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
         LedgerError: the directory holds another run, or cannot be written.
@@ -105,7 +115,11 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     hashes, declared = dict(station.hashes), station.declared
     del station
     gc.collect()
-    shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
+    if update:
+        check_settings(job, hashes, update)
+        shards = plan_update(job, source, config.engine.shard_size, limit, update)
+    else:
+        shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
     info = manifest.write_manifest(run_uri, shards)
     run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
@@ -252,13 +266,14 @@ def carry_out(
     *,
     limit: int | None = None,
     on_progress: OnProgress = ignore_progress,
+    update: Sequence[str] = (),
 ) -> Summary:
     """All stages in this process, without Prefect, whichever kind of job it is.
 
     Raises:
         RefineryError: as the stages.
     """
-    plan(source, run_uri, config, limit=limit)
+    plan(source, run_uri, config, limit=limit, update=update)
     return finish(run_uri, config.engine, on_progress)
 
 

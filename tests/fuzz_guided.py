@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of every reader of foreign bytes, with atheris (libFuzzer).
 
-    python -m tests.fuzz_guided 20000                  # inputs for each reader; `make fuzz ARGS=20000`
-    python -m tests.fuzz_guided 20000 tar pkl          # of some
+    python -m tests.fuzz_guided 20000            # of each reader; also `make fuzz ARGS=20000`
+    python -m tests.fuzz_guided 20000 tar pkl    # of some
 
 A process for each reader. It ends at the first exception that is not ours, at an input that takes
 more than 5 s, or beyond 4 GiB; the input stays in the folder that is named then. The figures go to

@@ -67,12 +67,15 @@ def invert(
     /,
     *,
     methods: Methods = None,
+    update: list[str] | None = None,
     dry_run: bool = False,
     options: JobOptions = DEFAULTS,
 ) -> int:
     """Invert every picture of IN into the run OUT. Run the same command again to resume.
 
     Args:
+        update: an earlier run of the same settings (may be repeated): OUT gets only what is new in
+            IN or has changed since.
         dry_run: print the plan and the resolved config, do nothing.
     """
     config, sets, limit = options.config, options.overrides, options.limit
@@ -87,9 +90,15 @@ def invert(
     def in_flow() -> "Summary":
         from pipeline.flows import invert_dataset
 
-        return invert_dataset(source, output, config, sets, methods, limit)
+        return invert_dataset(source, output, config, sets, methods, limit, update)
 
-    return run_job(source, output, options, load, in_flow)
+    from tasks.input.plan import NothingNewError
+
+    try:
+        return run_job(source, output, options, load, in_flow, update or ())
+    except NothingNewError as nothing:
+        console.print(str(nothing), highlight=False, markup=False, soft_wrap=True)
+        return OK
 
 
 def retry(

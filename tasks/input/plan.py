@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -51,6 +51,7 @@ def plan_shards(
     input: InputConfig | None = None,
     *,
     listing: Iterable[Entry] | None = None,
+    skipped: Counter[str] | None = None,
 ) -> "PlannedShards":
     """Shards of a folder, prefix or single file, streaming: one shard and one page are in memory.
 
@@ -60,10 +61,12 @@ def plan_shards(
         limit: stop after so many samples. Tars are then read through to be counted.
         input: columns and fit; the columns of every Parquet file are checked here.
         listing: entries sorted by name to use instead of listing `input_uri`.
+        skipped: counts of files that the listing has left out, to go on with.
 
     Raises:
         ConfigError: a setting is out of range, the input is missing or holds no picture, a column
             is missing, sample keys repeat. Some come only while the result is being iterated.
+        NothingNewError: all that there is was left out by the listing.
         ShardError: storage fails while a file is being looked at.
     """
     if shard_size < 1:
@@ -74,6 +77,8 @@ def plan_shards(
     if is_local(input_uri):
         input_uri = local_path(input_uri)
     plan = _Planner(input_uri, shard_size, limit, input or InputConfig())
+    if skipped is not None:
+        plan.skipped, plan.has_earlier = skipped, True
     if listing is not None:
         return PlannedShards(plan, input_uri, listing)
     single = _single_file(input_uri)
@@ -81,6 +86,10 @@ def plan_shards(
         return PlannedShards(plan, input_uri.rpartition("/")[0], [single])
     files = list_files(input_uri, ConfigError, include_partial=True, include_broken=True)
     return PlannedShards(plan, input_uri, files)
+
+
+class NothingNewError(ConfigError):
+    """An update finds nothing to do, which is no mistake."""
 
 
 class PlannedShards(Iterator[ShardSpec]):
@@ -150,6 +159,7 @@ class _Planner:
     shard_size: int
     limit: int | None
     input: InputConfig
+    has_earlier: bool = False
     num_shards: int = 0
     num_planned: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -221,7 +231,7 @@ class _Planner:
             members=tuple(name for name, _, _ in group),
             num_samples=len(group),
             num_bytes=sum(size for _, size, _ in group),
-            etag=_etag(group),
+            etag=entries_etag(group),
         )
 
     def _tar_shards(self, root: str, entry: Entry, room: int) -> Iterator[ShardSpec]:
@@ -233,7 +243,7 @@ class _Planner:
                 stop = num_samples if num_samples == room else 0
             except CorruptFileError as problem:  # found again, and quarantined, when it is its turn
                 logger.warning("planned although it cannot be counted: %s", problem)
-        etag = _etag([entry], 0, stop)
+        etag = entries_etag([entry], 0, stop)
         yield self._spec("tar", uri, (name,), 0, stop, num_samples, size, etag)
 
     def _parquet_shards(
@@ -243,7 +253,7 @@ class _Planner:
         uri = f"{root}/{name}"
         found = footer.result()
         if found is None:  # corrupt: one shard, quarantined when it is its turn
-            yield self._spec("parquet", uri, (name,), 0, 0, -1, size, _etag([entry]))
+            yield self._spec("parquet", uri, (name,), 0, 0, -1, size, entries_etag([entry]))
             return
         first = 0
         for start, stop in row_ranges(found.group_rows, self.shard_size):
@@ -251,7 +261,7 @@ class _Planner:
             if stop <= start:
                 break
             num_bytes = bytes_between(found, start, stop)
-            etag = _etag([entry], start, stop)
+            etag = entries_etag([entry], start, stop)
             yield self._spec("parquet", uri, (name,), start, stop, stop - start, num_bytes, etag)
             first = stop
         if found.key_hashes is not None:
@@ -286,6 +296,8 @@ class _Planner:
     def _finish(self) -> None:
         if not self.num_shards:
             counts = in_words(self.skipped)
+            if self.has_earlier and self.skipped:
+                raise NothingNewError(f"{self.input_uri}: nothing new to do; left alone: {counts}")
             found = f"found only {counts}" if counts else "found nothing"
             raise ConfigError(
                 f"no pictures in {self.input_uri}: {_looked_for()}; {found}. Check the path"
@@ -314,7 +326,8 @@ def _look_ahead(
     yield from window
 
 
-def _etag(entries: list[Entry], *rows: int) -> str:
+def entries_etag(entries: Sequence[Entry], *rows: int) -> str:
+    """Identity of files as far as a listing tells it, and of a range of rows in them."""
     digest = hashlib.sha256(json.dumps([entries, rows]).encode())
     return digest.hexdigest()
 

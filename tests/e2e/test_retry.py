@@ -13,7 +13,7 @@ from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline
 def mended(
     dataset: Dataset, face_bytes: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, str]:
-    """A run in which two pictures could not be decoded, which are whole now; and how it should be."""
+    """A run in which two pictures were broken that are whole now; and how it should be."""
     source, run = tmp_path / "in", str(tmp_path / "run")
     source.mkdir()
     for index in range(8):
