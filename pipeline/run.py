@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from models.errors import ConfigError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.schedule import Schedule
-from pipeline.tally import OnProgress, Tally, ignore_progress
+from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.lease import hold
 from tasks.run.update import check_settings, plan_update
 from tasks.work.kinds import load_job, load_station, station_class
 
@@ -108,7 +109,8 @@ def plan(
         NothingNewError: that leaves none.
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
-        LedgerError: the directory holds another run, or cannot be written.
+        LedgerError: the directory holds another run, another driver is at work on it, or it cannot
+            be written.
     """
     job = config.job
     station = load_station(job, "cpu")
@@ -120,8 +122,9 @@ def plan(
         shards = plan_update(job, source, config.engine.shard_size, limit, update)
     else:
         shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
-    info = manifest.write_manifest(run_uri, shards)
-    run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
+    with hold(run_uri, config.engine.if_busy):
+        info = manifest.write_manifest(run_uri, shards)
+        run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
         hashes=hashes,
@@ -145,15 +148,26 @@ def run(
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
+    with hold(run_uri, engine.if_busy) as lease:
+
+        def tell(snapshot: Snapshot) -> None:
+            lease.check()
+            on_progress(snapshot)
+
+        return _run(run_uri, engine, tell, redo or {})
+
+
+def _run(
+    run_uri: str, engine: EngineConfig, on_progress: OnProgress, redo: Mapping[int, int]
+) -> Outcome:
     record = ledger.read_run(run_uri)
-    redo = redo or {}
     handle, job = replace(ledger.open_run(run_uri), redo=redo), load_job(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
     commits.refuse_newer()
     for error in commits.damaged.values():
         logger.warning("%s", error)
     markers = {shard: made for shard, made in commits.markers.items() if shard not in redo}
-    waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
+    waiting = [i for i in range(record["num_shards"]) if i in redo or not commits.has(i)]
     tally = Tally(
         schedule=Schedule(
             waiting,
@@ -166,7 +180,7 @@ def run(
         ),
         shards_total=record["num_shards"],
         rows_total=record["num_samples"],
-        shards_done=len(markers),
+        shards_done=len(markers) + len(commits.covered),
         rows_done=sum(marker.rows for marker in markers.values()),
         rows_failed=sum(marker.failed for marker in markers.values()),
         on_progress=on_progress,
@@ -232,8 +246,9 @@ def seal(run_uri: str) -> str:
     Raises:
         LedgerError: a shard is neither committed nor quarantined.
     """
-    uri = ledger.seal(run_uri)
-    ledger.remove_orphans(run_uri)
+    with hold(run_uri):
+        uri = ledger.seal(run_uri)
+        ledger.remove_orphans(run_uri)
     return uri
 
 
@@ -273,8 +288,9 @@ def carry_out(
     Raises:
         RefineryError: as the stages.
     """
-    plan(source, run_uri, config, limit=limit, update=update)
-    return finish(run_uri, config.engine, on_progress)
+    with hold(run_uri, config.engine.if_busy):
+        plan(source, run_uri, config, limit=limit, update=update)
+        return finish(run_uri, config.engine, on_progress)
 
 
 def finish(
@@ -291,8 +307,9 @@ def finish(
     Raises:
         RefineryError: as the stages.
     """
-    outcome = run(run_uri, engine, on_progress, redo)
-    seal(run_uri)
+    with hold(run_uri, engine.if_busy):
+        outcome = run(run_uri, engine, on_progress, redo)
+        seal(run_uri)
     found = verify(run_uri)
     return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
 

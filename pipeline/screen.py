@@ -69,6 +69,8 @@ def show_status(console: Console, status: "Status") -> None:
         "skipped": in_words(status.skipped) or "nothing",
         "last commit": status.last_commit_at or "none yet",
     }
+    if status.driver:
+        values["driver"] = status.driver
     if status.images_per_s is not None:
         values["pace"] = f"{status.images_per_s:.1f} images/s from first start to last commit"
         values["busy"] = ", ".join(f"{k} {v:.1f} s" for k, v in status.seconds.items())

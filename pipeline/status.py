@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tasks.run import ledger
+from tasks.run.lease import Driver, read_driver
 from tasks.run.manifest import read_skipped
 from tasks.run.records import DamagedError
 
@@ -18,6 +19,7 @@ class Status:
         failures: failed rows by error_kind.
         skipped: files of the input that are in no shard, by reason.
         quarantined: reason by shard.
+        driver: the last that worked on it, and whether it still does; "" where none is known.
         problems: files of the run that are damaged or missing.
         images_per_s: rows by the time from the first start to the last commit; None without one.
         seconds: busy time by stage, summed over workers.
@@ -34,6 +36,7 @@ class Status:
     failures: dict[str, int]
     skipped: dict[str, int]
     quarantined: dict[int, str]
+    driver: str
     problems: tuple[str, ...]
     images_per_s: float | None
     seconds: dict[str, float]
@@ -53,12 +56,15 @@ def read_status(run_uri: str) -> Status:
     record = ledger.read_run(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
     markers, problems = list(commits.markers.values()), [*map(str, commits.damaged.values())]
-    is_sealed = True
-    try:
-        is_sealed = ledger.read_seal(run_uri) is not None
-    except DamagedError as error:
-        problems.append(str(error))
     quarantined = ledger.read_quarantine(run_uri, commits)
+    driver = None
+    for read in (ledger.read_seal, read_driver):
+        try:
+            found = read(run_uri)
+        except DamagedError as error:
+            problems.append(str(error))
+        else:
+            driver = found if isinstance(found, Driver) else None
     failures: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     for marker in markers:
@@ -68,15 +74,16 @@ def read_status(run_uri: str) -> Status:
     return Status(
         run_uri=run_uri,
         run_id=record["run_id"],
-        is_sealed=is_sealed,
+        is_sealed=ledger.is_sealed(run_uri),
         num_shards=record["num_shards"],
-        num_committed=len(markers),
+        num_committed=len(markers) + len(commits.covered),
         rows_total=record["num_samples"],
         rows=rows,
         failed=sum(marker.failed for marker in markers),
         failures=dict(sorted(failures.items())),
         skipped=read_skipped(run_uri),
         quarantined={shard: entry.reason for shard, entry in quarantined.items()},
+        driver=f"{driver}, {driver.state}" if driver else "",
         problems=tuple(problems),
         images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
         seconds=dict(seconds),

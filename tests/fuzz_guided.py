@@ -73,7 +73,7 @@ def main(runs: int, names: list[str]) -> int:
     """
     from tests.fuzzing import READERS
 
-    figures, crashes = {}, 0
+    crashes = 0
     for name in names or READERS:
         folder = Path(tempfile.mkdtemp(prefix=f"refinery-fuzz-{name}-"))
         command = [sys.executable, "-m", "tests.fuzz_guided", str(runs), name, str(folder)]
@@ -83,7 +83,7 @@ def main(runs: int, names: list[str]) -> int:
         found = folder / "found.json"
         is_clean = code == 0 and found.exists()
         crashes += not is_clean
-        figures[name] = {
+        figures = {
             "inputs": runs if is_clean else None,
             "crashes": 0 if is_clean else 1,
             "seconds": round(time.monotonic() - started),
@@ -92,15 +92,20 @@ def main(runs: int, names: list[str]) -> int:
         state = "clean" if is_clean else f"exit {code}: see {folder}"
         sys.stdout.write(f"{name}: {runs} inputs, {state}\n")
         sys.stdout.flush()
-    record = {
-        "command": f"make fuzz ARGS={runs}",
+        _keep(name, figures)
+    return 1 if crashes else 0
+
+
+def _keep(name: str, figures: dict[str, object]) -> None:
+    """Put the figures of one reader into the file, in place of what it had."""
+    record = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"readers": {}}
+    record |= {
+        "command": "make fuzz ARGS=<inputs of each reader>",
         "engine": f"atheris {version('atheris')}",
         "limits": {"seconds": MOST_SECONDS, "rss_mb": MOST_MB},
-        "readers": figures,
     }
-    if not names:
-        FIGURES.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if crashes else 0
+    record["readers"][name] = figures
+    FIGURES.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

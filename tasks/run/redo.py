@@ -1,7 +1,7 @@
 """Which committed shards of a run are worth another try, because of the rows that failed."""
 
-from models.errors import ConfigError
-from tasks.run.ledger import open_shard, read_markers
+from models.errors import ConfigError, LedgerError
+from tasks.run.ledger import open_shard, read_commits
 from tasks.run.query import query
 from tasks.run.source import read_rows
 
@@ -13,10 +13,16 @@ def shards_to_redo(run_uri: str, where: str | None = None) -> dict[int, int]:
         where: SQL condition on `latents`; only shards with a failed row that meets it.
 
     Raises:
-        LedgerError: there is no run.
+        LedgerError: there is no run, or it was compacted.
         ConfigError: the condition is wrong, or no failed row meets it.
     """
-    markers = {shard: marker for shard, marker in read_markers(run_uri).items() if marker.failed}
+    commits = read_commits(run_uri)
+    if commits.compacted:
+        raise LedgerError(
+            f"{run_uri}: compacted, so its shards are not apart any more; retry before `refinery "
+            "compact`, or invert what failed into a run of its own"
+        )
+    markers = {shard: marker for shard, marker in commits.markers.items() if marker.failed}
     if where is not None and markers:
         wanted = f"SELECT sample_key FROM latents WHERE status = 'failed' AND ({where})"
         keys = set(query(run_uri, wanted).column("sample_key").to_pylist())

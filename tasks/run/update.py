@@ -17,7 +17,7 @@ from tasks.input.files import read_files
 from tasks.input.plan import Entry, PlannedShards, entries_etag, plan_shards
 from tasks.job import JobConfig, ShardSpec
 from tasks.run.identity import make_identity
-from tasks.run.ledger import differences, read_markers, read_run
+from tasks.run.ledger import differences, read_commits, read_run
 from tasks.run.manifest import ManifestInfo, read_manifest
 from tasks.run.marker import Marker
 from tasks.run.source import read_rows
@@ -67,7 +67,10 @@ def _without(
 ) -> Iterator[Entry]:
     """Entries that a run has not done, in order. Both it and the listing are walked side by side:
     one shard is in memory."""
-    markers = read_markers(run_uri)
+    commits = read_commits(run_uri)
+    markers = commits.markers | {
+        shard: commits.markers[other] for shard, other in commits.covered.items()
+    }
     archives = _archives(run_uri, markers)
     shards = (spec for spec in read_manifest(run_uri) if spec.kind == "files")
     current, inside = next(shards, None), list[Entry]()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
 from tasks.run.ledger import RunHandle, open_shard
 from tasks.run.marker import Marker
@@ -17,6 +18,8 @@ from tasks.storage.crash import crash_point
 from tasks.work.attempt import Attempt, place_in_errors
 from tasks.work.station import Station, fill_row
 
+MOST_BYTES = 4 * 2**30
+"""Of a shard's results, which are in memory until they are committed."""
 POOL_THREADS = 4  # decode and encode: Pillow releases the interpreter lock
 
 
@@ -33,14 +36,15 @@ def do_shard(
         lock: held around the device's work only: an actor's other shards read and write meanwhile.
 
     Raises:
-        ShardError: the shard cannot be read, or two samples share a key; retried, then quarantined.
+        ShardError: the shard cannot be read, is too large, or two samples share a key; retried
+            where that may help, then quarantined.
         RefineryError: the store or an asset fails.
     """
     crash_point("before_read", spec.id)
     generation, earlier = open_shard(run.uri, spec.id)
     if earlier is not None and generation != run.redo.get(spec.id):
         return earlier
-    attempt = Attempt(spec, run, station.stages, generation)
+    attempt, held = Attempt(spec, run, station.stages, generation), 0
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
         for batch in station.read(attempt, pool):
             with lock or nullcontext():
@@ -50,4 +54,11 @@ def do_shard(
             attempt.notes += result.notes
             with attempt.watch("write"):
                 list(pool.map(partial(fill_row, batch, result, station), range(len(batch))))
+            held += sum(row.num_bytes for row in batch.rows)
+            if held > MOST_BYTES:
+                raise CorruptFileError(
+                    f"{spec.uri}: the first {len(attempt.rows)} samples have {held} bytes of "
+                    f"results, and a shard may have {MOST_BYTES}. Make smaller shards (a tar is one "
+                    "as it is), or store less (output.pictures)"
+                )
         return attempt.commit(station.layout, station.device_name)

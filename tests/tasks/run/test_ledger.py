@@ -227,7 +227,7 @@ def test_a_commit_whose_part_is_lost_or_cut_is_pending(run: str, lost: bytes | N
     part.unlink() if lost is None else part.write_bytes(lost)
     assert ledger.pending(run) == [1]
     assert ledger.open_shard(run, 1) == (1, None)
-    reason = "missing" if lost is None else "of 8 bytes, and its marker says 9"
+    reason = "missing" if lost is None else "of 8 bytes, not 9"
     assert reason in str(ledger.read_commits(run, with_parts=True).damaged[1])
     with pytest.raises(LedgerError, match="cannot seal, 1 of 3 shards"):
         ledger.seal(run)

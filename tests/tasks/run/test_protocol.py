@@ -276,7 +276,7 @@ def test_the_old_protocol_is_found_out() -> None:
             "a committed row was lost",
         ),
         ("_close", lambda *_: True, "given up, comes back", "a committed row was lost"),
-        ("_is_whole", lambda *_: True, "redo of a lost part", "running again does not heal"),
+        ("is_whole", lambda *_: True, "redo of a lost part", "running again does not heal"),
     ],
 )
 def test_each_rule_is_needed(
