@@ -42,6 +42,7 @@ COMMANDS = {
     ),
     Group("Models", sort_key=1): (
         models.methods,
+        models.settings,
         editing.adapt,
         editing.move,
         models.convert,

@@ -58,7 +58,7 @@ def do_shard(
             if held > MOST_BYTES:
                 raise CorruptFileError(
                     f"{spec.uri}: the first {len(attempt.rows)} samples have {held} bytes of "
-                    f"results, and a shard may have {MOST_BYTES}. Make smaller shards (a tar is one "
-                    "as it is), or store less (output.pictures)"
+                    f"results, and a shard may have {MOST_BYTES}. Make smaller shards (a tar is "
+                    "one as it is), or store less (output.pictures)"
                 )
         return attempt.commit(station.layout, station.device_name)
