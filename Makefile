@@ -6,6 +6,7 @@
 #   make test-prefect  nights against real Prefect servers that are killed (SQLite, PostgreSQL)
 #   make test-s3  the tests of storage and runs against Ceph's gateway, where its programs are installed
 #   make lint     ruff, codespell, pyright
+#   make fuzz     broken files for every reader of foreign bytes, led by coverage: make fuzz ARGS=20000
 #   make bench    the figures of the README
 #   make bench-gpu  speed of synthesis, searches and encoders on a GPU, else on the CPU
 #
@@ -35,7 +36,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help venv demo test chaos test-prefect test-s3 lint format bench bench-gpu clean
+.PHONY: help venv demo test chaos test-prefect test-s3 fuzz lint format bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -80,6 +81,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(STAMP)
+	@$(PIP_INSTALL) --editable '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz_guided $(or $(ARGS),10000)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks $(ARGS)

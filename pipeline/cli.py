@@ -32,6 +32,7 @@ COMMANDS = {
         runs.plan,
         runs.invert,
         editing.edit,
+        runs.retry,
         runs.status,
         runs.verify,
         runs.report,
@@ -49,6 +50,7 @@ COMMANDS = {
     ),
     Group("Models", sort_key=1): (
         models.methods,
+        models.settings,
         editing.adapt,
         editing.move,
         models.convert,
@@ -71,6 +73,8 @@ def main() -> None:
     """The console script."""
     # A preempted machine sends SIGTERM: leave as with Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(run_app(sys.argv[1:]))
 
 
@@ -94,8 +98,10 @@ def run_app(tokens: list[str]) -> int:
 
 def _end(error: BaseException, is_debug: bool) -> int:
     """Say what went wrong; the exit code."""
-    # Inside Ray's own loops an interrupt surfaces as the cause of a SystemError.
-    if any(isinstance(e, KeyboardInterrupt) for e in _causes(error)):
+    # Inside Ray's own loops an interrupt surfaces as the cause of a SystemError; a library in whose
+    # callback it comes (DuckDB, Arrow) makes an error of its own of it.
+    is_stopped = any(isinstance(e, KeyboardInterrupt) for e in _causes(error))
+    if is_stopped or (_signals and isinstance(error, Exception)):
         error_console.print("stopped; what is committed is kept, run again to go on")
         return STOPPED
     if isinstance(error, RefineryError):
@@ -120,7 +126,12 @@ def _complain(what: str, error: Exception, is_debug: bool, code: int) -> int:
     return code
 
 
+_signals: list[int] = []
+"""That this process has got since its command began."""
+
+
 def _interrupt(number: int, frame: Any) -> None:
+    _signals.append(number)
     raise KeyboardInterrupt
 
 

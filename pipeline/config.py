@@ -201,6 +201,22 @@ def run_config(
     )
 
 
+def load_engine(path: str | None, sets: Sequence[str]) -> EngineConfig:
+    """The engine of a run whose job stands in it: the file's [engine], and overrides.
+
+    Raises:
+        ConfigError: as `load_config`, or an override is not of the engine.
+    """
+    tables = read_toml(path) if path else {}
+    for item in sets:
+        if item.partition(".")[0].strip() != "engine":
+            raise ConfigError(
+                f"--set {item}: the run goes on with its own settings; only engine.* may be set"
+            )
+        apply_set(tables, item)
+    return validated(EngineConfig, tables.get("engine", {}), "engine")
+
+
 def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
     """A frozen config dataclass (the `Fit...Config` of a training) from TOML and overrides.
 

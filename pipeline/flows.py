@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -99,6 +99,7 @@ def invert_dataset(
     overrides: list[str] | None = None,
     methods: list[str] | None = None,
     limit: int | None = None,
+    update: list[str] | None = None,
 ) -> Summary:
     """Invert a dataset: plan, run shards, seal, verify, report.
 
@@ -110,15 +111,15 @@ def invert_dataset(
         overrides: as `--set`, e.g. ["engine.actors=8"].
         methods: names of the method chain, instead of the file's.
         limit: only the first samples.
+        update: earlier runs, whose samples are left out unless they have changed.
 
     Raises:
         IncompleteRun: shards were quarantined, or verification found problems.
         RefineryError: as the stages of `pipeline.run`.
     """
     run_uri = output_uri.replace("{date}", scheduled_day())
-    return run_stages(
-        input_uri, run_uri, load_config(config, overrides or [], methods or []), limit
-    )
+    settings = load_config(config, overrides or [], methods or [])
+    return run_stages(input_uri, run_uri, settings, limit, update or [])
 
 
 @flow(name="run-over-run", flow_run_name=run_name)
@@ -146,7 +147,13 @@ def run_over_run(
     return run_stages(source, run_uri, settings, limit)
 
 
-def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | None) -> Summary:
+def run_stages(
+    source: str,
+    run_uri: str,
+    config: RunConfig[Any],
+    limit: int | None,
+    update: Sequence[str] = (),
+) -> Summary:
     """All stages, inside a flow.
 
     Raises:
@@ -154,7 +161,7 @@ def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | N
     """
     stages.check_places(source, run_uri)
     with hold(run_uri, config.engine.if_busy):
-        outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
+        outcome = run_shards(plan_run(source, run_uri, config, limit, update), config.engine)
         problems = seal_and_verify(run_uri)
     summary = Summary(
         outcome=outcome,
@@ -169,8 +176,14 @@ def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | N
 
 
 @task(name="plan", **RETRY_ON_OUTAGE)
-def plan_run(source: str, run_uri: str, config: RunConfig[Any], limit: int | None) -> Plan:
-    return stages.plan(source, run_uri, config, limit=limit)
+def plan_run(
+    source: str,
+    run_uri: str,
+    config: RunConfig[Any],
+    limit: int | None,
+    update: Sequence[str] = (),
+) -> Plan:
+    return stages.plan(source, run_uri, config, limit=limit, update=update)
 
 
 @task(name="run-shards", **RETRY_ON_OUTAGE)

@@ -7,7 +7,8 @@ same ones; each stage starts from what the one before it left in storage, so eac
 import gc
 import importlib.metadata
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, LedgerError
@@ -21,6 +22,7 @@ from tasks.job import Job
 from tasks.run import ledger, manifest
 from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
+from tasks.run.update import check_settings, plan_update
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
@@ -94,7 +96,14 @@ def code_version() -> str:
     return importlib.metadata.version("style-refinery")
 
 
-def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None = None) -> Plan:
+def plan(
+    source: str,
+    run_uri: str,
+    config: RunConfig[Any],
+    *,
+    limit: int | None = None,
+    update: Sequence[str] = (),
+) -> Plan:
     """List the input, write manifest and run.json, or recognise the run that is already there.
 
     The job's models are loaded once on the CPU: a wrong checkpoint fails before any other work.
@@ -102,8 +111,10 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     Args:
         source: what the job reads: pictures, or a run.
         limit: only the first samples.
+        update: runs of the same settings, whose samples are left out unless they have changed.
 
     Raises:
+        NothingNewError: that leaves none.
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
         LedgerError: the directory holds another run, another driver is at work on it, or it cannot
@@ -114,7 +125,11 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     hashes, declared = dict(station.hashes), station.declared
     del station
     gc.collect()
-    shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
+    if update:
+        check_settings(job, hashes, update)
+        shards = plan_update(job, source, config.engine.shard_size, limit, update)
+    else:
+        shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
     with hold(run_uri, config.engine.if_busy):
         info = manifest.write_manifest(run_uri, shards)
         run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
@@ -127,8 +142,16 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     )
 
 
-def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_progress) -> Outcome:
+def run(
+    run_uri: str,
+    engine: EngineConfig,
+    on_progress: OnProgress = ignore_progress,
+    redo: Mapping[int, int] | None = None,
+) -> Outcome:
     """Work off every shard that has no commit yet, on the engine of the config.
+
+    Args:
+        redo: committed shards to do again, and in which generation (`tasks.run.redo`).
 
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
@@ -139,18 +162,20 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
             lease.check()
             on_progress(snapshot)
 
-        return _run(run_uri, engine, tell)
+        return _run(run_uri, engine, tell, redo or {})
 
 
-def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome:
+def _run(
+    run_uri: str, engine: EngineConfig, on_progress: OnProgress, redo: Mapping[int, int]
+) -> Outcome:
     record = ledger.read_run(run_uri)
-    handle, job = ledger.open_run(run_uri), load_job(run_uri)
+    handle, job = replace(ledger.open_run(run_uri), redo=redo), load_job(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
     commits.refuse_newer()
     for error in commits.damaged.values():
         logger.warning("%s", error)
-    markers = commits.markers
-    waiting = [shard for shard in range(record["num_shards"]) if not commits.has(shard)]
+    markers = {shard: made for shard, made in commits.markers.items() if shard not in redo}
+    waiting = [i for i in range(record["num_shards"]) if i in redo or not commits.has(i)]
     tally = Tally(
         schedule=Schedule(
             waiting,
@@ -280,6 +305,7 @@ def carry_out(
     *,
     limit: int | None = None,
     on_progress: OnProgress = ignore_progress,
+    update: Sequence[str] = (),
 ) -> Summary:
     """All stages in this process, without Prefect, whichever kind of job it is.
 
@@ -287,20 +313,26 @@ def carry_out(
         RefineryError: as the stages.
     """
     with hold(run_uri, config.engine.if_busy):
-        plan(source, run_uri, config, limit=limit)
+        plan(source, run_uri, config, limit=limit, update=update)
         return finish(run_uri, config.engine, on_progress)
 
 
 def finish(
-    run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_progress
+    run_uri: str,
+    engine: EngineConfig,
+    on_progress: OnProgress = ignore_progress,
+    redo: Mapping[int, int] | None = None,
 ) -> Summary:
     """All stages after the plan.
+
+    Args:
+        redo: as for `run`.
 
     Raises:
         RefineryError: as the stages.
     """
     with hold(run_uri, engine.if_busy):
-        outcome = run(run_uri, engine, on_progress)
+        outcome = run(run_uri, engine, on_progress, redo)
         seal(run_uri)
     found = verify(run_uri)
     return Summary(

@@ -59,6 +59,7 @@ class Schedule:
         self._fresh = iter(shards)
         self._next: int | None = next(self._fresh, None)
         self._retries: list[tuple[float, int]] = []
+        self._alone: list[tuple[float, int]] = []
         self._attempts: dict[int, int] = {}
         self._suspects: set[int] = set()
         self._storage_fails_since: float | None = None
@@ -67,7 +68,7 @@ class Schedule:
 
     def is_empty(self) -> bool:
         """Nothing left to hand out (what is in flight may still come back)."""
-        return self._next is None and not self._retries
+        return self._next is None and not self._queues(is_idle=True)
 
     def take(self, now: float, *, is_idle: bool) -> Taken | None:
         """The next shard for a worker, or None when there is none for it now.
@@ -76,16 +77,10 @@ class Schedule:
             now: seconds, any monotonic clock.
             is_idle: the worker has nothing in flight, so a suspect may go there.
         """
-        due = [
-            entry
-            for entry in self._retries
-            if entry[0] <= now and (is_idle or entry[1] not in self._suspects)
-        ]
+        due = [queue for queue in self._queues(is_idle=is_idle) if queue[0][0] <= now]
         if due:
-            entry = min(due)
-            self._retries.remove(entry)
-            heapq.heapify(self._retries)
-            return Taken(entry[1], entry[1] in self._suspects)
+            _, shard = heapq.heappop(min(due))
+            return Taken(shard, shard in self._suspects)
         if self._next is None:
             return None
         shard, self._next = self._next, next(self._fresh, None)
@@ -93,9 +88,14 @@ class Schedule:
 
     def wait_s(self, now: float) -> float:
         """Seconds until a retry is due; 0 when something can be taken now."""
-        if self._next is not None or not self._retries:
+        queues = self._queues(is_idle=True)
+        if self._next is not None or not queues:
             return 0.0
-        return max(self._retries[0][0] - now, 0.0)
+        return max(min(queues)[0][0] - now, 0.0)
+
+    def _queues(self, *, is_idle: bool) -> list[list[tuple[float, int]]]:
+        """Heaps of due times and shards that are not empty; suspects are for idle workers."""
+        return [queue for queue in (self._retries, self._alone if is_idle else []) if queue]
 
     def succeeded(self, shard: int) -> None:
         self._attempts.pop(shard, None)
@@ -126,5 +126,6 @@ class Schedule:
         return self._attempts.get(shard, 0)
 
     def _again(self, shard: int, due: float) -> Verdict:
-        heapq.heappush(self._retries, (due, shard))
+        queue = self._alone if shard in self._suspects else self._retries
+        heapq.heappush(queue, (due, shard))
         return Verdict.RETRY

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import duration
+from tasks.input.plan import in_words
+from tasks.run.manifest import read_skipped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,6 +44,7 @@ def show_summary(console: Console, summary: "Summary") -> None:
         "rows": f"{outcome.rows} in {outcome.num_shards} shards, {outcome.failed} failed",
         "this time": f"{outcome.rows_now} rows in {duration(outcome.seconds)} "
         f"({outcome.images_per_s:.1f} images/s) after {outcome.startup_s:.1f} s of start-up",
+        "skipped": in_words(read_skipped(outcome.run_uri)) or "nothing",
         "verify": count(len(summary.problems), "problem") if summary.problems else "clean",
         "report": summary.report_uri,
     }
@@ -66,6 +69,7 @@ def show_status(console: Console, status: "Status") -> None:
         "shards": f"{shards}, {status.num_pending} pending",
         "rows": f"{status.rows}{total}",
         "failed rows": _counts(status.failed, status.failures),
+        "skipped": in_words(status.skipped) or "nothing",
         "last commit": status.last_commit_at or "none yet",
     }
     if status.driver:

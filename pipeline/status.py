@@ -7,6 +7,7 @@ from datetime import datetime
 from pipeline.run_log import read_progress
 from tasks.run import ledger
 from tasks.run.lease import Driver, read_driver
+from tasks.run.manifest import read_skipped
 from tasks.run.records import DamagedError
 
 
@@ -17,6 +18,7 @@ class Status:
     Attributes:
         rows_total: samples of the manifest, None where only reading tells (tars).
         failures: failed rows by error_kind.
+        skipped: files of the input that are in no shard, by reason.
         quarantined: reason by shard.
         driver: the last that worked on it, and whether it still does; "" where none is known.
         at_work: shard, rows computed, seconds since its begin: what the driver said last.
@@ -34,6 +36,7 @@ class Status:
     rows: int
     failed: int
     failures: dict[str, int]
+    skipped: dict[str, int]
     quarantined: dict[int, str]
     driver: str
     at_work: tuple[tuple[int, int, float], ...]
@@ -81,6 +84,7 @@ def read_status(run_uri: str) -> Status:
         rows=rows,
         failed=sum(marker.failed for marker in markers),
         failures=dict(sorted(failures.items())),
+        skipped=read_skipped(run_uri),
         quarantined={shard: entry.reason for shard, entry in quarantined.items()},
         driver=f"{driver}, {driver.state}" if driver else "",
         at_work=_at_work(run_uri) if driver and driver.state == "at work" else (),

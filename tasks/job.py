@@ -121,6 +121,7 @@ class JobConfig(Job):
     methods: tuple[MethodConfig, ...]
     input: InputConfig = field(default_factory=InputConfig)
     seed: Annotated[int, Ge(0)] = 0
+    """With a sample's key it decides the sample's random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,15 @@ Legend: C channels, R resolution of a block.
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.checkpoints.nvidia_pickle import PersistentObject, read_network_pickle
+from models.checkpoints.nvidia_pickle import PersistentObject, asset_errors, read_network_pickle
 from models.checkpoints.state_dict import (
     build_discriminator,
     build_generator,
@@ -43,27 +44,28 @@ def load_nvidia_generator(path: Path) -> Generator:
         AssetError: unsafe or broken file, no generator in it, an alias-free (stylegan3) network,
             or a variant that is not supported.
     """
-    saved = read_network_pickle(path)
-    part, network = _find_network(saved, path, ("G_ema", "G"))
-    source = f"{path.name}[{part}]"
-    _refuse_other_families(network, source)
-    settings = _read_settings(network, source, ("skip",))
-    state = _translate(network, source, _GENERATOR_RULES)
-    state = _with_silent_noise(state, network)
-    architecture = read_generator_architecture(
-        state, source, mapping_lr_mul=settings["lr_mul"], conv_clamp=settings["conv_clamp"]
-    )
-    state.setdefault("latent_avg", torch.full((architecture.w_dim,), float("nan")))
-    generator = build_generator(architecture, state, source)
-    generator.provenance = {
-        "format": "nvidia",
-        "source": path.name,
-        "terms": "unknown: see where the file came from (NVIDIA's own weights: non-commercial)",
-        "latent_avg": settle_latent_avg(generator, source),
-        "notes": [f"weights: {part}"],
-        "card": None,
-    }
-    return generator
+    with asset_errors(path):
+        saved = read_network_pickle(path)
+        part, network = _find_network(saved, path, ("G_ema", "G"))
+        source = f"{path.name}[{part}]"
+        _refuse_other_families(network, source)
+        settings = _read_settings(network, source, ("skip",))
+        state = _translate(network, source, _GENERATOR_RULES)
+        state = _with_silent_noise(state, network)
+        architecture = read_generator_architecture(
+            state, source, mapping_lr_mul=settings["lr_mul"], conv_clamp=settings["conv_clamp"]
+        )
+        state.setdefault("latent_avg", torch.full((architecture.w_dim,), float("nan")))
+        generator = build_generator(architecture, state, source)
+        generator.provenance = {
+            "format": "nvidia",
+            "source": path.name,
+            "terms": "unknown: see where the file came from (NVIDIA's own weights: non-commercial)",
+            "latent_avg": settle_latent_avg(generator, source),
+            "notes": [f"weights: {part}"],
+            "card": None,
+        }
+        return generator
 
 
 def load_nvidia_discriminator(path: Path) -> Discriminator:
@@ -72,35 +74,37 @@ def load_nvidia_discriminator(path: Path) -> Discriminator:
     Raises:
         AssetError: as for the generator; also the cifar variant, which has no residual blocks.
     """
-    saved = read_network_pickle(path)
-    part, network = _find_network(saved, path, ("D",))
-    source = f"{path.name}[{part}]"
-    if network.child("b4") is None:
-        raise AssetError(
-            f"{source}: {network.class_name} has no block b4; expected the discriminator of "
-            "stylegan2"
+    with asset_errors(path):
+        saved = read_network_pickle(path)
+        part, network = _find_network(saved, path, ("D",))
+        source = f"{path.name}[{part}]"
+        if network.child("b4") is None:
+            raise AssetError(
+                f"{source}: {network.class_name} has no block b4; expected the discriminator of "
+                "stylegan2"
+            )
+        settings = _read_settings(network, source, ("resnet",))
+        if settings["lr_mul"] != 0.01:
+            raise AssetError(
+                f"{source}: learning-rate multiplier {settings['lr_mul']} in the condition's "
+                f"mapping, expected 0.01: this variant is not supported"
+            )
+        mbstd = network.child("b4").child("mbstd")  # type: ignore[union-attr]
+        if mbstd is None or mbstd.state.get("num_channels", 1) != 1:
+            raise AssetError(
+                f"{source}: expected one channel of minibatch standard deviation; this variant "
+                f"(such as the cifar configuration) is not supported as a discriminator; its "
+                f"generator is"
+            )
+        group = mbstd.state.get("group_size", 4)
+        state = _translate(network, source, _DISCRIMINATOR_RULES)
+        architecture = read_discriminator_architecture(
+            state,
+            source,
+            stddev_group=WHOLE_BATCH if group is None else int(group),
+            conv_clamp=settings["conv_clamp"],
         )
-    settings = _read_settings(network, source, ("resnet",))
-    if settings["lr_mul"] != 0.01:
-        raise AssetError(
-            f"{source}: learning-rate multiplier {settings['lr_mul']} in the condition's mapping, "
-            f"expected 0.01: this variant is not supported"
-        )
-    mbstd = network.child("b4").child("mbstd")  # type: ignore[union-attr]
-    if mbstd is None or mbstd.state.get("num_channels", 1) != 1:
-        raise AssetError(
-            f"{source}: expected one channel of minibatch standard deviation; this variant (such "
-            f"as the cifar configuration) is not supported as a discriminator; its generator is"
-        )
-    group = mbstd.state.get("group_size", 4)
-    state = _translate(network, source, _DISCRIMINATOR_RULES)
-    architecture = read_discriminator_architecture(
-        state,
-        source,
-        stddev_group=WHOLE_BATCH if group is None else int(group),
-        conv_clamp=settings["conv_clamp"],
-    )
-    return build_discriminator(architecture, state, source)
+        return build_discriminator(architecture, state, source)
 
 
 # ---------------------------------------------------------------------- finding and checking
@@ -145,12 +149,6 @@ def _refuse_other_families(network: PersistentObject, source: str) -> None:
     )
 
 
-def _objects(network: PersistentObject, name: str = "") -> Iterator[tuple[str, PersistentObject]]:
-    yield name, network
-    for child, module in network.children().items():
-        yield from _objects(module, f"{name}.{child}" if name else child)
-
-
 _FC = re.compile(r"mapping\.fc\d+")
 # `skip` of a residual block is linear and unclamped by design; so is the last linear layer.
 _CLAMPED = re.compile(r"b\d+\.(conv|conv0|conv1|torgb|fromrgb)$")
@@ -163,17 +161,17 @@ def _read_settings(
     """`lr_mul` and `conv_clamp`, after a look at everything that must be as we render it."""
     clamps: set[float | None] = set()
     multipliers: set[float] = set()
-    for name, layer in _objects(network):
+    for name, layer in network.walk():
         architecture = layer.state.get("architecture", architectures[0])
         if architecture not in architectures:
             raise AssetError(
-                f"{source}: {name} has architecture {architecture!r}, expected "
+                f"{source}: {name} has architecture {reprlib.repr(architecture)}, expected "
                 f"{' or '.join(architectures)}: this variant is not supported"
             )
         if _ACTIVATED.search(name) and layer.state.get("activation", "lrelu") != "lrelu":
             raise AssetError(
-                f"{source}: {name} has activation {layer.state['activation']!r}, expected lrelu: "
-                f"this variant is not supported"
+                f"{source}: {name} has activation {reprlib.repr(layer.state['activation'])}, "
+                f"expected lrelu: this variant is not supported"
             )
         if _CLAMPED.search(name):
             clamp = layer.state.get("conv_clamp")
@@ -298,7 +296,7 @@ def _with_silent_noise(state: dict[str, Tensor], network: PersistentObject) -> d
     """A layer with `use_noise=False` is a layer of noise strength zero."""
     synthesis = network.child("synthesis")
     assert synthesis is not None
-    for name, layer in _objects(synthesis):
+    for name, layer in synthesis.walk():
         if layer.state.get("use_noise", True):
             continue
         found = re.fullmatch(r"b(\d+)\.conv([01])", name)

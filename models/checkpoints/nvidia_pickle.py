@@ -3,22 +3,28 @@
 stylegan2-ada-pytorch and stylegan3 pickle every network together with its Python source and run
 that source when it is loaded. Here the pickle machine may call a short list of constructors, all
 of them ours or harmless, and a network becomes a `PersistentObject`: its class name and its state.
+The machine is the one written in Python: C's makes room for whatever memo number a file names.
 """
 
 import io
 import pickle
 import re
+import reprlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.errors import AssetError
+
+DEEPEST = 32
+"""Levels of modules inside modules; NVIDIA's networks have five."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +49,47 @@ class PersistentObject:
         modules = self.state.get("_modules") or {}
         return {k: m for k, m in modules.items() if isinstance(m, PersistentObject)}
 
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+    def walk(self) -> Iterator[tuple[str, "PersistentObject"]]:
+        """This object and all below, by dotted name; one before what is inside of it.
+
+        Raises:
+            ValueError: an object is in two places, in itself, or too deep inside: a small file can
+                make of that a walk without an end.
+        """
+        waiting: list[tuple[str, PersistentObject]] = [("", self)]
+        seen = set[int]()
+        while waiting:
+            name, found = waiting.pop()
+            if id(found) in seen or name.count(".") > DEEPEST:
+                raise ValueError(f"{name or 'the network'} is in two places, or too deep inside")
+            seen.add(id(found))
+            yield name, found
+            inside = [(f"{name}.{k}" if name else k, m) for k, m in found.children().items()]
+            waiting += inside[::-1]
+
+    def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer below, by its dotted name."""
-        found: dict[str, Tensor] = {}
-        for kind in ("_parameters", "_buffers"):
-            for name, value in (self.state.get(kind) or {}).items():
-                if isinstance(value, Tensor):
-                    found[prefix + name] = value
-        for name, module in self.children().items():
-            found |= module.tensors(f"{prefix}{name}.")
-        return found
+        return {
+            f"{place}.{name}" if place else name: value
+            for place, module in self.walk()
+            for kind in ("_parameters", "_buffers")
+            for name, value in (module.state.get(kind) or {}).items()
+            if isinstance(value, Tensor)
+        }
+
+
+@contextmanager
+def asset_errors(path: Path) -> Iterator[None]:
+    """Raise whatever a broken or hostile network raises inside as AssetError."""
+    try:
+        yield
+    except AssetError:
+        raise
+    except Exception as error:
+        raise AssetError(
+            f"{path}: not a readable network pickle ({type(error).__name__}: {error}); it is "
+            f"broken, cut short or of another kind: download it again"
+        ) from error
 
 
 def read_network_pickle(path: Path) -> Any:
@@ -62,26 +99,53 @@ def read_network_pickle(path: Path) -> Any:
         AssetError: the file is broken, or asks for a global outside the list (the message names
             it).
     """
-    try:
-        with path.open("rb") as file:
-            return _InertUnpickler(file, path).load()
-    except AssetError:
-        raise
-    except Exception as error:  # a hostile or broken pickle can raise anything
-        raise AssetError(
-            f"{path}: not a readable network pickle ({type(error).__name__}: {error}); it is "
-            f"broken, cut short or of another kind: download it again"
-        ) from error
+    with asset_errors(path), path.open("rb") as file:
+        return _InertUnpickler(file, path).load()
 
 
-class _InertUnpickler(pickle.Unpickler):
-    """A pickle machine that can reach the allow-list and nothing else."""
+class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """A pickle machine that can reach the allow-list and nothing else, and whose keys are plain: a
+    few hundred bytes make a tuple of tuples that takes years to hash."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
         super().__init__(file)
         self._path = path
         # Made anew for each file: a pickle may set attributes on what it is handed.
         self._allowed = _constructors()
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_plain(key)] = value
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_plain(key)] = value
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        pairs = zip(items[::2], items[1::2], strict=True)
+        self.stack.append({_plain(key): value for key, value in pairs})
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(map(_plain, items))
+
+    def load_frozenset(self) -> None:
+        self.stack.append(frozenset(map(_plain, self.pop_mark())))
+
+    dispatch |= {
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.DICT[0]: load_dict,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         found = self._allowed.get((module, name))
@@ -106,11 +170,17 @@ def _constructors() -> dict[tuple[str, str], Callable[..., Any]]:
     class EasyDict(dict):  # type: ignore[type-arg]
         __slots__ = ()
 
+        def __init__(self, items: Any = ()) -> None:
+            super().__init__(_plain_pairs(items))
+
         def __setstate__(self, state: Any) -> None:
             del state  # attributes of NVIDIA's EasyDict are its items
 
     def reconstruct(meta: Mapping[str, Any], *_: Any) -> PersistentObject:
-        return PersistentObject(str(meta["class_name"]), dict(meta["state"]))
+        name, state = meta["class_name"], meta["state"]
+        if not (isinstance(name, str) and isinstance(state, Mapping)):
+            raise ValueError("an object without a class name and a state")
+        return PersistentObject(name, dict(state))
 
     def parameter(data: Tensor, *_: Any) -> Tensor:
         return data
@@ -121,7 +191,7 @@ def _constructors() -> dict[tuple[str, str], Callable[..., Any]]:
     return {
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
         ("dnnlib.util", "EasyDict"): EasyDict,
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): lambda items=(): OrderedDict(_plain_pairs(items)),
         ("torch._utils", "_rebuild_parameter"): parameter,
         ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _rebuild_tensor(*args),
         ("torch.storage", "_load_from_bytes"): load_from_bytes,
@@ -129,8 +199,20 @@ def _constructors() -> dict[tuple[str, str], Callable[..., Any]]:
         ("numpy.core.multiarray", "scalar"): lambda *args: _scalar(*args),
         ("numpy", "dtype"): lambda *args: _InertDtype(*args),
         # How protocol 3 (Python 3.7, NVIDIA's own files) writes the empty set of a module's state.
-        ("builtins", "set"): lambda *args: set(*args),
+        ("builtins", "set"): lambda items=(): set(map(_plain, items)),
     }
+
+
+def _plain(key: Any) -> Any:
+    """A key or member, which is text or a number."""
+    if not isinstance(key, str | bytes | int | float | None):
+        raise ValueError(f"a key of type {type(key).__name__}")
+    return key
+
+
+def _plain_pairs(items: Any) -> dict[Any, Any]:
+    pairs = items.items() if isinstance(items, Mapping) else items
+    return {_plain(key): value for key, value in pairs}
 
 
 def _rebuild_tensor(
@@ -151,8 +233,8 @@ class _InertDtype:
     """Stands for `numpy.dtype(spec)`; only plain numbers are let through."""
 
     def __init__(self, spec: str, *_: Any) -> None:
-        if not re.fullmatch(r"[<>|=]?([fiu][1248]|b1)", spec):
-            raise ValueError(f"numpy type {spec!r} is not a plain number")
+        if not (isinstance(spec, str) and re.fullmatch(r"[<>|=]?([fiu][1248]|b1)", spec)):
+            raise ValueError(f"numpy type {reprlib.repr(spec)} is not a plain number")
         self.spec, self.order = spec.lstrip("<>|="), "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

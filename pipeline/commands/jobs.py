@@ -1,6 +1,6 @@
 """How a command runs a job: plainly, or as a Prefect flow; what it shows meanwhile and then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.terminal import OK, UNCLEAN, JobOptions, console, error_console
@@ -33,12 +33,14 @@ def run_job(
     options: JobOptions,
     load: "Callable[[], RunConfig[Any]]",
     in_flow: "Callable[[], Summary]",
+    update: Sequence[str] = (),
 ) -> int:
     """Run a job to its end and show its summary.
 
     Args:
         load: makes its config.
         in_flow: all of it as a Prefect flow.
+        update: as for `pipeline.run.plan`.
 
     Returns:
         The exit code.
@@ -53,7 +55,9 @@ def run_job(
     with progress_line(error_console) as on_progress:
         if not is_flow:
             limit = options.limit
-            summary = carry_out(source, output, config, limit=limit, on_progress=on_progress)
+            summary = carry_out(
+                source, output, config, limit=limit, on_progress=on_progress, update=update
+            )
         else:
             if server is not None:
                 server.wait()

@@ -19,6 +19,29 @@ def methods() -> int:
     return OK
 
 
+def settings(*, page: bool = False) -> int:
+    """List every setting of a run of inversions: key, default, values, meaning.
+
+    Args:
+        page: as Markdown, the page docs/settings.md.
+    """
+    from pipeline.settings import TABLES, settings
+    from pipeline.settings import page as settings_page
+
+    if page:
+        console.print(settings_page(), highlight=False, markup=False, soft_wrap=True, end="")
+        return OK
+    from pipeline.screen import pairs
+
+    for table, (_, title) in TABLES.items():
+        found = {
+            f"{each.key} = {each.default}": f"{each.meaning} ({each.values})"
+            for each in settings(table)
+        }
+        console.print(pairs(title, found))
+    return OK
+
+
 def convert(source: str, target: str, /, *, half: bool = False, terms: str | None = None) -> int:
     """Convert a checkpoint. The target's ending decides: .safetensors is ours, .pt is rosinality's.
 

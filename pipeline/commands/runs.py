@@ -12,6 +12,7 @@ from pipeline.commands.terminal import (
     UNCLEAN,
     Align,
     Config,
+    Engine,
     In,
     JobOptions,
     Limit,
@@ -72,12 +73,15 @@ def invert(
     *,
     methods: Methods = None,
     align: Align = False,
+    update: list[str] | None = None,
     dry_run: bool = False,
     options: JobOptions = DEFAULTS,
 ) -> int:
     """Invert every picture of IN into the run OUT. Run the same command again to resume.
 
     Args:
+        update: an earlier run of the same settings (may be repeated): OUT gets only what is new in
+            IN or has changed since.
         dry_run: print the plan and the resolved config, do nothing.
     """
     sets = [*(ALIGN_SETS if align else ()), *options.overrides]
@@ -93,9 +97,54 @@ def invert(
     def in_flow() -> "Summary":
         from pipeline.flows import invert_dataset
 
-        return invert_dataset(source, output, config, sets, methods, limit)
+        return invert_dataset(source, output, config, sets, methods, limit, update)
 
-    return run_job(source, output, options, load, in_flow)
+    from tasks.input.plan import NothingNewError
+
+    try:
+        return run_job(source, output, options, load, in_flow, update or ())
+    except NothingNewError as nothing:
+        console.print(str(nothing), highlight=False, markup=False, soft_wrap=True)
+        return OK
+
+
+def retry(
+    run: Run,
+    /,
+    *,
+    failed: bool = False,
+    where: str | None = None,
+    config: Config = None,
+    sets: Sets = None,
+    engine: Engine = None,
+) -> int:
+    """Try again what RUN has given up: its quarantined shards, and with --failed those with failed
+    rows.
+
+    A shard is done again as a whole, by the settings of the run, and its new commit replaces the
+    old one: rows and bytes are those of a run in which nothing went wrong. A shard that fails again
+    leaves the old commit.
+
+    Args:
+        failed: shards with failed rows too.
+        where: only shards with a failed row that meets this SQL condition, e.g.
+            "error_kind = 'read'"; implies --failed.
+        config: TOML file, of which [engine] is read; the rest is the run's own.
+        sets: overrides of [engine], e.g. engine.actors=2.
+    """
+    from pipeline.config import load_engine
+    from pipeline.progress import progress_line
+    from pipeline.run import finish
+    from pipeline.screen import show_summary
+    from tasks.run.redo import shards_to_redo
+
+    options = JobOptions(config=config, sets=sets, engine=engine)
+    settings = load_engine(options.config, options.overrides)
+    redo = shards_to_redo(run, where) if failed or where is not None else {}
+    with progress_line(error_console) as on_progress:
+        summary = finish(run, settings, on_progress, redo)
+    show_summary(console, summary)
+    return OK if summary.is_clean else UNCLEAN
 
 
 def over_run(kind: str) -> Callable[..., int]:

@@ -30,9 +30,15 @@ from tasks.input.limits import PIXELS, TimedBytes, too_many_bytes
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 
+BLOCK_BYTES = 36 * 2**20
+"""Beyond the largest threshold from which glibc maps memory (32 MiB)."""
+
 # The limit is `input.max_pixels`, read from the header below. Pillow's own is a warning, which
 # cannot be caught safely while several shards are decoded in threads.
 Image.MAX_IMAGE_PIXELS = None
+
+# Blocks of pictures that malloc returns to the system at once, and does not keep for each thread.
+Image.core.set_block_size(BLOCK_BYTES)
 
 Image.init()
 FORMATS = tuple(

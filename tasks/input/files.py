@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -20,6 +21,8 @@ FETCH_AT_ONCE = 32
 """Objects requested together from a store; one such group is fetched while the last is decoded."""
 FIRST_BYTES = 8 * 2**20
 """Of each: what is larger is looked at, and fetched whole when its turn comes."""
+AGAIN_AFTER_S = (1.0, 4.0)
+"""Waits before objects are asked for again that the store refuses one by one."""
 MACHINE_ERRORS = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """Errors of the machine or mount, not of the file: the shard is tried again."""
 
@@ -76,12 +79,21 @@ def _fetch(fs: AbstractFileSystem, root: str, keys: Sequence[str]) -> list[bytes
     # a pattern.
     paths = [f"{root}/{key}" for key in keys]
     found = fs.cat_ranges(paths, 0, FIRST_BYTES, on_error="return")
-    return [b"" if _is_empty(value) else value for value in found]
+    for wait_s in AGAIN_AFTER_S:
+        refused = [at for at, value in enumerate(found) if _code(value) == "AccessDenied"]
+        if not refused:
+            break
+        time.sleep(wait_s)
+        again = fs.cat_ranges([paths[at] for at in refused], 0, FIRST_BYTES, on_error="return")
+        for at, value in zip(refused, again, strict=True):
+            found[at] = value
+    return [b"" if _code(value) in ("InvalidRange", "416") else value for value in found]
 
 
-def _is_empty(value: bytes | BaseException) -> bool:
-    """Whether the store refused a range because there is no first byte."""
-    return isinstance(value, BaseException) and error_code(value) in ("InvalidRange", "416")
+def _code(value: bytes | BaseException) -> str:
+    """The store's code for what came instead of an object, or ""; of a range without a first byte,
+    which is an empty object, it is InvalidRange or 416."""
+    return error_code(value) if isinstance(value, BaseException) else ""
 
 
 def _whole(fs: AbstractFileSystem, path: str, beginning: bytes, most: int) -> bytes | BaseException:

@@ -3,7 +3,8 @@
 What counts: loose pictures (`tasks.input.sample.IMAGE_SUFFIXES`) in groups of `shard_size`,
 WebDataset tars (.tar, .tar.gz, .tgz) one shard each, Parquet files (.parquet, .pq) in ranges of
 rows that end with a row group where they can. Names that begin with a dot (".thumbnails/",
-"._a.jpg") and "_temporary/" are left out.
+"._a.jpg") and "_temporary/", other kinds of files and links that lead nowhere are left out, and
+counted by reason.
 
 Sample keys cannot collide: a loose picture's ends in ".png" or the like, which no other key does; a
 Parquet row's is "<file>:<number>", a tar sample's "<file>:<name without a dot>". Keys that come
@@ -14,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from tasks.storage.files import file_info, is_local, list_files, local_path, sch
 logger = logging.getLogger(__name__)
 
 FOOTERS_AT_ONCE = 16
+LONGEST_SUFFIX = 10
+MAX_REASONS = 50
+"""Endings that are counted by name; what follows is counted together."""
 Entry = tuple[str, int, str]
 """(name relative to the input, size in bytes, etag)"""
 _KINDS = (
@@ -47,7 +51,8 @@ def plan_shards(
     input: InputConfig | None = None,
     *,
     listing: Iterable[Entry] | None = None,
-) -> Iterator[ShardSpec]:
+    skipped: Counter[str] | None = None,
+) -> "PlannedShards":
     """Shards of a folder, prefix or single file, streaming: one shard and one page are in memory.
 
     Args:
@@ -56,10 +61,12 @@ def plan_shards(
         limit: stop after so many samples. Tars are then read through to be counted.
         input: columns and fit; the columns of every Parquet file are checked here.
         listing: entries sorted by name to use instead of listing `input_uri`.
+        skipped: counts of files that the listing has left out, to go on with.
 
     Raises:
         ConfigError: a setting is out of range, the input is missing or holds no picture, a column
             is missing, sample keys repeat. Some come only while the result is being iterated.
+        NothingNewError: all that there is was left out by the listing.
         ShardError: storage fails while a file is being looked at.
     """
     if shard_size < 1:
@@ -70,12 +77,34 @@ def plan_shards(
     if is_local(input_uri):
         input_uri = local_path(input_uri)
     plan = _Planner(input_uri, shard_size, limit, input or InputConfig())
+    if skipped is not None:
+        plan.skipped, plan.has_earlier = skipped, True
     if listing is not None:
-        return plan.shards(input_uri, listing)
+        return PlannedShards(plan, input_uri, listing)
     single = _single_file(input_uri)
     if single is not None:
-        return plan.shards(input_uri.rpartition("/")[0], [single])
-    return plan.shards(input_uri, list_files(input_uri, ConfigError))
+        return PlannedShards(plan, input_uri.rpartition("/")[0], [single])
+    files = list_files(input_uri, ConfigError, include_partial=True, include_broken=True)
+    return PlannedShards(plan, input_uri, files)
+
+
+class NothingNewError(ConfigError):
+    """An update finds nothing to do, which is no mistake."""
+
+
+class PlannedShards(Iterator[ShardSpec]):
+    """The shards of a plan, made one by one.
+
+    Attributes:
+        skipped: files of the listing that are in no shard, by reason; complete at the end.
+    """
+
+    def __init__(self, plan: "_Planner", root: str, entries: Iterable[Entry]) -> None:
+        self.skipped = plan.skipped
+        self._shards = plan.shards(root, entries)
+
+    def __next__(self) -> ShardSpec:
+        return next(self._shards)
 
 
 def _single_file(uri: str) -> Entry | None:
@@ -95,6 +124,19 @@ def _kind(name: str) -> str | None:
     if suffix == "gz" and not name.lower().endswith(".tar.gz"):
         return None
     return _KINDS.get(suffix)
+
+
+def _why_not(name: str, size: int) -> str | None:
+    """Why a file of the listing is in no shard, or None where it is."""
+    if size < 0:
+        return "links that lead nowhere"
+    if _is_hidden(name):
+        return "hidden files"
+    if _kind(name) is not None:
+        return None
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    is_plain = suffix.isalnum() and len(suffix) <= LONGEST_SUFFIX
+    return f".{suffix.lower()}" if stem and dot and is_plain else "files without a known ending"
 
 
 def _is_hidden(name: str) -> bool:
@@ -117,9 +159,10 @@ class _Planner:
     shard_size: int
     limit: int | None
     input: InputConfig
+    has_earlier: bool = False
     num_shards: int = 0
     num_planned: int = 0
-    ignored: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     kinds: set[str] = field(default_factory=set)
     keys: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
@@ -153,11 +196,14 @@ class _Planner:
     def _useful(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Entry]]:
         for entry in entries:
             name = entry[0]
-            kind = None if _is_hidden(name) else _kind(name)
-            if kind is None:
+            reason = _why_not(name, entry[1])
+            if reason is not None:
+                is_known = reason in self.skipped or len(self.skipped) < MAX_REASONS
                 if not name.endswith("/"):
-                    self.ignored["." + name.rpartition("/")[2].rpartition(".")[2].lower()] += 1
+                    self.skipped[reason if is_known else "other files"] += 1
                 continue
+            kind = _kind(name)
+            assert kind is not None
             if kind not in self.kinds:
                 self.kinds.add(kind)
                 self._check_kinds(kind)
@@ -185,7 +231,7 @@ class _Planner:
             members=tuple(name for name, _, _ in group),
             num_samples=len(group),
             num_bytes=sum(size for _, size, _ in group),
-            etag=_etag(group),
+            etag=entries_etag(group),
         )
 
     def _tar_shards(self, root: str, entry: Entry, room: int) -> Iterator[ShardSpec]:
@@ -197,7 +243,7 @@ class _Planner:
                 stop = num_samples if num_samples == room else 0
             except CorruptFileError as problem:  # found again, and quarantined, when it is its turn
                 logger.warning("planned although it cannot be counted: %s", problem)
-        etag = _etag([entry], 0, stop)
+        etag = entries_etag([entry], 0, stop)
         yield self._spec("tar", uri, (name,), 0, stop, num_samples, size, etag)
 
     def _parquet_shards(
@@ -207,7 +253,7 @@ class _Planner:
         uri = f"{root}/{name}"
         found = footer.result()
         if found is None:  # corrupt: one shard, quarantined when it is its turn
-            yield self._spec("parquet", uri, (name,), 0, 0, -1, size, _etag([entry]))
+            yield self._spec("parquet", uri, (name,), 0, 0, -1, size, entries_etag([entry]))
             return
         first = 0
         for start, stop in row_ranges(found.group_rows, self.shard_size):
@@ -215,7 +261,7 @@ class _Planner:
             if stop <= start:
                 break
             num_bytes = bytes_between(found, start, stop)
-            etag = _etag([entry], start, stop)
+            etag = entries_etag([entry], start, stop)
             yield self._spec("parquet", uri, (name,), start, stop, stop - start, num_bytes, etag)
             first = stop
         if found.key_hashes is not None:
@@ -248,16 +294,21 @@ class _Planner:
         return spec
 
     def _finish(self) -> None:
-        counts = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
-        if counts:
-            logger.info("files left out of the plan: %s", counts)
         if not self.num_shards:
+            counts = in_words(self.skipped)
+            if self.has_earlier and self.skipped:
+                raise NothingNewError(f"{self.input_uri}: nothing new to do; left alone: {counts}")
             found = f"found only {counts}" if counts else "found nothing"
             raise ConfigError(
                 f"no pictures in {self.input_uri}: {_looked_for()}; {found}. Check the path"
             )
         if self.input.key_column is not None:
             check_unique(self.keys, self.input.key_column)
+
+
+def in_words(skipped: Mapping[str, int]) -> str:
+    """ "3 .heic, 1 hidden files", most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common())
 
 
 def _look_ahead(
@@ -275,7 +326,8 @@ def _look_ahead(
     yield from window
 
 
-def _etag(entries: list[Entry], *rows: int) -> str:
+def entries_etag(entries: Sequence[Entry], *rows: int) -> str:
+    """Identity of files as far as a listing tells it, and of a range of rows in them."""
     digest = hashlib.sha256(json.dumps([entries, rows]).encode())
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from tarfile import BLOCKSIZE, HeaderError, ReadError
 from typing import IO, Any, cast
@@ -250,13 +250,21 @@ def _sample(key: str, uri: str, members: dict[str, Member], wanted: str | None) 
     if wanted is None:
         return RawSample(key, place, data)
     try:
-        return RawSample(key, place, data, _landmarks(members, wanted))
+        return RawSample(key, place, data, landmarks_of(members, wanted))
     except SampleError as problem:
         return RawSample(key, place, None, None, problem)
 
 
-def _landmarks(members: dict[str, Member], wanted: str) -> Any:
-    """The five points of one sample, or None where no member holds them."""
+def landmarks_of(members: Mapping[str, Member], wanted: str) -> Any:
+    """The five points [5 2] of one sample, or None where no member holds them.
+
+    Args:
+        members: content by name.
+        wanted: `input.landmarks_column`.
+
+    Raises:
+        SampleError: kind "align": the member that should hold them does not.
+    """
     for name, data in members.items():
         extension = name.rpartition("/")[2].partition(".")[2]
         if data is None or not extension.endswith(("json", "npy")):

@@ -19,6 +19,7 @@ from tasks.report.edits import EditData, gather_edits
 from tasks.report.statistics import Statistics, gather_statistics, other_run
 from tasks.report.timeline import Timeline, timeline
 from tasks.run import ledger
+from tasks.run.manifest import read_skipped
 from tasks.run.marker import Marker
 
 NOTES_SHOWN = 20
@@ -35,6 +36,7 @@ class ReportData:
         ranked_by: metric that chose best, median and worst pictures; None without one.
         failed_by_kind: (error_kind, rows), most frequent first.
         failed_rows: (sample key, kind, reason) of the first few.
+        skipped: files of the input that are in no shard, by reason.
         quarantined: (shard, attempts, reason).
         stages: (name, busy seconds summed over all shards).
         columns: by view, what `refinery query` can ask for.
@@ -61,6 +63,7 @@ class ReportData:
     groups: tuple[PairGroup, ...]
     failed_by_kind: tuple[tuple[str, int], ...]
     failed_rows: tuple[tuple[str, str, str], ...]
+    skipped: dict[str, int]
     quarantined: tuple[tuple[int, int, str], ...]
     timeline: Timeline
     stages: tuple[tuple[str, float], ...]
@@ -100,6 +103,7 @@ def gather(run_uri: str, against: str | None = None) -> ReportData:
         rows=sum(marker.rows for marker in markers),
         failed=sum(marker.failed for marker in markers),
         failed_by_kind=tuple(by_kind.most_common()),
+        skipped=read_skipped(run_uri),
         quarantined=tuple(
             (shard, lost.attempts, lost.reason)
             for shard, lost in ledger.read_quarantine(run_uri).items()

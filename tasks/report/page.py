@@ -8,6 +8,7 @@ import shlex
 
 from markupsafe import Markup
 
+from tasks.input.plan import in_words
 from tasks.report.aggregates import FAILURES_SHOWN
 from tasks.report.data import ReportData
 from tasks.report.edits import edit_pictures, edit_summary
@@ -61,6 +62,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         ("Device", ", ".join(data.devices) or "unknown", ""),
         ("Shards", f"{number(data.shards_done)} of {number(data.shards_planned)}", ""),
         ("Working time", duration(seconds), ""),
+        ("Files skipped", in_words(data.skipped) or "none", ""),
         ("First shard started", when(line.first), ""),
         ("Last commit", when(line.last), ""),
         ("Code version", ", ".join(data.code_versions), "mono"),

@@ -64,7 +64,7 @@ def _known_to(version: int, job: Any, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is hashed: config, manifest and weights without places and what only rounds; in a
+    """What is hashed: config, manifest and weights, without places and what only rounds; in a
     weight's name the keys of the config that hold its place stand for it.
 
     Raises:

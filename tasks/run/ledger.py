@@ -78,11 +78,16 @@ _PART = re.compile(r"\.?(\d{5,})(?:\.(\d+))?-.+")
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """All that a worker needs to know of a run; small enough to travel with every call."""
+    """All that a worker needs to know of a run; small enough to travel with every call.
+
+    Attributes:
+        redo: generations in which shards are to be done again although they are committed.
+    """
 
     uri: str
     run_id: str
     code_version: str = ""
+    redo: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,14 +276,19 @@ def _declared_before(config: Mapping[str, Any]) -> Declared:
     )
 
 
-def _refusal(run_uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What decides a run and is not the same in two records, a line for each key."""
     old, new = (_flat(contents(record)) for record in (found, wanted))
     missing = "(not set)"
-    lines = [
+    return [
         f"  {key}: {old.get(key, missing)} in the run, {new.get(key, missing)} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, missing) != new.get(key, missing)
     ]
+
+
+def _refusal(run_uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    lines = differences(found, wanted)
     if any(line.startswith("  manifest:") for line in lines):
         lines.append("  (manifest: the input files, their contents or the shard size changed)")
     return (

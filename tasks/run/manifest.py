@@ -5,9 +5,9 @@ Written and read a row group at a time, so memory does not grow with the number 
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -20,6 +20,8 @@ from tasks.job import ShardSpec
 from tasks.storage.files import exists, join, open_write, read_bytes
 
 MANIFEST = "manifest.parquet"
+SKIPPED = "skipped"
+"""Key of the file's metadata."""
 GROUP_SHARDS = 256
 GROUP_MEMBERS = 32_768
 """A row group ends at whichever comes first, so that one shard is cheap to look up."""
@@ -48,6 +50,7 @@ class ManifestInfo:
         sha256: over what the shards hold, without the places where it lies; the same plan has the
             same hash whenever it is written.
         placed_sha256: with the places; runs of version 1 have it in their ids.
+        skipped: files of the input that are in no shard, by reason.
     """
 
     num_shards: int
@@ -55,6 +58,7 @@ class ManifestInfo:
     num_bytes: int
     sha256: str
     placed_sha256: str = ""
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def digest(self, version: int) -> str:
         """The one that counts for runs of a version."""
@@ -83,7 +87,7 @@ class _Sum:
         del values["uri"]
         self.digest.update(json.dumps([*values.values()]).encode() + b"\n")
 
-    def info(self) -> ManifestInfo:
+    def info(self, skipped: Mapping[str, int]) -> ManifestInfo:
         num_samples = self.num_samples if self.is_counted else None
         return ManifestInfo(
             self.num_shards,
@@ -91,6 +95,7 @@ class _Sum:
             self.num_bytes,
             self.digest.hexdigest(),
             self.placed_digest.hexdigest(),
+            dict(skipped),
         )
 
 
@@ -148,7 +153,10 @@ def _write(file: BinaryIO, shards: Iterable[ShardSpec]) -> ManifestInfo:
                 rows, num_members = [], 0
         if rows:
             writer.write_table(_table(rows))
-    return tally.info()
+        skipped: Mapping[str, int] = getattr(shards, "skipped", {})
+        if skipped:
+            writer.add_key_value_metadata({SKIPPED: json.dumps(skipped, sort_keys=True)})
+    return tally.info(skipped)
 
 
 def _table(rows: list[ShardSpec]) -> pa.Table:
@@ -194,7 +202,19 @@ def describe_manifest(run_uri: str) -> ManifestInfo:
     tally = _Sum()
     for spec in read_manifest(run_uri):
         tally.add(spec)
-    return tally.info()
+    return tally.info(read_skipped(run_uri))
+
+
+def read_skipped(run_uri: str) -> dict[str, int]:
+    """Files of the input that are in no shard, by reason (`tasks.input.plan.PlannedShards`); none
+    where the manifest cannot be read, which `verify` says."""
+    try:
+        with ExitStack() as stack:
+            stored = _open(run_uri, stack).metadata.metadata or {}
+            found = stored.get(SKIPPED.encode(), b"{}")
+        return {str(reason): int(count) for reason, count in json.loads(found).items()}
+    except (LedgerError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _open(run_uri: str, stack: ExitStack) -> pq.ParquetFile:

@@ -41,12 +41,13 @@ Moment = Annotated[str, AfterValidator(_check_moment)]
 class RunRecord(TypedDict):
     """run.json."""
 
-    version: NotRequired[Annotated[int, Field(ge=1, le=2)]]
+    version: NotRequired[Annotated[int, Field(ge=1, le=3)]]
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     config: dict[str, Any]
     manifest: str
     weights: dict[str, str]
     places: NotRequired[list[str]]
+    rounding: NotRequired[list[str]]
     declared: NotRequired[dict[str, Any] | None]
     num_shards: Annotated[int, Field(ge=0, le=MAX_SHARDS)]
     num_samples: NotRequired[Count | None]

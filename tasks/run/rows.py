@@ -51,6 +51,12 @@ class Row:
     looks_aligned: bool | None = None
     texts: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of codes, doors and pictures."""
+        arrays = [*self.doors.values(), *([] if self.w_plus is None else [self.w_plus])]
+        return sum(map(len, self.pictures.values())) + sum(array.nbytes for array in arrays)
+
     def fail(self, kind: str, reason: str) -> None:
         """Mark the row as failed."""
         # Python prints addresses in some messages; they would differ from run to run.

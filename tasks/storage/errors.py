@@ -14,13 +14,13 @@ from pathlib import Path
 
 from models.errors import RefineryError, ShardError
 
-BAD_CREDENTIALS = {
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+"""Codes with which a server says that the caller's credentials were good once."""
+BAD_CREDENTIALS = EXPIRED | {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "InvalidClientTokenId",
-    "ExpiredToken",
     "InvalidToken",
-    "TokenRefreshRequired",
     "AuthFailure",
     "UnrecognizedClientException",
     "RequestTimeTooSkewed",
@@ -51,6 +51,11 @@ def storage_errors(
 def explain(problem: BaseException, uri: str) -> str | None:
     """The reason and the next step, or None where the exception is not storage's."""
     code = error_code(problem)
+    if code in EXPIRED:
+        return (
+            f"the credentials have expired ({code}). Renew them (AWS_SESSION_TOKEN, or log in with "
+            "the profile again), then run again: what is committed is kept"
+        )
     if code in BAD_CREDENTIALS:
         return (
             f"the server refused the credentials ({code}). Check AWS_ACCESS_KEY_ID, "
@@ -73,6 +78,12 @@ def explain(problem: BaseException, uri: str) -> str | None:
         return (
             f"the server does not answer{_at_endpoint()} ({name}: {problem}). "
             "Check AWS_ENDPOINT_URL and the network, then run again"
+        )
+    if code in ("400", "403"):
+        return (
+            f"permission denied ({code}), without a reason, as servers answer where they send no "
+            "body. The credentials may be wrong, or have expired (AWS_SESSION_TOKEN); else it is "
+            "the bucket policy"
         )
     if isinstance(problem, OSError):
         return _explain_os_error(problem, uri)

@@ -278,21 +278,25 @@ def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
 
 
 def list_files(
-    uri: str, error: type[RefineryError] = ShardError, include_partial: bool = False
+    uri: str,
+    error: type[RefineryError] = ShardError,
+    include_partial: bool = False,
+    include_broken: bool = False,
 ) -> Iterator[tuple[str, int, str]]:
     """Every file below a folder or prefix: (name relative to it, size in bytes, etag), streaming.
 
     Sorted by the UTF-8 bytes of the name on every store, so that a plan is the same wherever the
     files lie. Memory: one page of an object store, or the names of the local folders being walked.
     A missing folder is empty, as it is on an object store. Files being written are left out unless
-    `include_partial`.
+    `include_partial`, links that lead nowhere unless `include_broken`: those have size -1.
 
     Raises:
         error: storage cannot be listed (bucket, credentials, network, permission).
     """
     with storage_errors("list", uri, error):
         for name, size, etag, _ in _list_any(uri):
-            if include_partial or not name.endswith(PARTIAL_SUFFIX):
+            is_wanted = include_partial or not name.endswith(PARTIAL_SUFFIX)
+            if is_wanted and (include_broken or size >= 0):
                 yield name, size, etag
 
 
@@ -303,11 +307,12 @@ def list_times(
     by the clock of the store, which may not be ours)."""
     with storage_errors("list", uri, error):
         for name, size, _, written in _list_any(uri):
-            yield name, size, written
+            if size >= 0:
+                yield name, size, written
 
 
 _Listed = tuple[str, int, str, float]
-"""Name, size, etag, time of writing."""
+"""Name, size (-1 for a link that leads nowhere), etag, time of writing."""
 
 
 def _list_any(uri: str) -> Iterator[_Listed]:
@@ -335,7 +340,10 @@ def _list_local(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) ->
     if identity in above:  # a symbolic link back up
         return
     with os.scandir(folder) as entries:
-        names = [os.fsencode(entry.name) + (b"/" if entry.is_dir() else b"") for entry in entries]
+        names = [
+            os.fsencode(entry.name) + (b"/" if os.path.isdir(entry.path) else b"")
+            for entry in entries
+        ]
     names.sort()
     for encoded in names:
         name = os.fsdecode(encoded)
@@ -345,8 +353,13 @@ def _list_local(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) ->
             continue
         try:
             status = os.stat(path)
-        except FileNotFoundError:  # a broken link, or deleted since the listing
-            continue
+        except OSError:
+            if os.path.islink(path):  # leads nowhere, or in a circle
+                yield prefix + name, -1, "", 0.0
+                continue
+            if os.path.lexists(path):
+                raise
+            continue  # deleted since the listing
         yield prefix + name, status.st_size, _local_etag(status), status.st_mtime
 
 

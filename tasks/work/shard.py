@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
 from tasks.run.ledger import RunHandle, open_shard
 from tasks.run.marker import Marker
@@ -18,6 +19,8 @@ from tasks.storage.crash import crash_point
 from tasks.work.attempt import Attempt, place_in_errors
 from tasks.work.station import Station, fill_row
 
+MOST_BYTES = 4 * 2**30
+"""Of a shard's results, which are in memory until they are committed."""
 POOL_THREADS = 4  # decode and encode: Pillow releases the interpreter lock
 
 
@@ -29,21 +32,22 @@ def do_shard(
     on_rows: Callable[[int], None] | None = None,
 ) -> Marker:
     """Do one shard and commit it. It may run any number of times, anywhere: equal bytes every time.
-    A shard that is committed already is not done again.
+    A shard that is committed already is not done again, but for the generation in `run.redo`.
 
     Args:
         lock: held around the device's work only: an actor's other shards read and write meanwhile.
         on_rows: called after each batch with the number of rows so far.
 
     Raises:
-        ShardError: the shard cannot be read, or two samples share a key; retried, then quarantined.
+        ShardError: the shard cannot be read, is too large, or two samples share a key; retried
+            where that may help, then quarantined.
         RefineryError: the store or an asset fails.
     """
     crash_point("before_read", spec.id)
     generation, earlier = open_shard(run.uri, spec.id)
-    if earlier is not None:
+    if earlier is not None and generation != run.redo.get(spec.id):
         return earlier
-    attempt = Attempt(spec, run, station.stages, generation)
+    attempt, held = Attempt(spec, run, station.stages, generation), 0
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
         for batch in station.read(attempt, pool):
             with lock or nullcontext():
@@ -55,4 +59,11 @@ def do_shard(
                 list(pool.map(partial(fill_row, batch, result, station), range(len(batch))))
             if on_rows:
                 on_rows(len(attempt.rows))
+            held += sum(row.num_bytes for row in batch.rows)
+            if held > MOST_BYTES:
+                raise CorruptFileError(
+                    f"{spec.uri}: the first {len(attempt.rows)} samples have {held} bytes of "
+                    f"results, and a shard may have {MOST_BYTES}. Make smaller shards (a tar is "
+                    "one as it is), or store less (output.pictures)"
+                )
         return attempt.commit(station.layout, station.device_name)

@@ -114,6 +114,18 @@ def test_dry_run_does_nothing(
     assert not out.exists()
 
 
+def test_plan_warns_of_shards_that_cannot_be_done_in_time(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", dataset.source, "--config", dataset.config, "--probe", "2"]
+    assert run_app([*command, "--set", "engine.shard_timeout_s=0.001"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "warning a shard of 2 images takes about" in text
+    assert "Set engine.shard_timeout_s to at least" in text
+    assert run_app(command) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_plan_measures(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["plan", dataset.source, "--config", dataset.config, "--probe", "4"]) == 0
     text = capsys.readouterr().out

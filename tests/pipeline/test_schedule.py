@@ -92,3 +92,42 @@ def test_success_clears_the_count() -> None:
     schedule.failed(1, Failure.SHARD, now=0.0)
     schedule.succeeded(1)
     assert schedule.failed(1, Failure.SHARD, now=0.0) is Verdict.RETRY
+
+
+def test_an_outage_with_many_shards_in_waiting_is_no_burden() -> None:
+    """Every shard fails and comes back: the work grows with their number, not with its square."""
+    looked_at = 0
+
+    class Counted(int):
+        def __lt__(self, other: int) -> bool:
+            nonlocal looked_at
+            looked_at += 1
+            return int(self) < int(other)
+
+    count = 5000
+    schedule = make([Counted(shard) for shard in range(count)])  # type: ignore[arg-type]
+    for _ in range(count):
+        taken = schedule.take(0.0, is_idle=False)
+        assert taken is not None
+        schedule.failed(taken.shard, Failure.STORAGE, now=0.0)
+    order = []
+    while (taken := schedule.take(100.0, is_idle=False)) is not None:
+        order.append(taken.shard)
+    assert order == list(range(count))
+    assert looked_at < 100 * count
+
+
+def test_ordinary_retries_and_suspects_come_by_the_time_they_are_due() -> None:
+    schedule = make([1, 2, 3])
+    for _ in range(3):
+        schedule.take(0.0, is_idle=True)
+    schedule.failed(2, Failure.DEATH, now=1.0)
+    schedule.failed(1, Failure.SHARD, now=2.0)
+    schedule.failed(3, Failure.SHARD, now=0.5)
+    assert schedule.wait_s(0.5) == 1.0
+    assert schedule.take(9.0, is_idle=True) == Taken(3, False)
+    assert schedule.take(9.0, is_idle=False) == Taken(1, False)
+    assert schedule.take(9.0, is_idle=False) is None
+    assert not schedule.is_empty()
+    assert schedule.take(9.0, is_idle=True) == Taken(2, True)
+    assert schedule.is_empty()

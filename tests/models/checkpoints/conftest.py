@@ -64,7 +64,11 @@ class Persistent:
 
 @pytest.fixture
 def nvidia_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins that pickle can find while it writes; ours must never call them."""
+    stand_in(monkeypatch)
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    """Modules that pickle can find while it writes; ours must never call them."""
 
     def _reconstruct_persistent_obj(meta: Any) -> None:
         raise AssertionError("the real loader must not come here")
@@ -80,8 +84,8 @@ def nvidia_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         for key, value in parts.items():
             value.__module__, value.__qualname__ = name, key
             setattr(module, key, value)
-        monkeypatch.setitem(sys.modules, name.split(".")[0], types.ModuleType(name.split(".")[0]))
-        monkeypatch.setitem(sys.modules, name, module)
+        patch.setitem(sys.modules, name.split(".")[0], types.ModuleType(name.split(".")[0]))
+        patch.setitem(sys.modules, name, module)
 
 
 Dump = Callable[..., Path]

@@ -165,3 +165,85 @@ def test_namespace_is_let_through_only_while_loading(tmp_path, tiny_generator):
     assert load_generator(path).resolution == 32
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+
+
+RECONSTRUCT = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n"
+
+
+def nested_network(name, inside):
+    """The pickle of an object whose modules are put there by `inside`."""
+    return (
+        RECONSTRUCT
+        + b"(}(X\x0a\x00\x00\x00class_nameX\x01\x00\x00\x00"
+        + name
+        + b"X\x05\x00\x00\x00state}X\x08\x00\x00\x00_modules"
+        + inside
+        + b"sutR"
+    )
+
+
+def shared_modules(depth):
+    """Each module holds the one below it twice: 2^depth ways down."""
+    data = b"\x80\x02" + nested_network(b"Z", b"}") + b"q\x00"
+    for level in range(depth):
+        below = b"h" + bytes([level])
+        pair = b"}(X\x01\x00\x00\x00a" + below + b"X\x01\x00\x00\x00b" + below + b"u"
+        data += nested_network(b"N", pair) + b"q" + bytes([level + 1])
+    return data + b"."
+
+
+def tuples_of_tuples(depth, end):
+    """A tuple that takes 2^depth steps to hash or to print, and what is done with it."""
+    data = b"\x80\x02)q\x00"
+    for level in range(depth):
+        below = b"h" + bytes([level])
+        data += below + below + b"\x86q" + bytes([level + 1])
+    return data + end + b"."
+
+
+HOSTILE = {
+    "shared modules": shared_modules(40),
+    "a module inside itself": b"\x80\x02" + nested_network(b"Z", b"}q\x07") + b"q\x00"
+    b"h\x07X\x01\x00\x00\x00ah\x00s0h\x00.",
+    "a tuple as a key": tuples_of_tuples(60, b"}h\x3cK\x01s"),
+    "tuples as keys": tuples_of_tuples(60, b"}(h\x3cK\x01u"),
+    "a tuple in a set": tuples_of_tuples(60, b"\x8f(h\x3c\x90"),
+    "a tuple in a frozen set": tuples_of_tuples(60, b"(h\x3c\x91"),
+    "a tuple as an ordered key": tuples_of_tuples(
+        60, b"ccollections\nOrderedDict\n(](h\x3cK\x01\x86etR"
+    ),
+    "a tuple as a class name": tuples_of_tuples(
+        60, RECONSTRUCT + b"(}(X\x0a\x00\x00\x00class_nameh\x3cX\x05\x00\x00\x00state}utR"
+    ),
+    "a tuple as a type": tuples_of_tuples(60, b"cnumpy\ndtype\nh\x3c\x85R"),
+    "a memo number": b"\x80\x02}r\xff\xff\xff\xff.",
+    "a length": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+    "nested lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "a number": b"\x80\x02X\x05\x00\x00\x00G_emaI" + b"9" * 100_000 + b"\n.",
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_small_file_takes_little_time_and_memory(tmp_path, name):
+    path = tmp_path / "network.pkl"
+    path.write_bytes(HOSTILE[name])
+    for load in (load_generator, load_discriminator):
+        with pytest.raises(AssetError, match=r"network\.pkl"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "value"),
+    [
+        ("mapping.fc0", "bias_gain", None),
+        ("synthesis.b8", "architecture", [1]),
+        ("mapping.fc0", "activation", ["x"]),
+        ("synthesis.b8.conv0", "conv_clamp", {}),
+    ],
+)
+def test_settings_of_other_types(dump_nvidia, nvidia_generator, place, wrong, value):
+    generator = nvidia_generator()
+    generator[place].settings[wrong] = value
+    with pytest.raises(AssetError):
+        load_generator(dump_nvidia({"G_ema": generator}))

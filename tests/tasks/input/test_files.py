@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from models.errors import ShardError
+from tasks.input import files
 from tasks.input.files import FETCH_AT_ONCE, read_files
 from tasks.job import InputConfig, ShardSpec
 from tasks.storage import files as storage
@@ -100,3 +102,22 @@ def test_a_file_without_permission_is_a_failed_sample(tmp_path: Path) -> None:
     (sample,) = read_files(spec_of(str(tmp_path), "a.png"), InputConfig())
     assert sample.error is not None
     assert "Permission denied" in str(sample.error)
+
+
+def test_an_object_that_is_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal may pass; one that stays is a failed sample, and costs the others nothing."""
+    asked, waits = list[list[str]](), list[float]()
+    refusal = PermissionError("no")
+    refusal.__cause__ = ClientError({"Error": {"Code": "AccessDenied"}}, "GetObject")
+
+    class Store:
+        def cat_ranges(self, paths: list[str], *_: int, on_error: str) -> list[object]:
+            asked.append(paths)
+            is_back = len(asked) > 1
+            return [refusal if "c" in p or ("b" in p and not is_back) else b"x" for p in paths]
+
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    found = files._fetch(Store(), "in", ["a", "b", "c"])  # type: ignore[arg-type]
+    assert found == [b"x", b"x", refusal]
+    assert asked == [["in/a", "in/b", "in/c"], ["in/b", "in/c"], ["in/c"]]
+    assert waits == list(files.AGAIN_AFTER_S)

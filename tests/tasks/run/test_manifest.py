@@ -314,7 +314,6 @@ def test_only_one_shard_is_in_memory_while_planning(tmp_path: Path) -> None:
     for taken in range(1, 20):
         next(plan)
         assert given <= 100 * taken + 32
-    plan.close()
 
 
 @pytest.mark.slow

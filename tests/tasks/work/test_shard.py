@@ -17,6 +17,7 @@ from PIL import Image
 from models.errors import ShardError
 from models.inversion.base import sample_seed
 from models.stylegan2.generator import Generator
+from tasks.input.sample import CorruptFileError
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
 from tasks.run.ledger import pending, read_marker, remove_orphans, seal
 from tasks.run.marker import Marker
@@ -356,3 +357,13 @@ def test_a_committed_shard_is_not_done_again(small: SmallRun) -> None:
     first = small.run(0)
     assert small.run(0) == first
     assert len(list(Path(small.uri, "latents").glob("00000*"))) == 1
+
+
+def test_results_beyond_the_memory_of_a_worker_end_the_shard(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = small.run(0)
+    monkeypatch.setattr(heart, "MOST_BYTES", 2000)
+    with pytest.raises(CorruptFileError, match=r"the first \d samples have \d+ bytes of results"):
+        small.run(1)
+    assert small.run(0) == whole  # committed already

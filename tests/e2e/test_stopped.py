@@ -1,0 +1,33 @@
+"""SIGTERM in any stage is "stopped", exit 130, and never told as damaged data."""
+
+import subprocess
+import sys
+
+from tests.e2e.small_dataset import Dataset, run_inline
+
+PROGRAM = """
+import os, signal, sys
+from pipeline import cli
+from tasks.storage.part_files import PartFile
+
+read = PartFile.read
+
+def preempted(self, size=-1):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return read(self, size)
+
+PartFile.read = preempted
+sys.argv = ["refinery", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_sigterm_while_parts_are_read(dataset: Dataset, s3: str) -> None:
+    """The signal comes inside a read that DuckDB has asked for, which makes an error of it."""
+    run = f"{s3}/run"
+    run_inline(dataset, run)
+    for name, *more in (["report"], ["query", "SELECT count(w_plus) FROM latents"]):
+        tokens = [sys.executable, "-c", PROGRAM, name, run, *more]
+        done = subprocess.run(tokens, capture_output=True, text=True, timeout=100)
+        assert (done.returncode, done.stdout) == (130, "")
+        assert done.stderr.split(";")[0] == "stopped"
