@@ -122,10 +122,7 @@ def test_rows_that_came_went_and_failed(tmp_path: Path, draw: np.random.Generato
     a = write_run(str(tmp_path / "a"), codes, mse, keys=["a", "b", "c", "d"])
     b = write_run(str(tmp_path / "b"), codes, mse, keys=["b", "c", "d", "e"], failed=(1,))
     found = compare(a, b)
-    what = dict(
-        zip(found.rows["sample_key"].to_pylist(), found.rows["what"].to_pylist(), strict=True)
-    )
-    assert what == {
+    assert {row["sample_key"]: row["what"] for row in found.rows.to_pylist()} == {
         "a": "only in A",
         "b": "other input",
         "c": "ok -> failed",
