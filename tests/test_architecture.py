@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "tasks", "pipeline")
 PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich"}
-TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "usearch", "matplotlib"}
+TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "usearch"}
 
 
 def imported(path: Path) -> set[str]:
