@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import asking, editing, models, runs
+from pipeline.commands import asking, editing, models, runs, upkeep
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -39,6 +39,8 @@ COMMANDS = {
         asking.query,
         asking.diff,
         asking.reproduce,
+        upkeep.compact,
+        upkeep.gc,
     ),
     Group("Models", sort_key=1): (
         models.methods,

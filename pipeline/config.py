@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from tasks.job import Job, JobConfig, MethodConfig
+from tasks.run.lease import IfBusy
 from tasks.run.ledger import read_declared, read_run
 from tasks.work.kinds import job_class
 
@@ -51,6 +52,8 @@ class EngineConfig(BaseModel):
     """A worker that holds a shard for longer is restarted."""
     patience_s: float = Field(default=600.0, gt=0)
     """Give up when storage fails, or no worker comes up, for so long."""
+    if_busy: IfBusy = "refuse"
+    """Another driver is at work on the run: refuse, wait for its end, or take the run from it."""
 
 
 J = TypeVar("J", bound=Job)

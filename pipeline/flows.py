@@ -35,6 +35,7 @@ from pipeline.faults import is_passing
 from pipeline.preview import preview_png
 from pipeline.run import Outcome, Plan, Summary
 from pipeline.tally import OnProgress, Snapshot, ignore_progress
+from tasks.run.lease import hold
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +148,9 @@ def run_stages(source: str, run_uri: str, config: RunConfig[Any], limit: int | N
         IncompleteRun: shards were quarantined, or verification found problems.
     """
     stages.check_places(source, run_uri)
-    outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
-    problems = seal_and_verify(run_uri)
+    with hold(run_uri, config.engine.if_busy):
+        outcome = run_shards(plan_run(source, run_uri, config, limit), config.engine)
+        problems = seal_and_verify(run_uri)
     summary = Summary(outcome=outcome, problems=problems, report_uri=write_report(run_uri))
     publish(summary)
     if not summary.is_clean:

@@ -41,8 +41,7 @@ def preview_png(run_uri: str) -> bytes | None:
 
 
 def _first_images_part(run_uri: str) -> str | None:
-    for shard in sorted(ledger.committed(run_uri)):
-        marker = ledger.read_marker(run_uri, shard)
-        if marker is not None and "images" in marker.parts:
+    for marker in ledger.read_markers(run_uri).values():
+        if "images" in marker.parts:
             return marker.parts["images"].path
     return None

@@ -14,10 +14,11 @@ from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.metadata import metadata_kept
 from pipeline.schedule import Schedule
-from pipeline.tally import OnProgress, Tally, ignore_progress
+from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import Job
 from tasks.run import ledger, manifest
+from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
 from tasks.work.kinds import load_job, load_station, station_class
 
@@ -34,7 +35,6 @@ class Plan:
     Attributes:
         hashes: sha256 of all weights by name.
         num_samples: None where only reading tells (tars).
-        num_pending: shards still without a commit.
     """
 
     run: ledger.RunHandle
@@ -42,7 +42,6 @@ class Plan:
     num_shards: int
     num_samples: int | None
     num_bytes: int
-    num_pending: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,8 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     Raises:
         AssetError, ConfigError: weights are missing or wrong, or a setting does not fit them.
         ShardError: the input cannot be listed, or is empty.
-        LedgerError: the directory holds another run, or cannot be written.
+        LedgerError: the directory holds another run, another driver is at work on it, or it cannot
+            be written.
     """
     job = config.job
     station = load_station(job, "cpu")
@@ -109,15 +109,15 @@ def plan(source: str, run_uri: str, config: RunConfig[Any], *, limit: int | None
     del station
     gc.collect()
     shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
-    info = manifest.write_manifest(run_uri, shards)
-    run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
+    with hold(run_uri, config.engine.if_busy):
+        info = manifest.write_manifest(run_uri, shards)
+        run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
         hashes=hashes,
         num_shards=info.num_shards,
         num_samples=info.num_samples,
         num_bytes=info.num_bytes,
-        num_pending=len(ledger.pending(run_uri)),
     )
 
 
@@ -127,10 +127,24 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
+    with hold(run_uri, engine.if_busy) as lease:
+
+        def tell(snapshot: Snapshot) -> None:
+            lease.check()
+            on_progress(snapshot)
+
+        return _run(run_uri, engine, tell)
+
+
+def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome:
     record = ledger.read_run(run_uri)
     handle, job = ledger.open_run(run_uri), load_job(run_uri)
-    markers = ledger.read_markers(run_uri)
-    waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
+    commits = ledger.read_commits(run_uri, with_parts=True)
+    commits.refuse_newer()
+    for error in commits.damaged.values():
+        logger.warning("%s", error)
+    markers = commits.markers
+    waiting = [shard for shard in range(record["num_shards"]) if not commits.has(shard)]
     tally = Tally(
         schedule=Schedule(
             waiting,
@@ -143,12 +157,12 @@ def run(run_uri: str, engine: EngineConfig, on_progress: OnProgress = ignore_pro
         ),
         shards_total=record["num_shards"],
         rows_total=record["num_samples"],
-        shards_done=len(markers),
+        shards_done=len(markers) + len(commits.covered),
         rows_done=sum(marker.rows for marker in markers.values()),
         rows_failed=sum(marker.failed for marker in markers.values()),
         on_progress=on_progress,
     )
-    del markers
+    del markers, commits
     started = tally.started
     if waiting:
         with metadata_kept(run_uri, on_progress) as tally.on_progress:
@@ -210,8 +224,9 @@ def seal(run_uri: str) -> str:
     Raises:
         LedgerError: a shard is neither committed nor quarantined.
     """
-    uri = ledger.seal(run_uri)
-    ledger.remove_orphans(run_uri)
+    with hold(run_uri):
+        uri = ledger.seal(run_uri)
+        ledger.remove_orphans(run_uri)
     try:
         write_metadata(run_uri)
     except LedgerError as error:  # answers do not need it, and verification says what is wrong
@@ -254,8 +269,9 @@ def carry_out(
     Raises:
         RefineryError: as the stages.
     """
-    plan(source, run_uri, config, limit=limit)
-    return finish(run_uri, config.engine, on_progress)
+    with hold(run_uri, config.engine.if_busy):
+        plan(source, run_uri, config, limit=limit)
+        return finish(run_uri, config.engine, on_progress)
 
 
 def finish(
@@ -266,8 +282,9 @@ def finish(
     Raises:
         RefineryError: as the stages.
     """
-    outcome = run(run_uri, engine, on_progress)
-    seal(run_uri)
+    with hold(run_uri, engine.if_busy):
+        outcome = run(run_uri, engine, on_progress)
+        seal(run_uri)
     found = verify(run_uri)
     return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
 

@@ -66,12 +66,16 @@ def show_status(console: Console, status: "Status") -> None:
         "failed rows": _counts(status.failed, status.failures),
         "last commit": status.last_commit_at or "none yet",
     }
+    if status.driver:
+        values["driver"] = status.driver
     if status.images_per_s is not None:
         values["pace"] = f"{status.images_per_s:.1f} images/s from first start to last commit"
         values["busy"] = ", ".join(f"{k} {v:.1f} s" for k, v in status.seconds.items())
     console.print(pairs("", values))
     if status.quarantined:
         console.print(reasons("Quarantined shards (run again to retry)", status.quarantined))
+    if status.problems:
+        console.print(reasons("Problems", dict(enumerate(status.problems))))
 
 
 def domains_table(folders: Sequence[Path]) -> Table:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tasks.run import ledger
+from tasks.run.lease import Driver, read_driver
+from tasks.run.records import DamagedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +17,8 @@ class Status:
         rows_total: samples of the manifest, None where only reading tells (tars).
         failures: failed rows by error_kind.
         quarantined: reason by shard.
+        driver: the last that worked on it, and whether it still does; "" where none is known.
+        problems: files of the run that are damaged or missing.
         images_per_s: rows by the time from the first start to the last commit; None without one.
         seconds: busy time by stage, summed over workers.
     """
@@ -29,23 +33,35 @@ class Status:
     failed: int
     failures: dict[str, int]
     quarantined: dict[int, str]
+    driver: str
+    problems: tuple[str, ...]
     images_per_s: float | None
     seconds: dict[str, float]
     last_commit_at: str
 
     @property
     def num_pending(self) -> int:
-        return self.num_shards - self.num_committed - len(self.quarantined)
+        return max(self.num_shards - self.num_committed - len(self.quarantined), 0)
 
 
 def read_status(run_uri: str) -> Status:
     """Count the markers of a run.
 
     Raises:
-        LedgerError: there is no run at this place, or a marker is damaged.
+        LedgerError: there is no run at this place, or its run.json is damaged.
     """
     record = ledger.read_run(run_uri)
-    markers = list(ledger.read_markers(run_uri).values())
+    commits = ledger.read_commits(run_uri, with_parts=True)
+    markers, problems = list(commits.markers.values()), [*map(str, commits.damaged.values())]
+    quarantined = ledger.read_quarantine(run_uri, commits)
+    driver = None
+    for read in (ledger.read_seal, read_driver):
+        try:
+            found = read(run_uri)
+        except DamagedError as error:
+            problems.append(str(error))
+        else:
+            driver = found if isinstance(found, Driver) else None
     failures: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     for marker in markers:
@@ -55,14 +71,16 @@ def read_status(run_uri: str) -> Status:
     return Status(
         run_uri=run_uri,
         run_id=record["run_id"],
-        is_sealed=ledger.read_seal(run_uri) is not None,
+        is_sealed=ledger.is_sealed(run_uri),
         num_shards=record["num_shards"],
-        num_committed=len(markers),
+        num_committed=len(markers) + len(commits.covered),
         rows_total=record["num_samples"],
         rows=rows,
         failed=sum(marker.failed for marker in markers),
         failures=dict(sorted(failures.items())),
-        quarantined={i: q.reason for i, q in ledger.read_quarantine(run_uri).items()},
+        quarantined={shard: entry.reason for shard, entry in quarantined.items()},
+        driver=f"{driver}, {driver.state}" if driver else "",
+        problems=tuple(problems),
         images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
         seconds=dict(seconds),
         last_commit_at=max((m.finished_at for m in markers), default=""),

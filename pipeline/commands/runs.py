@@ -140,7 +140,7 @@ def status(run: Run, /) -> int:
 
     found = read_status(run)
     show_status(console, found)
-    return UNCLEAN if found.quarantined else OK
+    return UNCLEAN if found.quarantined or found.problems else OK
 
 
 def verify(run: Run, /, *, deep: bool = True) -> int:

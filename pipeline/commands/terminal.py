@@ -55,6 +55,12 @@ Flow = Annotated[
 ]
 
 
+Force = Annotated[
+    bool,
+    Parameter(name="--force", help="Take the run from another driver that is at work on it."),
+]
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
@@ -65,11 +71,14 @@ class JobOptions:
     engine: Engine = None
     limit: Limit = None
     flow: Flow = True
+    force: Force = False
 
     @property
     def overrides(self) -> list[str]:
-        """The settings of --set and --engine."""
-        return [*(self.sets or []), *([f"engine.kind={self.engine}"] if self.engine else [])]
+        """The settings of --set, --engine and --force."""
+        engine = [f"engine.kind={self.engine}"] if self.engine else []
+        force = ["engine.if_busy=take"] if self.force else []
+        return [*(self.sets or []), *engine, *force]
 
 
 DEFAULTS = JobOptions()

@@ -89,7 +89,7 @@ def gather(run_uri: str) -> ReportData:
         devices=tuple(sorted({marker.device for marker in markers if marker.device})),
         code_versions=tuple(sorted({m.code_version for m in markers} or {run["code_version"]})),
         notes=tuple(Counter(n for m in markers for n in m.notes).most_common(NOTES_SHOWN)),
-        is_sealed=ledger.read_seal(run_uri) is not None,
+        is_sealed=ledger.is_sealed(run_uri),
         shards_planned=run["num_shards"],
         shards_done=len(markers),
         rows=sum(marker.rows for marker in markers),

@@ -1,14 +1,21 @@
 """The commit marker: one small JSON object that makes one attempt at a shard visible.
 
 `commits/00042.json` names the parts of one complete attempt, their sha256, row counts, failures and
-timings. Nothing else in a run directory says that a shard is done.
+timings. Nothing else in a run directory says that a shard is done. Or it says that the place is
+closed: then no attempt that wanted it can be committed any more (`tasks.run.ledger`).
 """
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from models.errors import LedgerError
+from pydantic import AfterValidator, Field, TypeAdapter
+
+from tasks.run.records import Count, Moment, PartPath, Sha256, ShardId, parse
+
+VERSION = 1
+_Version = Annotated[int, Field(ge=1, le=VERSION)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +29,34 @@ class Part:
         sha256: of the whole file, hexadecimal.
     """
 
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
+    path: PartPath
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covered:
+    """A commit whose rows stand in the parts of another (`tasks.run.compact`).
+
+    Attributes:
+        generation, attempt: which commit of the shard.
+        first_row: of the covering latents part; from here on are the shard's rows, in their order.
+        rows: of the shard.
+    """
+
+    shard: ShardId
+    generation: Count
+    attempt: str
+    first_row: Count
+    rows: Count
+
+
+def _check_kinds(parts: dict[str, Part]) -> dict[str, Part]:
+    for kind, part in parts.items():
+        if part.path.partition("/")[0] != kind:
+            raise ValueError(f"{part.path} is not in {kind}/")
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,43 +78,68 @@ class Marker:
         code_version: of this project.
         notes: what an operator should know, e.g. that a batch was halved for memory.
         started_at, finished_at: UTC, ISO 8601.
+        covers: the commits that these parts stand for, this shard's earlier one among them; empty
+            for the work of one shard.
+        version: of this format.
     """
 
-    shard: int
+    shard: ShardId
     attempt: str
     run_id: str
-    rows: int
-    failed: int
-    parts: dict[str, Part]
-    seconds: dict[str, float]
-    wall_s: float
-    failures: dict[str, int] = field(default_factory=dict)
+    rows: Count
+    failed: Count
+    parts: Annotated[dict[str, Part], AfterValidator(_check_kinds)]
+    seconds: dict[str, _Seconds]
+    wall_s: _Seconds
+    failures: dict[str, Count] = field(default_factory=dict)
     device: str = ""
     code_version: str = ""
     notes: tuple[str, ...] = ()
-    started_at: str = ""
-    finished_at: str = ""
+    started_at: Moment = ""
+    finished_at: Moment = ""
+    covers: tuple[Covered, ...] = ()
+    version: _Version = VERSION
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+        return _to_json(self)
 
     @staticmethod
-    def from_json(data: bytes, where: str) -> "Marker":
-        """Read a marker back.
+    def from_json(data: bytes, where: str) -> "Marker | Closed":
+        """Read what stands in commits/.
 
         Args:
             where: its URI, for messages.
 
         Raises:
-            LedgerError: it is not a marker.
+            LedgerError: it is neither a marker nor a closing, or newer than this code.
         """
-        try:
-            values: dict[str, Any] = json.loads(data)
-            values["parts"] = {kind: Part(**part) for kind, part in values["parts"].items()}
-            values["notes"] = tuple(values["notes"])
-            return Marker(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LedgerError(
-                f"{where}: not a commit marker ({type(error).__name__}: {error}); expected the "
-                "JSON object of a worker. Delete this file and run again, which redoes its shard"
-            ) from error
+        kind: TypeAdapter[Marker | Closed] = _CLOSED if b'"closed"' in data else _MARKER
+        advice = "run the run's command again, which redoes its shard"
+        return parse(kind, data, where, newest=VERSION, advice=advice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """Stands where a marker could have come: whoever wanted to commit here comes too late.
+
+    Attributes:
+        closed: why.
+        at: UTC, ISO 8601.
+    """
+
+    shard: ShardId
+    run_id: str
+    closed: str
+    at: Moment
+    version: _Version = VERSION
+
+    def to_json(self) -> bytes:
+        return _to_json(self)
+
+
+def _to_json(record: Marker | Closed) -> bytes:
+    return json.dumps(asdict(record), indent=1, sort_keys=True).encode() + b"\n"
+
+
+_MARKER: TypeAdapter[Any] = TypeAdapter(Marker)
+_CLOSED: TypeAdapter[Any] = TypeAdapter(Closed)

@@ -160,8 +160,12 @@ def write_parts(
     run: RunHandle,
     shard: int,
     attempt: str,
+    generation: int = 0,
 ) -> dict[str, Part]:
     """Store the rows of one shard, sorted by key, under names that only this attempt uses.
+
+    Args:
+        generation: of the shard (`tasks.run.ledger`).
 
     Raises:
         ShardError: two samples have one key, or the store refuses (full disk, credentials).
@@ -180,7 +184,7 @@ def write_parts(
     for kind, build in tables.items():
         table = build()
         data = to_parquet(table, kind)
-        path = f"{kind}/{shard_name(shard)}-{attempt}.parquet"
+        path = f"{kind}/{shard_name(shard, generation)}-{attempt}.parquet"
         write_bytes(join(run.uri, path), data)
         digest = hashlib.sha256(data).hexdigest()
         parts[kind] = Part(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)

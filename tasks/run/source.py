@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError, ShardError
 from tasks.job import ShardSpec
 from tasks.run.ledger import (
+    is_whole,
+    read_commits,
     read_declared,
-    read_marker,
-    read_markers,
+    read_generations,
     read_run,
     read_seal,
     shard_name,
@@ -54,7 +55,10 @@ def plan_source(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec
             f"{source_uri}: the run is not finished, so its samples may still change; run "
             "its command again, which finishes it"
         )
-    markers = [marker for marker in read_markers(source_uri).values() if marker.rows]
+    commits = read_commits(source_uri, with_parts=True)
+    for error in commits.damaged.values():
+        raise LedgerError(f"{source_uri}: a commit of this run is damaged: {error}")
+    markers = [marker for marker in commits.markers.values() if marker.rows]
     if not markers:
         raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to work on")
     return _shards(source_uri, markers, limit)
@@ -85,15 +89,18 @@ def source_marker(spec: ShardSpec) -> Marker:
     Raises:
         ShardError: it is gone, or is not the one that was planned with.
     """
-    shard = int(spec.members[0])
-    marker = read_marker(spec.uri, shard)
-    if marker is None or _etag(marker) != spec.etag:
-        found = "gone" if marker is None else "not the same"
-        raise ShardError(
-            f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
-            "restore the run, or start again with a new output"
-        )
-    return marker
+    shard, found = int(spec.members[0]), "gone"
+    for marker in read_generations(spec.uri, shard):
+        if _etag(marker) == spec.etag:
+            if is_whole(spec.uri, marker):
+                return marker
+            found = "compacted"
+            break
+        found = "not the same"
+    raise ShardError(
+        f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
+        "restore the run, or start again with a new output"
+    )
 
 
 def read_rows(run_uri: str, marker: Marker) -> list[Row]:

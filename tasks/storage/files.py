@@ -16,7 +16,7 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -134,6 +134,21 @@ def read_bytes(uri: str, error: type[RefineryError] = ShardError) -> bytes:
         return cast(bytes, fs.cat_file(path, **one))
 
 
+def find_bytes(uri: str, error: type[RefineryError] = LedgerError) -> bytes | None:
+    """The whole file, or None where there is none: one request.
+
+    Raises:
+        error: it is there, or may be, and cannot be read.
+    """
+    try:
+        return read_bytes(uri, error)
+    except error as problem:
+        cause = problem.__cause__
+        if cause is None or not (is_missing(cause) or isinstance(cause, NotADirectoryError)):
+            raise
+        return None
+
+
 def write_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError) -> None:
     """Write a whole file, atomically for readers; folders are made as needed.
 
@@ -160,7 +175,7 @@ def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[B
     """
     with storage_errors("write", uri, error):
         if is_local(uri):
-            with _open_local(local_path(uri)) as file:
+            with open_local(local_path(uri)) as file:
                 yield file
             return
         fs, path = open_filesystem(uri)
@@ -171,7 +186,12 @@ def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[B
 
 
 @contextmanager
-def _open_local(path: str) -> Iterator[BinaryIO]:
+def open_local(path: str, publish: Callable[[str, str], None] = os.replace) -> Iterator[BinaryIO]:
+    """A file to write to that gets its name when the block ends.
+
+    Args:
+        publish: gives the complete file of the first name the second one.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name[:150]}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -180,7 +200,7 @@ def _open_local(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException:
         with _ignored(FileNotFoundError):
             os.unlink(temporary)
@@ -271,12 +291,26 @@ def list_files(
         error: storage cannot be listed (bucket, credentials, network, permission).
     """
     with storage_errors("list", uri, error):
-        for name, size, etag in _list_any(uri):
+        for name, size, etag, _ in _list_any(uri):
             if include_partial or not name.endswith(PARTIAL_SUFFIX):
                 yield name, size, etag
 
 
-def _list_any(uri: str) -> Iterator[tuple[str, int, str]]:
+def list_times(
+    uri: str, error: type[RefineryError] = LedgerError
+) -> Iterator[tuple[str, int, float]]:
+    """As `list_files` with files being written: (name, size in bytes, when it was written, seconds
+    by the clock of the store, which may not be ours)."""
+    with storage_errors("list", uri, error):
+        for name, size, _, written in _list_any(uri):
+            yield name, size, written
+
+
+_Listed = tuple[str, int, str, float]
+"""Name, size, etag, time of writing."""
+
+
+def _list_any(uri: str) -> Iterator[_Listed]:
     if is_local(uri):
         root = local_path(uri)
         if os.path.isdir(root):
@@ -289,12 +323,12 @@ def _list_any(uri: str) -> Iterator[tuple[str, int, str]]:
     found = cast(dict[str, dict[str, object]], fs.find(path, detail=True))
     prefix = path.rstrip("/") + "/"
     for name in sorted(found, key=os.fsencode):
-        yield name.removeprefix(prefix), int(cast(int, found[name]["size"])), _etag_of(found[name])
+        info = found[name]
+        size, written = int(cast(int, info["size"])), cast(float, info["created"])
+        yield name.removeprefix(prefix), size, _etag_of(info), written
 
 
-def _list_local(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[str, int, str]]:
+def _list_local(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[_Listed]:
     """Depth first in key order: a folder sorts as its name with a slash, as in an object store."""
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
@@ -313,10 +347,10 @@ def _list_local(
             status = os.stat(path)
         except FileNotFoundError:  # a broken link, or deleted since the listing
             continue
-        yield prefix + name, status.st_size, _local_etag(status)
+        yield prefix + name, status.st_size, _local_etag(status), status.st_mtime
 
 
-def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, int, str]]:
+def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[_Listed]:
     # `fs.find` would hold every entry of the prefix at once: about 2 GB for a million keys.
     bucket, _, prefix = path.partition("/")
     prefix = prefix + "/" if prefix else ""
@@ -324,7 +358,8 @@ def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, int, str]
     while True:
         page = cast(Any, fs).call_s3("list_objects_v2", **request)
         for entry in page.get("Contents", ()):
-            yield entry["Key"][len(prefix) :], int(entry["Size"]), entry["ETag"].strip('"')
+            etag, written = entry["ETag"].strip('"'), entry["LastModified"].timestamp()
+            yield entry["Key"][len(prefix) :], int(entry["Size"]), etag, written
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -362,6 +397,6 @@ def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
     target = cache_folder() / "files" / name / uri.rsplit("/", 1)[-1]
     if not target.is_file() or target.stat().st_size != info[0]:
         fs, path = open_filesystem(uri)
-        with storage_errors("fetch", uri, error), _open_local(str(target)) as file:
+        with storage_errors("fetch", uri, error), open_local(str(target)) as file:
             fs.get_file(path, file.name)
     return target

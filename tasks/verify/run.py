@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from models.errors import LedgerError
 from tasks.job import InputConfig, ShardSpec
 from tasks.run.identity import identity_digest
 from tasks.run.ledger import (
     PART_KINDS,
-    committed,
+    Commits,
+    read_commits,
     read_quarantine,
     read_run,
     read_seal,
@@ -25,6 +27,7 @@ from tasks.run.ledger import (
 )
 from tasks.run.manifest import describe_manifest, read_manifest
 from tasks.run.marker import Marker
+from tasks.run.records import DamagedError
 from tasks.storage.files import join, list_files
 from tasks.verify.shard import ShardCheck, check_shard, examples
 
@@ -71,25 +74,23 @@ def verify(run_uri: str, deep: bool = True) -> VerifyReport:
     record = read_run(run_uri)
     report = VerifyReport(num_shards=record["num_shards"], is_deep=deep)
     _check_identity(run_uri, record, report)
-    done = committed(run_uri)
-    _check_missing(run_uri, done, report)
-    markers: dict[int, Marker] = {}
+    commits = read_commits(run_uri)
+    markers = commits.markers
+    _check_missing(run_uri, commits, report)
     hashes: dict[int, np.ndarray] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for check in _in_windows(pool, run_uri, record, done, deep):
+        for check in _in_windows(pool, run_uri, record, commits, deep):
             report.problems += check.problems
             report.notes += check.notes
-            if check.marker is not None:
-                markers[check.shard] = check.marker
             hashes[check.shard] = check.key_hashes
+    report.num_committed = len(markers) + len(commits.covered)
     for marker in markers.values():
-        report.num_committed += 1
         report.rows += marker.rows
         report.failed += marker.failed
         report.num_bytes += sum(part.bytes for part in marker.parts.values())
     _check_unique(hashes, report)
-    _check_total(record, markers, report)
-    _check_seal(run_uri, record, markers, report)
+    _check_total(record, report)
+    _check_seal(run_uri, record, commits, report)
     _note_orphans(run_uri, markers, report)
     return report
 
@@ -98,11 +99,14 @@ def verify(run_uri: str, deep: bool = True) -> VerifyReport:
 
 
 def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) -> None:
-    if identity_digest(record) != record["run_id"]:
-        report.problems.append(
-            f"run.json was changed after the run began: its settings no longer hash to the run id "
-            f"{record['run_id']}; restore it"
-        )
+    try:
+        if identity_digest(record) != record["run_id"]:
+            report.problems.append(
+                "run.json was changed after the run began: its settings no longer hash to the run "
+                f"id {record['run_id']}; restore it"
+            )
+    except DamagedError as error:
+        report.problems.append(str(error))
     try:
         found = describe_manifest(run_uri)
     except LedgerError as error:
@@ -117,8 +121,10 @@ def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) 
         )
 
 
-def _check_missing(run_uri: str, done: set[int], report: VerifyReport) -> None:
-    given_up = read_quarantine(run_uri)
+def _check_missing(run_uri: str, commits: Commits, report: VerifyReport) -> None:
+    given_up = read_quarantine(run_uri, commits)
+    done = {*commits.markers, *commits.covered, *commits.damaged}
+    report.problems += [f"shard {shard_name(i)}: {error}" for i, error in commits.damaged.items()]
     for shard, entry in given_up.items():
         report.problems.append(
             f"shard {shard_name(shard)}: given up after {entry.attempts} attempts: {entry.reason} "
@@ -159,16 +165,16 @@ def _check_unique(hashes: dict[int, np.ndarray], report: VerifyReport) -> None:
         )
 
 
-def _check_total(record: dict[str, Any], markers: dict[int, Marker], report: VerifyReport) -> None:
+def _check_total(record: dict[str, Any], report: VerifyReport) -> None:
     expected = record.get("num_samples")
-    if expected is None or len(markers) < record["num_shards"]:
+    if expected is None or report.num_committed < record["num_shards"]:
         return
     if report.rows != expected:
         report.problems.append(f"the manifest has {expected} samples, the markers {report.rows}")
 
 
 def _check_seal(
-    run_uri: str, record: dict[str, Any], markers: dict[int, Marker], report: VerifyReport
+    run_uri: str, record: dict[str, Any], commits: Commits, report: VerifyReport
 ) -> None:
     try:
         seal = read_seal(run_uri)
@@ -180,15 +186,22 @@ def _check_seal(
         return
     if seal["run_id"] != record["run_id"]:
         report.problems.append(f"_SEALED.json belongs to another run, {seal['run_id']}")
-    named = {part.path: part.sha256 for m in markers.values() for part in m.parts.values()}
-    listed = {part["path"]: part["sha256"] for part in seal["parts"]}
-    if named != listed:
-        differing = sorted(
-            path for path in named.keys() | listed.keys() if named.get(path) != listed.get(path)
+    named = {
+        part.path: (shard, part.sha256)
+        for shard, marker in commits.markers.items()
+        for part in marker.parts.values()
+    }
+    listed = {part["path"]: (part["shard"], part["sha256"]) for part in seal["parts"]}
+    differing = named.items() ^ listed.items()
+    if differing and {shard for _, (shard, _) in differing} <= commits.compacted:
+        report.notes.append(
+            "the run was compacted and not sealed since; run `refinery compact` again"
         )
+    elif differing:
+        paths = sorted({path for path, _ in differing})
         report.problems.append(
-            f"_SEALED.json and the markers disagree about {len(differing)} parts "
-            f"({examples(differing)}); run its command again, which seals the run anew"
+            f"_SEALED.json and the markers disagree about {len(paths)} parts "
+            f"({examples(paths)}); run its command again, which seals the run anew"
         )
 
 
@@ -202,33 +215,55 @@ def _note_orphans(run_uri: str, markers: dict[int, Marker], report: VerifyReport
     if count:
         report.notes.append(
             f"{count} files belong to no commit (unfinished attempts); readers do not see them, "
-            "and sealing removes them"
+            "and `refinery gc` removes them"
         )
 
 
 # ---------------------------------------------------------------------------- one shard
 
 
+def _input_settings(record: dict[str, Any]) -> InputConfig:
+    """The defaults where there are none, as for shards that are read from a run, or where they were
+    edited, which `_check_identity` reports."""
+    try:
+        return TypeAdapter(InputConfig).validate_python(record["config"].get("input", {}))
+    except ValidationError:
+        return InputConfig()
+
+
 def _in_windows(
-    pool: ThreadPoolExecutor, run_uri: str, record: dict[str, Any], done: set[int], deep: bool
+    pool: ThreadPoolExecutor,
+    run_uri: str,
+    record: dict[str, Any],
+    commits: Commits,
+    deep: bool,
 ) -> Iterator[ShardCheck]:
     """Checks in shard order, a few at a time: a large manifest is never held at once."""
-    # Shards that are read from a run need no such settings.
-    settings = InputConfig(**record["config"].get("input", {}))
-    window: list[ShardSpec | int] = []
+    settings = _input_settings(record)
+    window: list[tuple[Marker, list[ShardSpec]]] = []
+    gathered: dict[int, list[ShardSpec]] = {}
 
     def flush() -> Iterator[ShardCheck]:
         yield from pool.map(
-            lambda entry: check_shard(run_uri, record["run_id"], entry, settings, deep), window
+            lambda entry: check_shard(
+                run_uri, record["run_id"], entry[0], entry[1], settings, deep
+            ),
+            window,
         )
         window.clear()
 
     try:
         for spec in read_manifest(run_uri):
-            if spec.id in done:
-                window.append(spec)
+            owner = commits.covered.get(spec.id, spec.id)
+            marker = commits.markers.get(owner)
+            if marker is None:
+                continue
+            specs = gathered.setdefault(owner, [])
+            specs.append(spec)
+            if len(specs) == max(len(marker.covers), 1):
+                window.append((marker, gathered.pop(owner)))
             if len(window) >= _AT_ONCE:
                 yield from flush()
     except LedgerError:  # reported by _check_identity
-        window = list(sorted(done))
+        window = [(marker, []) for marker in commits.markers.values()]
     yield from flush()

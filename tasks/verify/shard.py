@@ -6,10 +6,9 @@ manifest.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import IO, cast
 
 import numpy as np
@@ -18,53 +17,52 @@ from models.errors import LedgerError, RefineryError
 from tasks.input.parquet import open_parquet, parquet_errors, parquet_keys
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
-from tasks.run.ledger import PART_KINDS, read_marker, shard_name
+from tasks.run.ledger import shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.source import read_rows, source_marker
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import file_info, is_local, join, local_path, open_filesystem
 
 _SHOWN = 3  # examples in a message
+_AGAIN = "Run again, which redoes the shard"
 
 
 @dataclass(kw_only=True)
 class ShardCheck:
     """The findings about one committed shard."""
 
-    shard: int
-    marker: Marker | None = None
+    marker: Marker
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    @property
+    def shard(self) -> int:
+        return self.marker.shard
 
     def complain(self, text: str) -> None:
         self.problems.append(f"shard {shard_name(self.shard)}: {text}")
 
 
 def check_shard(
-    run_uri: str, run_id: str, entry: ShardSpec | int, config: InputConfig, deep: bool
+    run_uri: str,
+    run_id: str,
+    marker: Marker,
+    specs: Sequence[ShardSpec],
+    config: InputConfig,
+    deep: bool,
 ) -> ShardCheck:
     """Check one commit.
 
     Args:
-        entry: the shard, or its id alone where the manifest cannot be read.
+        specs: what its rows are of, more than one shard after a compaction; none where the
+            manifest cannot be read.
         deep: also hash the parts and compare keys.
     """
-    spec = entry if isinstance(entry, ShardSpec) else None
-    check = ShardCheck(shard=spec.id if spec else int(entry))  # type: ignore[arg-type]
-    try:
-        marker = read_marker(run_uri, check.shard)
-    except LedgerError as error:
-        check.complain(str(error))
-        return check
-    if marker is None:
-        check.complain("its marker disappeared while it was checked; verify again")
-        return check
-    check.marker = marker
-    if (marker.shard, marker.run_id) != (check.shard, run_id):
+    check = ShardCheck(marker=marker)
+    if marker.run_id != run_id:
         check.complain(
-            f"its marker is of shard {shard_name(marker.shard)}, run {marker.run_id}; expected run "
-            f"{run_id}. {_redo(check.shard)}"
+            f"its marker is of run {marker.run_id}, expected run {run_id}. {_redo(marker)}"
         )
     intact = [
         kind
@@ -74,30 +72,25 @@ def check_shard(
     _check_counts(marker, check)
     if deep and len(intact) == len(marker.parts):
         try:
-            _check_rows(run_uri, marker, spec, config, check)
+            _check_rows(run_uri, marker, specs, config, check)
         except RefineryError as error:
-            check.complain(f"{error} {_redo(check.shard)}")
+            check.complain(f"{error} {_redo(marker)}")
     return check
 
 
 def _is_intact(run_uri: str, part: Part, check: ShardCheck, deep: bool) -> bool:
-    path = PurePosixPath(part.path)
-    if path.is_absolute() or ".." in path.parts or path.parts[0] not in PART_KINDS:
-        check.complain(f"its marker names {part.path}, outside the part folders")
-        return False
     uri = join(run_uri, part.path)
     info = file_info(uri)
     if info is None:
-        check.complain(f"{part.path} is missing. {_redo(check.shard)}")
+        check.complain(f"{part.path} is missing. {_AGAIN}")
         return False
     if info[0] != part.bytes:
-        check.complain(
-            f"{part.path} has {info[0]} bytes, the marker says {part.bytes}. {_redo(check.shard)}"
-        )
+        check.complain(f"{part.path} has {info[0]} bytes, the marker says {part.bytes}. {_AGAIN}")
         return False
     if deep and _sha256(uri) != part.sha256:
         check.complain(
-            f"{part.path} was changed: its sha256 is not the marker's. {_redo(check.shard)}"
+            f"{part.path} was changed: its sha256 is not the marker's. To redo the shard, "
+            "delete it and run again"
         )
         return False
     return True
@@ -117,7 +110,11 @@ def _check_counts(marker: Marker, check: ShardCheck) -> None:
 
 
 def _check_rows(
-    run_uri: str, marker: Marker, spec: ShardSpec | None, config: InputConfig, check: ShardCheck
+    run_uri: str,
+    marker: Marker,
+    specs: Sequence[ShardSpec],
+    config: InputConfig,
+    check: ShardCheck,
 ) -> None:
     keys, good = [], []
     if "latents" in marker.parts:
@@ -132,17 +129,17 @@ def _check_rows(
     if len(keys) != marker.rows or len(keys) - len(good) != marker.failed:
         check.complain(
             f"latents holds {len(keys)} rows with {len(keys) - len(good)} failures, the marker "
-            f"says {marker.rows} with {marker.failed}. {_redo(check.shard)}"
+            f"says {marker.rows} with {marker.failed}. {_redo(marker)}"
         )
     for kind in ("images", "residuals"):
         if kind in marker.parts:
             found = _read_columns(join(run_uri, marker.parts[kind].path), ["sample_key"])
             _compare(f"{kind} against the good rows of latents", found["sample_key"], good, check)
     check.key_hashes = np.fromiter((_key_hash(key) for key in keys), np.uint64, len(keys))
-    if spec is None:
+    if not specs:
         return
     try:
-        expected = EXPECTED_KEYS[spec.kind](spec, config)
+        expected = [key for spec in specs for key in EXPECTED_KEYS[spec.kind](spec, config)]
     except RefineryError as error:
         check.notes.append(
             f"shard {shard_name(check.shard)}: the input cannot be read, so its keys were not "
@@ -176,7 +173,7 @@ def _compare(what: str, found: list[str], expected: Iterable[str], check: ShardC
         if keys:
             check.complain(
                 f"{what}: {len(keys)} samples {complaint} ({examples(sorted(keys))}). "
-                f"{_redo(check.shard)}"
+                f"{_redo(check.marker)}"
             )
 
 
@@ -207,8 +204,10 @@ def _key_hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
-def _redo(shard: int) -> str:
-    return f"To redo the shard, delete commits/{shard_name(shard)}.json and run again"
+def _redo(marker: Marker) -> str:
+    part = next(iter(marker.parts.values()), None)
+    file = part.path if part else f"commits/{shard_name(marker.shard)}.json"
+    return f"To redo the shard, delete {file} and run again"
 
 
 def examples(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tasks.job import ShardSpec
-from tasks.run.ledger import RunHandle, read_marker, shard_name, utc_now, write_marker
+from tasks.run.ledger import RunHandle, shard_name, utc_now, write_marker
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row
@@ -22,14 +22,17 @@ class Attempt:
 
     Args:
         stages: names of the work that `watch` times, "write" among them.
+        generation: of the shard, in which to commit (`tasks.run.ledger.open_shard`).
 
     Attributes:
         rows: of the shard's samples, in the order they were read.
         notes: what an operator should know; repeated ones are stored once.
     """
 
-    def __init__(self, spec: ShardSpec, run: RunHandle, stages: Sequence[str]) -> None:
-        self.spec, self.run = spec, run
+    def __init__(
+        self, spec: ShardSpec, run: RunHandle, stages: Sequence[str], generation: int = 0
+    ) -> None:
+        self.spec, self.run, self.generation = spec, run, generation
         self.name, self.started_at = uuid.uuid4().hex[:12], utc_now()
         self.watch = Stopwatch(stages)
         self.rows: list[Row] = []
@@ -42,11 +45,12 @@ class Attempt:
             The commit that readers see: an earlier one, where another attempt was faster.
 
         Raises:
-            ShardError: two samples share a key, or the store refuses.
+            ShardError: two samples share a key, the store refuses, or this attempt was taken for
+                dead.
         """
         spec, run, watch = self.spec, self.run, self.watch
         with watch("write"):
-            parts = write_parts(self.rows, layout, run, spec.id, self.name)
+            parts = write_parts(self.rows, layout, run, spec.id, self.name, self.generation)
         failures = Counter(row.error_kind for row in self.rows if row.error_kind is not None)
         marker = Marker(
             shard=spec.id,
@@ -65,13 +69,9 @@ class Attempt:
             finished_at=utc_now(),
         )
         crash_point("before_marker", spec.id)
-        # A worker given up for dead may come back late: the commit that readers know stays.
-        earlier = read_marker(run.uri, spec.id)
-        if earlier is not None:
-            return earlier
-        write_marker(run.uri, marker)
+        first = write_marker(run.uri, marker, self.generation)
         crash_point("after_marker", spec.id)
-        return marker
+        return first
 
 
 @contextmanager

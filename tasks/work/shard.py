@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from tasks.job import ShardSpec
-from tasks.run.ledger import RunHandle
+from tasks.run.ledger import RunHandle, open_shard
 from tasks.run.marker import Marker
 from tasks.storage.crash import crash_point
 from tasks.work.attempt import Attempt, place_in_errors
@@ -27,6 +27,7 @@ def do_shard(
     lock: AbstractContextManager[object] | None = None,
 ) -> Marker:
     """Do one shard and commit it. It may run any number of times, anywhere: equal bytes every time.
+    A shard that is committed already is not done again.
 
     Args:
         lock: held around the device's work only: an actor's other shards read and write meanwhile.
@@ -36,7 +37,10 @@ def do_shard(
         RefineryError: the store or an asset fails.
     """
     crash_point("before_read", spec.id)
-    attempt = Attempt(spec, run, station.stages)
+    generation, earlier = open_shard(run.uri, spec.id)
+    if earlier is not None:
+        return earlier
+    attempt = Attempt(spec, run, station.stages, generation)
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
         for batch in station.read(attempt, pool):
             with lock or nullcontext():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import time
 import tracemalloc
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from models.errors import LedgerError
+from models.errors import LedgerError, ShardError
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
 from tasks.run import ledger
 from tasks.run.identity import identity_digest
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker, Part
+from tasks.run.records import DamagedError, NewerError
+from tasks.storage.files import join, write_bytes
 from tasks.work.kinds import load_job
 from tests.tasks.small_run import DECLARED
 
@@ -59,6 +62,17 @@ def make_marker(shard: int, run_id: str = "r", **changes: Any) -> Marker:
         "device": "cpu",
     }
     return Marker(**{**values, **changes})
+
+
+def commit(
+    uri: str, shard: int, generation: int = 0, attempt: str = "aa", **changes: Any
+) -> Marker:
+    """A commit and the part that it names, nine bytes."""
+    path = f"latents/{ledger.shard_name(shard, generation)}-{attempt}.parquet"
+    write_bytes(join(uri, path), b"123456789")
+    part = Part(path=path, rows=4, bytes=9, sha256="c" * 64)
+    marker = make_marker(shard, attempt=attempt, parts={"latents": part}, **changes)
+    return ledger.write_marker(uri, marker, generation)
 
 
 @pytest.fixture
@@ -156,37 +170,100 @@ def test_markers_come_back(run: str) -> None:
     assert json.loads(Path(run, "commits/00002.json").read_text())["seconds"]["read"] == 0.5
 
 
-def test_marker_written_by_hand_is_refused(run: str) -> None:
-    Path(run, "commits").mkdir()
-    for text in ("", "[]", "{}", '{"parts": {"latents": {}}, "notes": []}'):
-        Path(run, "commits/00001.json").write_text(text)
-        with pytest.raises(LedgerError, match=r"commits/00001\.json: not a commit marker"):
-            ledger.read_markers(run)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "EOF"),
+        ("[]", "should be an object"),
+        ("{}", "shard: Field required"),
+        ('{"parts": {"latents": {}}, "notes": []}', "Field required"),
+    ],
+)
+def test_a_marker_written_by_hand_is_named_and_the_rest_works(
+    run: str, text: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(run, 0)
+    Path(run, "commits/00001.json").write_text(text)
+    assert list(ledger.read_markers(run)) == [0]
+    assert f"{run}/commits/00001.json: damaged (" in caplog.text
+    assert reason in caplog.text
+    with pytest.raises(DamagedError, match=reason):
+        ledger.read_marker(run, 1)
+    assert ledger.pending(run) == [1, 2]
+    assert ledger.open_shard(run, 1) == (1, None)
+    again = commit(run, 1, generation=1)
+    assert ledger.read_marker(run, 1) == again == ledger.read_markers(run)[1]
+    assert ledger.pending(run) == [2]
+
+
+def test_a_newer_marker_is_left_to_the_newer_program(run: str) -> None:
+    path = Path(run, "commits/00001.json")
+    commit(run, 1)
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    for asked in (ledger.pending, ledger.seal, lambda run: ledger.open_shard(run, 1)):
+        with pytest.raises(NewerError, match=r"commits/00001\.json: of format 2, .* up to 1"):
+            asked(run)
+    assert ledger.read_markers(run) == {}
 
 
 def test_pending_is_manifest_minus_markers(run: str) -> None:
     assert ledger.pending(run) == [0, 1, 2]
-    ledger.write_marker(run, make_marker(1))
+    commit(run, 1)
     Path(run, "commits/notes.txt").write_text("not a marker")
     Path(run, "commits/x.json").write_text("{}")
     assert ledger.pending(run) == [0, 2]
 
 
-def test_pending_needs_one_listing_and_opens_no_marker(
-    run: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger.write_marker(run, make_marker(0))
-    listed, read = [], []
-    list_files, read_bytes = ledger.list_files, ledger.read_bytes
-    monkeypatch.setattr(
-        ledger, "list_files", lambda uri, *a: (listed.append(uri), list_files(uri, *a))[1]
-    )
-    monkeypatch.setattr(
-        ledger, "read_bytes", lambda uri, *a: (read.append(uri), read_bytes(uri, *a))[1]
-    )
+@pytest.mark.parametrize("lost", [None, b"12345678"])
+def test_a_commit_whose_part_is_lost_or_cut_is_pending(run: str, lost: bytes | None) -> None:
+    for shard in range(3):
+        commit(run, shard)
+    ledger.seal(run)
+    part = Path(run, "latents/00001-aa.parquet")
+    part.unlink() if lost is None else part.write_bytes(lost)
+    assert ledger.pending(run) == [1]
+    assert ledger.open_shard(run, 1) == (1, None)
+    reason = "missing" if lost is None else "of 8 bytes, not 9"
+    assert reason in str(ledger.read_commits(run, with_parts=True).damaged[1])
+    with pytest.raises(LedgerError, match="cannot seal, 1 of 3 shards"):
+        ledger.seal(run)
+    commit(run, 1, generation=1)
+    assert ledger.pending(run) == []
+    ledger.seal(run)
+    assert ledger.read_seal(run)["parts"][1]["path"] == "latents/00001.1-aa.parquet"
+
+
+def test_requests(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh shard costs an attempt one GET before and one PUT after; a driver four listings and
+    one GET for each commit."""
+    commit(run, 0)
+    asked: list[str] = []
+
+    def spy(name: str) -> None:
+        call = getattr(ledger, name)
+
+        def ask(uri: str, *rest: Any) -> Any:
+            asked.append(f"{name} {uri.removeprefix(run)}")
+            return call(uri, *rest)
+
+        monkeypatch.setattr(ledger, name, ask)
+
+    for name in ("list_files", "find_bytes", "file_info", "create_bytes"):
+        spy(name)
+    assert ledger.open_shard(run, 1) == (0, None)
+    ledger.write_marker(run, make_marker(1))
+    assert asked == ["find_bytes /commits/00001.json", "create_bytes /commits/00001.json"]
+    asked.clear()
     assert ledger.pending(run) == [1, 2]
-    assert listed == [f"{run}/commits"]
-    assert read == [f"{run}/run.json"]
+    assert sorted(asked) == [
+        "find_bytes /commits/00000.json",
+        "find_bytes /commits/00001.json",
+        "find_bytes /run.json",
+        "list_files /commits",
+        "list_files /images",
+        "list_files /latents",
+        "list_files /residuals",
+    ]
 
 
 def test_a_run_of_a_million_samples_is_cheap(tmp_path: Path) -> None:
@@ -194,7 +271,7 @@ def test_a_run_of_a_million_samples_is_cheap(tmp_path: Path) -> None:
     info = dataclasses.replace(INFO, num_shards=1000, num_samples=1_000_000)
     handle = create(uri, manifest_info=info)
     for shard in range(999):
-        ledger.write_marker(uri, make_marker(shard, handle.run_id, rows=1000))
+        commit(uri, shard, run_id=handle.run_id, rows=1000)
     tracemalloc.start()
     try:
         started = time.monotonic()
@@ -213,24 +290,26 @@ def test_quarantine_until_a_later_success(run: str) -> None:
     assert (entry.shard, entry.reason, entry.attempts) == (1, "tar in.tar is corrupt", 3)
     assert entry.run_id == ledger.open_run(run).run_id
     assert ledger.pending(run) == [0, 1, 2]  # running again retries it
-    ledger.write_marker(run, make_marker(1))
+    commit(run, 1)
     assert ledger.read_quarantine(run) == {}
 
 
-def test_damaged_quarantine_file(run: str) -> None:
+def test_a_damaged_quarantine_file_is_its_reason(run: str) -> None:
+    ledger.quarantine(run, 0, "gone")
     ledger.quarantine(run, 1, "x")
     Path(run, "failed/00001.json").write_text('{"shard": 1}')
-    with pytest.raises(LedgerError, match=r"failed/00001\.json: damaged"):
-        ledger.read_quarantine(run)
+    found = ledger.read_quarantine(run)
+    assert found[0].reason == "gone"
+    assert "failed/00001.json: damaged (reason: Field required)" in found[1].reason
 
 
 def test_seal_wants_every_shard(run: str) -> None:
-    ledger.write_marker(run, make_marker(0))
+    commit(run, 0)
     ledger.quarantine(run, 2, "gone")
     with pytest.raises(LedgerError, match=r"1 of 3 shards are neither .* \(first: 00001\)"):
         ledger.seal(run)
     assert ledger.read_seal(run) is None
-    ledger.write_marker(run, make_marker(1))
+    commit(run, 1)
     assert ledger.seal(run) == f"{run}/_SEALED.json"
     sealed = ledger.read_seal(run)
     assert sealed["quarantined"] == [2]
@@ -239,7 +318,7 @@ def test_seal_wants_every_shard(run: str) -> None:
         "latents/00000-aa.parquet",
         "latents/00001-aa.parquet",
     ]
-    ledger.write_marker(run, make_marker(2))
+    commit(run, 2)
     ledger.seal(run)
     assert ledger.read_seal(run)["quarantined"] == []
     assert len(ledger.read_seal(run)["parts"]) == 3
@@ -251,39 +330,76 @@ def test_damaged_seal(run: str) -> None:
         ledger.read_seal(run)
 
 
-def test_orphans_go_after_sealing_and_named_parts_stay(run: str) -> None:
-    for kind, name in [
-        ("latents", "00000-aa.parquet"),
+def test_files_go_that_no_marker_can_name(run: str) -> None:
+    """Those that came second at once; those of a shard without a commit after a day."""
+    for shard in (0, 2):
+        commit(run, shard)
+    orphans = [
         ("latents", "00000-bb.parquet"),
+        ("latents", "00001-cc.parquet"),
         ("images", "00000-bb.parquet"),
         ("residuals", ".00000-bb.parquet.1f.partial"),
-        ("index", "kept.bin"),
-    ]:
+    ]
+    for kind, name in [*orphans, ("latents", "notes.txt"), ("index", "kept.bin")]:
         Path(run, kind).mkdir(exist_ok=True)
         Path(run, kind, name).write_bytes(b"x")
-    with pytest.raises(LedgerError, match="not sealed"):
-        ledger.remove_orphans(run)
-    for shard in range(3):
-        ledger.write_marker(run, make_marker(shard))
-    ledger.seal(run)
     assert ledger.remove_orphans(run) == [
         "latents/00000-bb.parquet",
         "images/00000-bb.parquet",
         "residuals/.00000-bb.parquet.1f.partial",
     ]
-    assert Path(run, "latents/00000-aa.parquet").exists()
-    assert Path(run, "index/kept.bin").exists()
+    day = ledger.ORPHAN_AGE_S
+    old = Path(run, "latents/00001-cc.parquet")
+    os.utime(old, (0, old.stat().st_mtime - day + 60))
     assert ledger.remove_orphans(run) == []
+    os.utime(old, (0, old.stat().st_mtime - 120))
+    assert ledger.remove_orphans(run) == ["latents/00001-cc.parquet"]
+    for path in ("latents/00000-aa.parquet", "latents/notes.txt", "index/kept.bin"):
+        assert Path(run, path).exists()
+    # It was closed first, so its attempt is sent back, and the shard goes on.
+    with pytest.raises(ShardError, match=r"taken for dead.*commits/00001\.json is closed"):
+        ledger.write_marker(run, make_marker(1))
+    assert (ledger.pending(run), ledger.open_shard(run, 1)) == ([1], (1, None))
+    commit(run, 1, generation=1)
+    assert ledger.pending(run) == []
+
+
+def test_a_closed_generation_leaves_the_commit_before_it(run: str) -> None:
+    first = commit(run, 0)
+    Path(run, "latents/00000.1-bb.parquet").write_bytes(b"x")
+    assert ledger.remove_orphans(run, older_than_s=0) == ["latents/00000.1-bb.parquet"]
+    assert Path(run, "commits/00000.1.json").exists()
+    assert ledger.read_markers(run) == {0: first}
+    assert ledger.read_marker(run, 0) == first
+    assert ledger.remove_orphans(run, older_than_s=0) == []
+
+
+def test_what_a_damaged_commit_may_need_stays(run: str) -> None:
+    commit(run, 0)
+    Path(run, "commits/00000.json").write_text("{")
+    commit(run, 1)
+    Path(run, "latents/00001-aa.parquet").write_bytes(b"cut")
+    assert ledger.remove_orphans(run, older_than_s=0) == []
+
+
+def test_superseded_parts_stay_for_their_readers(run: str) -> None:
+    commit(run, 0)
+    commit(run, 0, generation=1)
+    assert ledger.remove_orphans(run) == []
+    path = Path(run, "commits/00000.1.json")
+    os.utime(path, (0, path.stat().st_mtime - ledger.ORPHAN_AGE_S - 60))
+    assert ledger.remove_orphans(run) == ["latents/00000-aa.parquet"]
 
 
 def test_object_storage(s3: str) -> None:
     uri = f"{s3}/runs/one"
     handle = create(uri)
     assert create(uri) == handle
-    ledger.write_marker(uri, make_marker(0))
+    first = commit(uri, 0)
+    assert commit(uri, 0, attempt="bb") == first
     assert ledger.pending(uri) == [1, 2]
     for shard in (1, 2):
-        ledger.write_marker(uri, make_marker(shard))
+        commit(uri, shard)
     ledger.seal(uri)
-    assert ledger.remove_orphans(uri) == []
+    assert ledger.remove_orphans(uri) == ["latents/00000-bb.parquet"]
     assert len(ledger.read_seal(uri)["parts"]) == 3

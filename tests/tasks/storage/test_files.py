@@ -15,16 +15,6 @@ from tests.s3_server import S3Server
 NAMES = ["a-1.png", "a.png", "a/b.png", "a/c/d.png", "a0.png", "b.png", "Z.png", "ä.png"]
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on each kind of store."""
-    if request.param == "local":
-        return str(tmp_path)
-    if request.param == "memory":
-        return f"memory://{tmp_path.name}"
-    return f"{request.getfixturevalue('s3')}/folder"
-
-
 def test_bytes_come_back_and_the_last_write_wins(root: str) -> None:
     uri = storage.join(root, "deep", "er", "x.bin")
     storage.write_bytes(uri, b"first")

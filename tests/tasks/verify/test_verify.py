@@ -14,7 +14,7 @@ import pytest
 from models.errors import LedgerError
 from models.stylegan2.generator import Generator
 from tasks.job import InputConfig, JobConfig
-from tasks.run.ledger import quarantine, read_marker, remove_orphans, seal, write_marker
+from tasks.run.ledger import quarantine, read_marker, remove_orphans, seal
 from tasks.run.marker import Part
 from tasks.run.parts import to_parquet
 from tasks.verify.run import verify
@@ -23,6 +23,7 @@ from tests.tasks.small_run import (
     SmallRun,
     begin,
     make_job,
+    put_marker,
     write_picture_table,
     write_pictures,
 )
@@ -68,7 +69,7 @@ def replace_part(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
-    write_marker(run.uri, dataclasses.replace(marker, parts={**marker.parts, kind: part}))
+    put_marker(run.uri, dataclasses.replace(marker, parts={**marker.parts, kind: part}))
 
 
 def test_a_clean_run(small: SmallRun) -> None:
@@ -100,8 +101,8 @@ def test_an_unfinished_run(small: SmallRun) -> None:
     assert report.problems == ["1 of 2 shards are not committed yet (00001); run its command again"]
     assert report.notes == [
         "the run is not sealed yet",
-        "2 files belong to no commit (unfinished attempts); readers do not see them, and sealing "
-        "removes them",
+        "2 files belong to no commit (unfinished attempts); readers do not see them, and "
+        "`refinery gc` removes them",
     ]
 
 
@@ -121,7 +122,7 @@ def test_a_flipped_byte(small: SmallRun) -> None:
     path.write_bytes(data)
     assert problems(small) == (
         f"shard 00000: images/{path.name} was changed: its sha256 is not the marker's. To redo the "
-        "shard, delete commits/00000.json and run again"
+        "shard, delete it and run again"
     )
     assert problems(small, deep=False) == ""
 
@@ -151,7 +152,7 @@ def test_a_row_twice(small: SmallRun) -> None:
 def test_a_row_lost(small: SmallRun) -> None:
     marker = read_marker(small.uri, 0)
     replace_part(small, 0, "latents", lambda table: table.slice(1))
-    write_marker(
+    put_marker(
         small.uri, dataclasses.replace(read_marker(small.uri, 0), rows=4, seconds=marker.seconds)
     )
     text = problems(small)
@@ -183,11 +184,12 @@ def test_a_failure_made_good(small: SmallRun) -> None:
 
 
 def test_the_same_shard_committed_twice(small: SmallRun) -> None:
-    """Shard 0's marker copied over shard 1's."""
-    text = Path(small.uri, "commits/00000.json").read_text()
-    Path(small.uri, "commits/00001.json").write_text(text)
+    """Shard 0's marker copied over shard 1's, as it is and under its number."""
+    marker = read_marker(small.uri, 0)
+    Path(small.uri, "commits/00001.json").write_bytes(marker.to_json())
+    assert "commits/00001.json: damaged (it is of shard 00000)" in problems(small)
+    put_marker(small.uri, dataclasses.replace(marker, shard=1))
     found = problems(small)
-    assert "shard 00001: its marker is of shard 00000" in found
     assert "shard 00001: latents against the manifest: 4 samples missing" in found
     assert "shards 00000 and 00001 share 5 sample keys" in found
 
@@ -200,16 +202,12 @@ def test_rows_of_another_run(small: SmallRun) -> None:
     replace_part(small, 0, "latents", rename)
     assert "latents holds rows of another run: stranger" in problems(small)
     marker = dataclasses.replace(read_marker(small.uri, 0), run_id="stranger")
-    write_marker(small.uri, marker)
-    assert "shard 00000: its marker is of shard 00000, run stranger; expected run" in problems(
-        small
-    )
+    put_marker(small.uri, marker)
+    assert "shard 00000: its marker is of run stranger, expected run" in problems(small)
 
 
 def test_a_marker_without_manifest_entry(small: SmallRun) -> None:
-    Path(small.uri, "commits/00007.json").write_bytes(
-        Path(small.uri, "commits/00000.json").read_bytes()
-    )
+    put_marker(small.uri, dataclasses.replace(read_marker(small.uri, 0), shard=7))
     assert problems(small).startswith(
         "shard 00007: committed, but the manifest has only shards 0 to 1"
     )
@@ -218,15 +216,15 @@ def test_a_marker_without_manifest_entry(small: SmallRun) -> None:
 def test_a_marker_that_leads_outside(small: SmallRun) -> None:
     marker = read_marker(small.uri, 0)
     part = dataclasses.replace(marker.parts["latents"], path="latents/../../secret.parquet")
-    write_marker(small.uri, dataclasses.replace(marker, parts={"latents": part}))
-    assert "names latents/../../secret.parquet, outside the part folders" in problems(small)
+    put_marker(small.uri, dataclasses.replace(marker, parts={"latents": part}))
+    assert "commits/00000.json: damaged (parts.latents.path: String should match" in problems(small)
 
 
 def test_damaged_records(small: SmallRun) -> None:
     Path(small.uri, "commits/00000.json").write_text("{}")
     Path(small.uri, "_SEALED.json").write_text("{}")
     text = problems(small)
-    assert "commits/00000.json: not a commit marker" in text
+    assert "commits/00000.json: damaged (shard: Field required)" in text
     assert "_SEALED.json: damaged" in text
 
 
@@ -236,6 +234,9 @@ def test_changed_run_json(small: SmallRun) -> None:
     record["config"]["seed"] = 7
     path.write_text(json.dumps(record))
     assert "run.json was changed after the run began" in problems(small)
+    record["places"] = ["input.0.x"]
+    path.write_text(json.dumps(record))
+    assert "it says that 'input.0.x' is a place" in problems(small)
 
 
 def test_changed_manifest(small: SmallRun) -> None:

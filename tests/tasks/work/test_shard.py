@@ -6,6 +6,7 @@ import os
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,8 +19,10 @@ from models.inversion.base import sample_seed
 from models.stylegan2.generator import Generator
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
 from tasks.run.ledger import pending, read_marker, remove_orphans, seal
+from tasks.run.marker import Marker
 from tasks.storage.crash import EXIT_CODE, POINTS, VARIABLE
 from tasks.storage.files import list_files, read_bytes
+from tasks.verify.run import verify
 from tasks.work import attempt
 from tasks.work import invert as inverting
 from tasks.work import shard as heart
@@ -329,12 +332,27 @@ def test_a_corrupt_tar_ends_the_attempt_and_shows_nothing(
     assert part_bytes(Path(run.uri)) == {}
 
 
-def test_a_late_attempt_does_not_replace_the_commit(small: SmallRun) -> None:
+def test_a_late_marker_does_not_land_on_a_commit(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B has seen no commit and its marker is slow; A commits, seals and cleans up meanwhile."""
+    write, first = attempt.write_marker, list[Marker]()
+
+    def slow_write(*late: Any) -> Marker:
+        monkeypatch.setattr(attempt, "write_marker", write)
+        first.append(small.run(0))
+        small.run(1)
+        seal(small.uri)
+        assert len(remove_orphans(small.uri)) == 2
+        return write(*late)
+
+    monkeypatch.setattr(attempt, "write_marker", slow_write)
+    assert small.run(0) == first[0] == read_marker(small.uri, 0)
+    assert pending(small.uri) == []
+    assert verify(small.uri).problems == []
+
+
+def test_a_committed_shard_is_not_done_again(small: SmallRun) -> None:
     first = small.run(0)
-    late = small.run(0)
-    assert late == first == read_marker(small.uri, 0)
-    assert len(list(Path(small.uri, "latents").glob("00000-*"))) == 2
-    small.run(1)
-    seal(small.uri)
-    assert len(remove_orphans(small.uri)) == 2
-    assert Path(small.uri, first.parts["latents"].path).exists()
+    assert small.run(0) == first
+    assert len(list(Path(small.uri, "latents").glob("00000*"))) == 1

@@ -1,0 +1,168 @@
+"""The small files of a run, edited by chance: the bad one is named, the rest works, no
+traceback."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cli import run_app
+from pipeline.config import load_config
+from pipeline.run import carry_out
+from tasks.run import ledger
+from tests.conftest import make_tiny_generator
+from tests.e2e.small_dataset import write_dataset
+
+SEED, MUTATIONS, SHARD = 20261126, 400, 2
+FILES = (
+    f"commits/{SHARD:05d}.json",
+    f"commits/{SHARD:05d}.json",
+    "run.json",
+    "_SEALED.json",
+    "failed/00005.json",
+    "drivers/0001.json",
+)
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    2**63,
+    10**400,
+    1e300,
+    float("nan"),
+    "",
+    "x",
+    "../../etc/passwd",
+    "latents/../../../etc/passwd",
+    "latents/nothing-here.parquet",
+    "\ud800",
+    "2026-13-45T99:00:00",
+    "c" * 64,
+    [],
+    {},
+    [[[[]]]],
+    {"a": {"b": None}},
+)
+ROWS = "SELECT count(*) AS n FROM latents"
+COMMANDS = (["query", ROWS], ["verify"], ["verify", "--no-deep"], ["query", ROWS], ["report"])
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Path:
+    """A sealed run of six shards of two samples; the last was given up."""
+    folder = tmp_path_factory.mktemp("mutations")
+    dataset = write_dataset(folder, make_tiny_generator(), face_bytes)
+    run = folder / "run"
+    carry_out(dataset.source, str(run), load_config(dataset.config, ["engine.kind=inline"]))
+    (run / "commits/00005.json").unlink()
+    ledger.quarantine(str(run), 5, "its worker died again and again")
+    ledger.seal(str(run))
+    return run
+
+
+def mutate(text: str, chance: random.Random) -> tuple[str, str]:
+    """Another text, and what was done."""
+    if chance.random() < 0.25:
+        at, end = sorted(chance.sample(range(len(text)), 2))
+        made = chance.choice(
+            [text[:at], text[:at] + text[end:], text[:at] + "\x00" + text[at:], ""]
+        )
+        return made, f"text {at}:{end}"
+    record = json.loads(text)
+    owner, key = chance.choice([*places(record)])
+    what = chance.choice(["replace", "replace", "replace", "delete", "rename", "newer"])
+    if what == "newer":
+        record["version"] = 99
+    elif what == "delete":
+        del owner[key]
+    elif what == "rename" and isinstance(owner, dict):
+        owner[f"{key}_"] = owner.pop(key)
+    else:
+        owner[key] = chance.choice(VALUES)
+    return json.dumps(record), f"{what} {key}: {owner!r}"[:300]
+
+
+def places(value: Any) -> Any:
+    """(container, key) of everything in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in list(items):
+        yield value, key
+        if isinstance(child, dict | list):
+            yield from places(child)
+
+
+@pytest.mark.timeout(600)
+def test_mutations(
+    pristine: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    chance = random.Random(SEED)
+    codes: dict[tuple[str, str, int], int] = {}
+    run = tmp_path / "run"
+    shutil.copytree(pristine, run)
+    for number in range(MUTATIONS):
+        name = FILES[number % len(FILES)]
+        text, what = mutate((pristine / name).read_text(), chance)
+        (run / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+        for verb, *rest in (["status"], COMMANDS[number // len(FILES) % len(COMMANDS)]):
+            code = run_app([verb, str(run), *rest])
+            out, err = capfd.readouterr()
+            err += caplog.text  # on stderr, where no test listens
+            caplog.clear()
+            said = f"mutation {number} of {name} ({what}): {verb} -> {code}\n{out}{err}"
+            assert code in (0, 1, 2), said
+            assert "Traceback" not in err, said
+            assert "internal error" not in err, said
+            check(name, verb, code, out + err, said)
+            codes[name, verb, code] = codes.get((name, verb, code), 0) + 1
+        shutil.copy(pristine / name, run / name)
+    # Each file was found damaged and found good, and never took the rest with it.
+    assert codes["run.json", "status", 2] > 10
+    assert codes[FILES[0], "query", 0] > 10
+    assert codes["_SEALED.json", "verify", 1] > 10
+
+
+def check(name: str, verb: str, code: int, text: str, said: str) -> None:
+    """What the command may answer where this file is bad."""
+    if name == "run.json":
+        assert code != 2 or "run.json" in text, said
+        return
+    if verb == "status":
+        assert code == 1, said  # a shard was given up, whatever else is wrong
+        assert "its worker died again" in text or name.startswith("failed"), said
+    if verb == "query" and code == 0:
+        # 12 samples without the shard given up; without that of the bad marker, too.
+        assert any(f" {rows} " in text for rows in (8, 10)), said
+        is_left_out = " 8 " in text
+        assert not is_left_out or name in text, said
+    if code == 2:
+        # The one part that a marker names cannot be found.
+        assert name == FILES[0], said
+        assert "nothing-here" in text or "latents/" in text or "images/" in text, said
+
+
+def test_the_bad_one_is_named_and_the_rest_works(
+    pristine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pristine, run)
+    (run / FILES[0]).write_text('{"shard": "two"}')
+    (run / "_SEALED.json").write_text("[1, 2")
+    assert run_app(["status", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert "4 of 6 committed, 1 pending" in out
+    assert "commits/00002.json: damaged (shard: Input should be a valid integer)" in out
+    assert "_SEALED.json: damaged (Invalid JSON" in out
+    assert run_app(["query", str(run), ROWS]) == 0
+    assert " 8 " in capsys.readouterr().out
+    assert f"left out: {run}/commits/00002.json" in caplog.text
+    assert run_app(["report", str(run)]) == 0
+    assert run_app(["verify", str(run)]) == 1
