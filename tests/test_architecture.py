@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "tasks", "pipeline")
 PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich", "fastapi", "starlette", "uvicorn"}
-TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "faiss", "matplotlib"}
+TASKS_UP = {"pydantic", "pyarrow", "fsspec", "s3fs", "duckdb", "faiss"}
 
 
 def imported(path: Path) -> set[str]:

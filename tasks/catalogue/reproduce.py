@@ -1,5 +1,6 @@
 """Where a row comes from, and the proof: its batch is worked on again and compared byte by byte."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,8 @@ def reproduce(run_uri: str, key: str, device: str = "cpu") -> Reproduction:
         stored = _stored(session, snapshot, key)
     station = load_station(load_job(run_uri), device)
     _check_weights(snapshot, station)
-    again = _again(run_uri, station, int(stored["shard"]), key)
+    marker = snapshot.markers[int(stored["shard"])]
+    again = _again(run_uri, station, (marker.shard, *(c.shard for c in marker.covers)), key)
     return Reproduction(
         provenance=_provenance(run_uri, snapshot, stored),
         found=_compared(stored, again, snapshot.codes.dtype if snapshot.codes else "float32"),
@@ -83,19 +85,20 @@ def _check_weights(snapshot: Snapshot, station: Station) -> None:
             )
 
 
-def _again(run_uri: str, station: Station, shard: int, key: str) -> Row:
-    spec = read_shard_spec(run_uri, shard)
-    attempt = Attempt(spec, open_run(run_uri), station.stages)
-    with ThreadPoolExecutor(POOL_THREADS) as pool:
-        for batch in station.read(attempt, pool):
-            if key in batch.keys:
-                at = list(batch.keys).index(key)
-                fill_row(batch, station.work(batch), station, at)
-                return batch.rows[at]
+def _again(run_uri: str, station: Station, shards: Iterable[int], key: str) -> Row:
+    """The row anew, out of one of the shards whose rows lie together."""
+    for shard in dict.fromkeys(shards):
+        attempt = Attempt(read_shard_spec(run_uri, shard), open_run(run_uri), station.stages)
+        with ThreadPoolExecutor(POOL_THREADS) as pool:
+            for batch in station.read(attempt, pool):
+                if key in batch.keys:
+                    at = list(batch.keys).index(key)
+                    fill_row(batch, station.work(batch), station, at)
+                    return batch.rows[at]
         for row in attempt.rows:  # it failed before any work
             if row.sample_key == key:
                 return row
-    raise ConfigError(f"{spec.uri} holds no sample {key!r} any more; the input has changed")
+    raise ConfigError(f"the input of {run_uri} holds no sample {key!r} any more; it has changed")
 
 
 def _compared(stored: dict[str, Any], row: Row, dtype: str) -> dict[str, str]:

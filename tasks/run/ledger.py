@@ -26,10 +26,11 @@ work are not sent back. tests/tasks/run/test_protocol.py walks through all inter
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -235,10 +236,10 @@ def read_declared(run_uri: str) -> Declared:
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
-    return declared_by(read_run(run_uri))
+    return declared_by(read_run(run_uri), run_uri)
 
 
-def declared_by(record: Mapping[str, Any]) -> Declared:
+def declared_by(record: Mapping[str, Any], run_uri: str) -> Declared:
     """The same of a run.json that was read."""
     found: dict[str, Any] | None = record["declared"]
     try:
@@ -355,21 +356,38 @@ class Commits:
                 raise error
 
 
-def read_commits(run_uri: str, *, with_parts: bool = False) -> Commits:
+def place_of(name: str) -> tuple[int, int] | None:
+    """Shard and generation of a file in commits/."""
+    match = _PLACE.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def read_commits(
+    run_uri: str,
+    *,
+    with_parts: bool = False,
+    names: Iterable[str] | None = None,
+    known: Mapping[int, tuple[int, Marker]] = MappingProxyType({}),
+) -> Commits:
     """All commits: one listing, and one GET of about 1 KB for each shard.
 
     Args:
         with_parts: see by a listing of each of their folders that all parts are there.
+        names: of the files in commits/, where they are listed already.
+        known: generation and commit of shards that need not be read again.
     """
     found = Commits()
-    for name, _, _ in list_files(join(run_uri, "commits"), LedgerError):
-        if match := _PLACE.fullmatch(name):
-            shard, generation = int(match[1]), int(match[2] or 0)
-            found.last[shard] = max(generation, found.last.get(shard, 0))
+    if names is None:
+        names = (name for name, _, _ in list_files(join(run_uri, "commits"), LedgerError))
+    for shard, generation in filter(None, map(place_of, names)):
+        found.last[shard] = max(generation, found.last.get(shard, 0))
     shards = sorted(found.last)
+
+    def counted(shard: int) -> tuple[int, Marker | DamagedError | None]:
+        return known.get(shard) or _counted(run_uri, shard, found.last[shard])
+
     with ThreadPoolExecutor(_READERS) as pool:
-        places = pool.map(lambda shard: _counted(run_uri, shard, found.last[shard]), shards)
-        for shard, (generation, place) in zip(shards, places, strict=True):
+        for shard, (generation, place) in zip(shards, pool.map(counted, shards), strict=True):
             if place is None:
                 continue
             found.counted[shard] = generation

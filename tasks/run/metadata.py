@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from models.cache import cache_folder
 from models.errors import LedgerError
 from tasks.run import ledger
 from tasks.run.marker import Marker
-from tasks.storage.files import file_info, join, list_files, open_write, read_bytes, remove
+from tasks.storage.files import file_info, join, list_files, open_write, remove
 from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
 
 FOLDER = "metadata"
@@ -100,8 +101,8 @@ class Snapshot:
 
     Attributes:
         record: run.json.
-        markers: by shard, in order; of the latest commit of each.
-        tags: of the markers' files, as listed before they were read.
+        commits: of each shard the latest.
+        tags: of the files in commits/, as listed before they were read.
         segments: metadata files, each with the shards that are read there.
         fresh: rows of all other shards, as in a metadata file; None where there are none.
         codes: None while no row is committed.
@@ -110,13 +111,18 @@ class Snapshot:
     uri: str
     record: dict[str, Any]
     declared: ledger.Declared
-    markers: dict[int, Marker]
+    commits: ledger.Commits
     tags: dict[int, str]
     quarantined: dict[int, ledger.Quarantined]
     is_sealed: bool
     segments: tuple[Segment, ...]
     fresh: pa.Table | None
     codes: CodeLayout | None
+
+    @property
+    def markers(self) -> dict[int, Marker]:
+        """The commits that count, by shard, in order."""
+        return self.commits.markers
 
     @property
     def num_rows(self) -> int:
@@ -142,78 +148,77 @@ def read_snapshot(run_uri: str) -> Snapshot:
         sealed = pool.submit(file_info, join(run_uri, "_SEALED.json"))
         failed = pool.submit(lambda: list(list_files(join(run_uri, "failed"), LedgerError)))
         files = pool.submit(lambda: list(list_files(join(run_uri, FOLDER), LedgerError)))
-        tags = _tags(run_uri)  # before any marker is read: a later commit then looks like new
+        tags, names = _listed(run_uri)  # before any marker is read: a later commit looks like new
         run = record.result()
         found = [(join(run_uri, FOLDER, name), size) for name, size, _ in files.result()]
         found += [(str(path), path.stat().st_size) for path in _cache(run).glob("*.parquet")]
         # The largest file first: of a sealed run it is the only one that is opened.
         found.sort(key=lambda file: file[0].rsplit("/", 1)[-1], reverse=True)
-        segments, markers = _covered(found, tags)
-        read = pool.map(lambda shard: _read_marker(run_uri, shard), sorted(tags - markers.keys()))
-        new = {marker.shard: marker for marker in read if marker is not None}
-        # A run that was copied has other times on its files, and the same markers.
+        segments, known = _known(found, tags)
+        commits = ledger.read_commits(run_uri, names=names, known=known)
+        left = dict(commits.markers)
         for number, segment in enumerate(segments):
-            same = {s: m for s, m in new.items() if segment.held.get(s) == m}
-            markers |= same
-            segments[number] = replace(segment, shards=segment.shards | same.keys())
-            new = {s: m for s, m in new.items() if s not in same}
-        tables = list(
-            pool.map(lambda m: part_rows(run_uri, m), (m for m in new.values() if m.rows))
-        )
+            # By what they say: a run that was copied has other times on its files.
+            same = {s for s, marker in left.items() if segment.held.get(s) == marker}
+            segments[number] = replace(segment, shards=frozenset(same))
+            left = {s: marker for s, marker in left.items() if s not in same}
+        tables = list(pool.map(partial(part_rows, run_uri), (m for m in left.values() if m.rows)))
     fresh = pa.concat_tables(tables, promote_options="permissive") if tables else None
     segments = [segment for segment in segments if segment.shards]
     codes = segments[0].codes if segments else fresh and _layout(fresh.schema.metadata)
     snapshot = Snapshot(
         uri=run_uri,
         record=run,
-        declared=ledger.declared_by(run),
-        markers=dict(sorted({**markers, **new}.items())),
+        declared=ledger.declared_by(run, run_uri),
+        commits=commits,
         tags=tags,
-        quarantined=ledger.read_quarantine(run_uri) if failed.result() else {},
+        quarantined=ledger.read_quarantine(run_uri, commits) if failed.result() else {},
         is_sealed=sealed.result() is not None,
         segments=tuple(segments),
         fresh=fresh,
         codes=codes or None,
     )
-    _remember(snapshot, len(new))
+    _remember(snapshot, len(left))
     return snapshot
 
 
 def has_moved(snapshot: Snapshot) -> bool:
     """Whether the run has gone on since: a commit, or a metadata file replaced by another."""
     segments = (file_info(segment.uri) for segment in snapshot.segments)
-    return None in segments or _tags(snapshot.uri) != snapshot.tags
+    return None in segments or _listed(snapshot.uri)[0] != snapshot.tags
 
 
-def _covered(
+def _listed(run_uri: str) -> tuple[dict[int, str], list[str]]:
+    """What says that a shard's places in commits/ are as they were, and the names there."""
+    tags: dict[int, str] = {}
+    names: list[str] = []
+    for name, size, etag in list_files(join(run_uri, "commits"), LedgerError):
+        place = ledger.place_of(name)
+        if place is not None:
+            names.append(name)
+            tags[place[0]] = f"{tags.get(place[0], '')}{place[1]}:{size}-{etag} "
+    return tags, names
+
+
+def _known(
     files: Sequence[tuple[str, int]], tags: Mapping[int, str]
-) -> tuple[list[Segment], dict[int, Marker]]:
-    """The metadata files that are needed, and the markers of the shards they hold as listed."""
+) -> tuple[list[Segment], dict[int, tuple[int, Marker]]]:
+    """The metadata files that are needed, and the commits in them that are as they were."""
     segments: list[Segment] = []
-    markers: dict[int, Marker] = {}
+    known: dict[int, tuple[int, Marker]] = {}
     for uri, size in files:
-        if tags.keys() <= markers.keys():
+        if tags.keys() <= known.keys():
             break
         segment, made_from = _open_segment(uri, size)
-        same = {s for s, tag in made_from.items() if tags.get(s) == tag and s not in markers}
-        markers |= {shard: segment.held[shard] for shard in same}
-        segments.append(replace(segment, shards=frozenset(same)))
-    return segments, markers
+        for shard, (tag, generation) in made_from.items():
+            if tags.get(shard) == tag:
+                known.setdefault(shard, (generation, segment.held[shard]))
+        segments.append(segment)
+    return segments, known
 
 
-def _read_marker(run_uri: str, shard: int) -> Marker | None:
-    """None where it is gone since the listing."""
-    uri = join(run_uri, "commits", f"{ledger.shard_name(shard)}.json")
-    try:
-        return Marker.from_json(read_bytes(uri, LedgerError), uri)
-    except LedgerError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-
-
-def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, str]]:
-    """A metadata file, and the tag of each marker it was made from."""
+def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, tuple[str, int]]]:
+    """A metadata file, and tag and generation of each commit it was made from."""
     fetched = Fetched.tail(size, FOOTER_BYTES)
     with part_errors(uri):
         footer = pq.read_metadata(PartFile(uri, size, fetched=fetched))
@@ -221,7 +226,11 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, str]]:
     values = footer.metadata or {}
     try:
         made_from = json.loads(zlib.decompress(base64.b64decode(values[b"markers"])))
-        held = {int(s): Marker.from_json(text.encode(), uri) for s, (_, text) in made_from.items()}
+        held: dict[int, Marker] = {}
+        for shard, (_, _, text) in made_from.items():
+            marker = Marker.from_json(text.encode(), uri)
+            assert isinstance(marker, Marker)
+            held[int(shard)] = marker
         codes = _layout(values)
     except (KeyError, ValueError, zlib.error) as error:
         raise LedgerError(
@@ -236,7 +245,7 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, str]]:
         fetched=fetched,
         codes=codes,
     )
-    return segment, {int(shard): tag for shard, (tag, _) in made_from.items()}
+    return segment, {int(s): (tag, generation) for s, (tag, generation, _) in made_from.items()}
 
 
 def _regions(footer: pq.FileMetaData) -> Iterator[Region]:
@@ -344,7 +353,7 @@ def write_metadata(run_uri: str) -> str | None:
                 some = waiting[at : at + 2 * READERS]
                 yield from pool.map(lambda marker: part_rows(run_uri, marker), some)
 
-    return _replace_segments(join(run_uri, FOLDER), tables(), markers, snapshot.tags)
+    return _replace_segments(snapshot, join(run_uri, FOLDER), tables(), markers)
 
 
 def refresh_metadata(run_uri: str) -> None:
@@ -371,7 +380,7 @@ def _fold(snapshot: Snapshot, own: Sequence[Segment], folder: str) -> None:
     shards |= {shard for segment in folded for shard in segment.shards}
     markers = {shard: snapshot.markers[shard] for shard in sorted(shards)}
     names = {segment.name for segment in kept}
-    _replace_segments(folder, tables, markers, snapshot.tags, names)
+    _replace_segments(snapshot, folder, tables, markers, names)
 
 
 def segment_rows(segment: Segment) -> pa.Table:
@@ -385,24 +394,20 @@ def segment_rows(segment: Segment) -> pa.Table:
     return table.replace_schema_metadata({"codes": layout})
 
 
-def _tags(run_uri: str) -> dict[int, str]:
-    return {
-        int(name.removesuffix(".json")): f"{size}-{etag}"
-        for name, size, etag in list_files(join(run_uri, "commits"), LedgerError)
-        if name.removesuffix(".json").isdigit()
-    }
-
-
 def _replace_segments(
+    snapshot: Snapshot,
     folder: str,
     tables: Iterable[pa.Table],
     markers: Mapping[int, Marker],
-    tags: Mapping[int, str],
     kept: Iterable[str] = (),
 ) -> str:
     earlier = [name for name, _, _ in list_files(folder, LedgerError) if name not in kept]
     uri = join(folder, f"{len(markers):06d}-{uuid.uuid4().hex[:8]}.parquet")
-    made_from = {s: (tags.get(s, ""), m.to_json().decode()) for s, m in markers.items()}
+    generations = snapshot.commits.counted
+    made_from = {
+        shard: (snapshot.tags[shard], generations[shard], marker.to_json().decode())
+        for shard, marker in markers.items()
+    }
     text = base64.b64encode(zlib.compress(json.dumps(made_from).encode()))
     with open_write(uri) as file:
         writer: pq.ParquetWriter | None = None
