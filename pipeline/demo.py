@@ -20,7 +20,7 @@ SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind,
 FROM latents ORDER BY status, psnr DESC"""
 EDITS = ("age", "smile")
 DOMAIN, STYLE, ADAPT_STEPS = "painted", "fantasy painting of a face", 40
-PHOTO_EDITS = {"smile": "-2", "age": "+2"}
+PHOTO_EDITS = {"age": "+2", "smile": "+2"}
 EDITS_SQL = "SELECT variant, count(*) AS pictures, avg(drift) AS drift FROM edits GROUP BY variant"
 
 

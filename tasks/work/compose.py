@@ -167,6 +167,8 @@ class Composer(StoredStation):
     def _composed(self, batch: Batch, rows: Sequence[int]) -> np.ndarray | SampleError:
         """Write one photograph's files; its seams by picture and face."""
         raw, input = batch.photos[rows[0]]
+        if raw.error is not None:
+            return raw.error
         if hashlib.sha256(raw.data or b"").hexdigest() != batch.rows[rows[0]].image_sha256:
             return SampleError("read", "the photograph is not the one that was inverted")
         try:
