@@ -57,11 +57,11 @@ def scene(
         side = rng.uniform(0.45, 0.75) * min(cell, size[1])
         turn = np.exp(1j * np.radians(rng.uniform(-15, 15)))
         centre = complex(cell * (number + 0.5), size[1] * rng.uniform(0.42, 0.58))
-        places.append(_paste(photo, picture, side * turn, centre, points))
+        places.append(paste_square(photo, picture, side * turn, centre, points))
     return photo, np.array(places)
 
 
-def _paste(
+def paste_square(
     photo: Image.Image, picture: Image.Image, across: complex, centre: complex, points: np.ndarray
 ) -> np.ndarray:
     """Draw a square picture about a place, its upper side along `across`; its points there."""

@@ -1,6 +1,7 @@
 """From raw photographs to photographs with other faces in them, by the commands a user gives."""
 
 import io
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from models.detection import mtcnn
 from pipeline.cli import run_app
+from pipeline.demo_data import write_demo_photograph
 from tasks.run.ledger import read_declared, read_markers
 from tasks.run.query import query
 from tests.pipeline.photo_scenes import (
@@ -394,3 +396,25 @@ def test_export(several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     both = ["--picture", "input", "--picture", "inversion"]
     assert run_app(["export", run, str(tmp_path / "c"), *both]) == 0
     assert (tmp_path / "c/inversion/deep/two.jpg#1.png").is_file()
+
+
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/photos.md from its first to its last command, on the photograph that it shows."""
+    page = (Path(__file__).parents[2] / "docs" / "photos.md").read_text()
+    block = page.partition("```sh\n")[2].partition("```")[0]
+    commands = [line.partition("  #")[0] for line in block.splitlines() if "refinery " in line[:9]]
+    assert [command.split()[1] for command in commands] == ["invert", "edit", "compose", "export"]
+    monkeypatch.chdir(tmp_path)
+    write_demo_photograph(Path("photos"))
+    for command in commands:
+        _, name, *rest = shlex.split(command)
+        assert run_app([name, *rest, *([] if name == "export" else INLINE)]) == 0, command
+    before = reopened(Path("photos/astronaut.png"))
+    after = reopened(Path("runs/photos/photos/age+2/astronaut.png"))
+    old, new = np.array(before).astype(int), np.array(after).astype(int)
+    face = np.s_[90:150, 195:260]
+    assert 2 < np.abs(new - old)[face].mean() < 40
+    outside = np.ones(old.shape[:2], bool)
+    outside[40:200, 150:300] = False
+    np.testing.assert_array_equal(old[outside], new[outside])
+    assert reopened(Path("faces/astronaut.png#0.png")).size == (64, 64)
