@@ -95,7 +95,7 @@ def test_a_change_keeps_the_detail_of_the_photograph() -> None:
     after = before.copy()
     paste(after, face, picture, picture, PasteConfig())
     np.testing.assert_array_equal(after, before)
-    edited = np.clip(picture.astype(int) + (0, 0, 20), 0, 255).astype(np.uint8)
+    edited = np.clip(picture.astype(int) + np.array([0, 0, 20]), 0, 255).astype(np.uint8)
     paste(after, face, edited, picture, PasteConfig(match=0.0))
     middle = np.s_[80:120, 130:170]
     moved = after[middle].astype(int) - before[middle]
