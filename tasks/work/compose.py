@@ -248,7 +248,10 @@ class Kept:
         turn = BACK.get(self.orientation)
         image = upright if turn is None else upright.transpose(turn)
         buffer = io.BytesIO()
-        image.save(buffer, format.upper(), **options)
+        try:
+            image.save(buffer, format.upper(), **options)
+        except Exception as problem:  # an EXIF block too long, a side beyond the format's limit
+            raise SampleError("compose", f"cannot be written as {format}: {problem}") from problem
         return buffer.getvalue(), suffix or SUFFIX[format]
 
 
