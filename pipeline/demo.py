@@ -1,11 +1,13 @@
 """`refinery demo`: the whole road on a small sample, on a local Ray, without a server."""
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import InvertConfig, load_config
+from pipeline.config import InvertConfig, RunConfig, load_config
 from pipeline.estimate import estimate
 from pipeline.progress import adaptation_line, progress_line
 from pipeline.run import Summary
@@ -18,6 +20,7 @@ SQL = """SELECT split_part(sample_key, ':', -1) AS picture, status, error_kind,
 FROM latents ORDER BY status, psnr DESC"""
 EDITS = ("age", "smile")
 DOMAIN, STYLE, ADAPT_STEPS = "painted", "fantasy painting of a face", 40
+PHOTO_EDITS = {"age": "+2", "smile": "+2"}
 EDITS_SQL = "SELECT variant, count(*) AS pictures, avg(drift) AS drift FROM edits GROUP BY variant"
 
 
@@ -29,7 +32,7 @@ def run_demo(
     adapt_steps: int = ADAPT_STEPS,
 ) -> int:
     """Make the sample, plan, invert (e4e, then 20 steps of wplus), query; learn a domain from a
-    text, edit what was inverted; report.
+    text, edit what was inverted; find the face in a photograph, edit it and put it back; report.
 
     Args:
         out: a new folder `demo-<time>` is made in it.
@@ -66,10 +69,59 @@ def run_demo(
     console.print(query_table(query(run_uri, SQL), console.width))
 
     edited = _edit(console, error_console, folder, run_uri, settings, adapt_steps)
+    composed = _compose(console, error_console, folder, settings)
     _say(console, "The reports, each one file to open in a browser")
-    for found in (summary, edited):
+    done = [summary, edited, *composed]
+    for found in done:
         console.print(str(Path(found.report_uri).absolute()), highlight=False, soft_wrap=True)
-    return 0 if summary.is_clean and edited.is_clean else 1
+    return 0 if all(found.is_clean for found in done) else 1
+
+
+def _compose(
+    console: Console, error_console: Console, folder: Path, made: InvertConfig
+) -> list[Summary]:
+    """A raw photograph: align, invert, edit, compose. What it needs and is not there is said."""
+    from models.checkpoints.load import load_generator
+    from models.editing.find import known_directions
+    from models.errors import AssetError
+    from pipeline.config import load_stored_config
+    from pipeline.demo_data import write_demo_photograph
+    from pipeline.edit import Wishes, load_edit_config
+    from pipeline.run import carry_out
+    from tasks.input.detect import load_mtcnn
+
+    generator = load_generator(made.job.generator)
+    known = known_directions(generator, ())
+    wished = [f"{name}={strength}" for name, strength in PHOTO_EDITS.items() if name in known]
+    lacks = None if wished else f"no direction fits the generator {made.job.generator}"
+    if lacks is None and "template" not in generator.provenance.get("card", {}):
+        lacks = f"the card of the generator {made.job.generator} names no template of a face"
+    try:
+        load_mtcnn()
+    except AssetError as error:
+        lacks = lacks or str(error)
+    if lacks is not None:
+        _say(console, f"A photograph is left out: {lacks}")
+        return []
+    photos, place = write_demo_photograph(folder / "photos"), str(folder / "photo")
+    flags = "".join(f" --edit {wish}" for wish in wished)
+    inverted, edited, composed = (f"{place}-{what}" for what in ("run", "edits", "composed"))
+    _say(console, f"refinery invert {photos} {inverted} --align")
+    input = replace(made.job.input, fit="align", detector="mtcnn")
+    engine = [f"engine.kind={made.engine.kind}"]
+    config: RunConfig[Any] = replace(made, job=replace(made.job, input=input))
+    summaries = []
+    with progress_line(error_console) as on_progress:
+        summaries.append(carry_out(photos, inverted, config, on_progress=on_progress))
+        _say(console, f"refinery edit {inverted} {edited}{flags} --each")
+        config = load_edit_config(inverted, None, engine, Wishes(edits=wished, is_each=True))
+        summaries.append(carry_out(inverted, edited, config, on_progress=on_progress))
+        _say(console, f"refinery compose {edited} {composed}")
+        config = load_stored_config("compose", edited, None, engine)
+        summaries.append(carry_out(edited, composed, config, on_progress=on_progress))
+    for path in sorted(Path(composed).glob("photos/*/*")):
+        console.print(str(path.absolute()), highlight=False, soft_wrap=True)
+    return summaries
 
 
 def _edit(

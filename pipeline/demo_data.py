@@ -116,6 +116,17 @@ def aligned_astronaut(size: int) -> np.ndarray:
     return crop.picture
 
 
+def write_demo_photograph(folder: Path) -> str:
+    """The whole photograph of the demo's one real face, neither cropped nor aligned.
+
+    Returns:
+        The folder, ready as the input of `refinery invert --align`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "astronaut.png").write_bytes(_png(astronaut()))
+    return str(folder)
+
+
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)

@@ -45,7 +45,8 @@ very large picture can be (12 / 1500 of its longer side)."""
 MAX_CANDIDATES = 4096
 """Kept of one size of the pyramid, best first: a crowd has a few hundred faces."""
 UPRIGHT_POINTS = np.array([0.32 + 0.4j, 0.68 + 0.4j, 0.5 + 0.62j, 0.33 + 0.755j, 0.67 + 0.755j])
-"""Mean of the five points in the last network's square, over upright training faces."""
+"""Where the last network's square has the five points of an upright face: means over held-out
+faces, made symmetric."""
 
 
 class Stage(NamedTuple):
@@ -113,8 +114,8 @@ class FoundFace:
 class Mtcnn:
     """Finds faces in one picture at a time; all candidates of a stage are one batch.
 
-    It computes on the CPU, in the thread that calls it and with one thread of PyTorch, so the same
-    picture gives the same bytes whatever else runs.
+    It computes on the CPU, in the thread that calls it, which it sets to one thread of PyTorch: the
+    same picture gives the same bytes whatever else runs.
     """
 
     hash = hashlib.sha256("".join(stage.sha256 for stage in STAGES).encode()).hexdigest()

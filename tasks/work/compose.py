@@ -167,6 +167,8 @@ class Composer(StoredStation):
     def _composed(self, batch: Batch, rows: Sequence[int]) -> np.ndarray | SampleError:
         """Write one photograph's files; its seams by picture and face."""
         raw, input = batch.photos[rows[0]]
+        if raw.error is not None:
+            return raw.error
         if hashlib.sha256(raw.data or b"").hexdigest() != batch.rows[rows[0]].image_sha256:
             return SampleError("read", "the photograph is not the one that was inverted")
         try:
@@ -246,7 +248,10 @@ class Kept:
         turn = BACK.get(self.orientation)
         image = upright if turn is None else upright.transpose(turn)
         buffer = io.BytesIO()
-        image.save(buffer, format.upper(), **options)
+        try:
+            image.save(buffer, format.upper(), **options)
+        except Exception as problem:  # an EXIF block too long, a side beyond the format's limit
+            raise SampleError("compose", f"cannot be written as {format}: {problem}") from problem
         return buffer.getvalue(), suffix or SUFFIX[format]
 
 

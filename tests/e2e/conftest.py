@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_tiny_generator
-from tests.e2e.small_dataset import Dataset, run_inline, run_kind, write_dataset
+from tests.e2e.small_dataset import Dataset, run_aligned, run_inline, run_kind, write_dataset
 from tests.local_ray import shared_ray
 from tests.s3_server import S3Server
 from tests.tasks.small_edit import write_direction, write_domain
@@ -41,7 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calm(dataset: Dataset, undisturbed: str, place: Path) -> dict[str, str]:
     """A finished run of each kind that nothing happened to."""
     runs = {"invert": undisturbed}
-    for kind in ("edit", "rescore", "index"):
+    assert run_aligned(dataset, str(place / "aligned")).is_clean
+    for kind in ("edit", "rescore", "index", "compose"):
         runs[kind] = str(place / kind)
         summary = run_kind(kind, dataset, undisturbed, place, runs[kind])
         assert summary.is_clean

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from models.checkpoints.native import save_generator
@@ -14,6 +15,7 @@ from pipeline.config import RunConfig, load_config, load_stored_config
 from pipeline.edit import Wishes, load_edit_config
 from pipeline.run import Summary, carry_out
 from tasks.edit_job import EditJobConfig
+from tasks.input.align import FACE_POINTS
 from tasks.run.ledger import read_markers
 from tasks.run.query import query
 
@@ -98,6 +100,24 @@ def index_inline(source: str, out: str, *sets: str) -> Summary:
     return carry_out(source, out, load_stored_config("index", source, None, [*plain, *sets]))
 
 
+def find_face(picture: np.ndarray) -> list[tuple[float, float]]:
+    """A detector: a face of half the picture's size in its middle."""
+    return [(0.25 + x / 2, 0.25 + y / 2) for x, y in FACE_POINTS]
+
+
+def run_aligned(dataset: Dataset, out: str) -> Summary:
+    """Inversions that know where in their pictures they are."""
+    detector = f"{__name__}:find_face"
+    sets = ["input.fit=align", "input.template=face", f"input.detector={detector}"]
+    return run_inline(dataset, out, *sets)
+
+
+def compose_inline(source: str, out: str) -> Summary:
+    """The inversions of an aligned run back in their pictures, all stages in this process."""
+    plain = ["batch=2", "engine.kind=inline", "engine.retry_wait_s=0.1"]
+    return carry_out(source, out, load_stored_config("compose", source, None, plain))
+
+
 def run_kind(kind: str, dataset: Dataset, source: str, place: Path, out: str) -> Summary:
     """A job of each kind: over the dataset, or over its finished run `source`."""
     if kind == "invert":
@@ -106,6 +126,8 @@ def run_kind(kind: str, dataset: Dataset, source: str, place: Path, out: str) ->
         return rescore_inline(source, out)
     if kind == "index":
         return index_inline(source, out)
+    if kind == "compose":
+        return compose_inline(str(place / "aligned"), out)
     return carry_out(source, out, edit_config(source, place, "engine.kind=inline"))
 
 

@@ -21,6 +21,7 @@ from tasks.job import InputConfig, Job, JobConfig, MethodConfig, OutputConfig
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
 from tasks.work.kinds import KINDS, job_class, load_job
+from tasks.work.paste import PasteConfig
 from tests.tasks.small_edit import make_source, write_direction, write_domain
 from tests.tasks.small_run import DECLARED
 
@@ -38,7 +39,9 @@ def another(kind: Any, default: Any) -> Any:
         return [get_args(inner[0])[-1]] if get_args(inner[0]) else ["other"]
     if kind is int:
         return default + 1
-    return {str: f"other-{default}", float: 0.75, bool: not default}[kind]
+    if kind is float:
+        return (default or 1.5) / 2
+    return {str: f"other-{default}", bool: not default}[kind]
 
 
 def scalars(cls: type, default: object) -> Iterator[tuple[str, Any]]:
@@ -140,14 +143,17 @@ def test_every_field_of_other_jobs_arrives(kind: str, source: str, tmp_path: Pat
     default = load_stored_config(kind, source).job
     from_source = {"source", "source_run", "generator", "method"}
     own = {k: v for k, v in scalars(type(default), default) if k not in from_source}
-    output = dict(scalars(OutputConfig, default.output))
-    fields = {field.name for field in dataclasses.fields(default)}
-    assert fields == own.keys() | from_source | {"output"}
-    config = load_stored_config(kind, source, None, [*sets("", own), *sets("output.", output)])
+    fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    tables = {name: table for name, table in fields.items() if dataclasses.is_dataclass(table)}
+    inner = {name: dict(scalars(type(table), table)) for name, table in tables.items()}
+    assert fields.keys() == own.keys() | from_source | inner.keys()
+    flags = [flag for name, values in inner.items() for flag in sets(f"{name}.", values)]
+    config = load_stored_config(kind, source, None, [*sets("", own), *flags])
     job = kept(config.job, tmp_path / "out")
     assert job == config.job
     check(job, own)
-    check(job.output, output)
+    for name, values in inner.items():
+        check(getattr(job, name), values)
     assert (job.source, job.source_run) == (source, ledger.read_run(source)["run_id"])
 
 
@@ -164,4 +170,5 @@ def test_the_law_sees_each_table() -> None:
             waiting += get_type_hints(kind).values()
     named = {"StrengthConfig", "BlendConfig"}
     seen = {*map(job_class, KINDS), VariantConfig, InputConfig, OutputConfig, MethodConfig}
+    seen |= {PasteConfig}
     assert {kind.__name__ for kind in tables} == {kind.__name__ for kind in seen} | named
