@@ -19,7 +19,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +47,13 @@ class Samples:
 
     Attributes:
         ending: of the pictures' files, "png".
+        problems: what went wrong while a tool was reading, which it may hide in an error of its own.
     """
 
     uri: str
     markers: dict[int, Marker]
     ending: str
+    problems: list[BaseException] = field(default_factory=list)
 
     def shards(self) -> Iterator[tuple[int, pa.Table]]:
         """Number and rows of each shard, in order of keys: latents and pictures; pictures of failed
@@ -77,17 +79,24 @@ class Samples:
         schema = pa.unify_schemas(schemas)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for _, table in self.shards():
-                found = convert(table)
-                columns = [
-                    found[field.name]
-                    if field.name in found.column_names
-                    else pa.nulls(found.num_rows, field.type)
-                    for field in schema
-                ]
-                yield from pa.table(columns, schema=schema).to_batches()
+            try:
+                for _, table in self.shards():
+                    yield from _as_schema(convert(table), schema).to_batches()
+            except BaseException as error:
+                self.problems.append(error)
+                raise
 
         return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema; those that are not there are null."""
+    there = set(table.column_names)
+    columns = [
+        table[each.name] if each.name in there else pa.nulls(table.num_rows, each.type)
+        for each in schema
+    ]
+    return pa.table(columns, names=schema.names).cast(schema)
 
 
 def export_table(run_uri: str, folder: str, form: str) -> int:
@@ -126,7 +135,12 @@ def export_table(run_uri: str, folder: str, form: str) -> int:
             shutil.rmtree(place)
         place.mkdir(parents=True, exist_ok=True)
         (place / CLAIM).write_text(json.dumps(claim))
-        rows = FORMS[form](samples, place)
+        try:
+            rows = FORMS[form](samples, place)
+        except Exception as error:
+            if samples.problems:
+                raise samples.problems[0] from error
+            raise
         (place / CLAIM).write_text(json.dumps({**claim, "rows": rows}))
         if place != target:
             place.rename(target)
@@ -196,7 +210,7 @@ def _members(table: pa.Table, number: int, ending: str) -> Iterator[tuple[str, b
 
 def _datasets(samples: Samples, folder: Path) -> int:
     reader = samples.of_columns(lambda table: table)
-    features = {field.name: feature(field) for field in reader.schema}
+    features = {each.name: feature(each) for each in reader.schema}
     schema = reader.schema.with_metadata(
         {"huggingface": json.dumps({"info": {"features": features}})}
     )
@@ -205,12 +219,8 @@ def _datasets(samples: Samples, folder: Path) -> int:
         rows += marker.rows
         path = folder / "data" / f"train-{at:05d}-of-{total:05d}.parquet"
         if not path.exists():
-            table = samples.read(marker)
-            missing = [field for field in schema if field.name not in table.column_names]
-            for field in missing:
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
             with open_write(str(path)) as file:
-                pq.write_table(table.select(schema.names).cast(schema), file, compression="zstd")
+                pq.write_table(_as_schema(samples.read(marker), schema), file, compression="zstd")
     return rows
 
 
@@ -254,24 +264,19 @@ def _lance(samples: Samples, folder: Path) -> int:
 def _plain(table: pa.Table) -> pa.Table:
     """Lists of any length, single precision, no extras in the schema."""
     table = _pictures_as_bytes(table)
-    kinds = {
-        field.name: pa.list_(
-            pa.float32() if field.type.value_type == pa.float16() else field.type.value_type
-        )
-        for field in table.schema
-        if pa.types.is_fixed_size_list(field.type)
-    }
-    schema = pa.schema(
-        pa.field(field.name, kinds.get(field.name, field.type)) for field in table.schema
-    )
-    return table.cast(schema)
+    kinds = [
+        pa.list_(pa.float32() if each.type.value_type == pa.float16() else each.type.value_type)
+        if pa.types.is_fixed_size_list(each.type)
+        else each.type
+        for each in table.schema
+    ]
+    return table.cast(pa.schema(zip(table.column_names, kinds, strict=True)))
 
 
 def _pictures_as_bytes(table: pa.Table) -> pa.Table:
-    for at, field in enumerate(table.schema):
-        if field.type == PICTURE:
-            data = pc.struct_field(table[field.name], "bytes")
-            table = table.set_column(at, field.name, data)
+    for at, each in enumerate(table.schema):
+        if each.type == PICTURE:
+            table = table.set_column(at, each.name, pc.struct_field(table[each.name], "bytes"))
     return table.replace_schema_metadata(None)
 
 

