@@ -47,7 +47,7 @@ class Samples:
 
     Attributes:
         ending: of the pictures' files, "png".
-        problems: what went wrong while a tool was reading, which it may hide in an error of its own.
+        problems: what went wrong while a tool was reading, which may hide it in its own error.
     """
 
     uri: str
