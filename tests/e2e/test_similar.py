@@ -222,6 +222,8 @@ def test_duplicates(
         [f"face-{n:02d}.png", f"face-{n + 40:02d}.png"] for n in range(3)
     ]
     assert sorted(groups) == [1, 2, 3]
+    nothing = ["duplicates", coded, "--index", indexed, "--threshold", "0.0001"]
+    assert ask(capsys, tmp_path, *nothing) == []
     assert "expected a share between 0 and 1" in refused(
         capsys, "duplicates", coded, "--index", indexed, "--threshold", "2"
     )
@@ -279,6 +281,9 @@ def test_bad_questions_are_one_line(
     np.save(tmp_path / "short.npy", np.zeros(7))
     short = ["--vector", str(tmp_path / "short.npy")]
     assert "it has 7 values" in refused(capsys, *common, *short)
+    (tmp_path / "twice.csv").write_text("sample_key,age\na,1\na,2\n")
+    twice = ["--key", "face-03.png", "--table", str(tmp_path / "twice.csv")]
+    assert "a sample_key is there twice" in refused(capsys, *common, *twice)
     (tmp_path / "bad.npy").write_bytes(b"nothing")
     assert "cannot be read" in refused(capsys, *common, "--vector", str(tmp_path / "bad.npy"))
 
