@@ -276,6 +276,8 @@ def test_bad_questions_are_one_line(
         (["similar", coded, "--index", coded, "--key", "a"], "is a run, not an index"),
         (["similar", str(tmp_path), "--key", "a"], "no run here"),
         (["index", calm["edit"], str(tmp_path / "x"), *FLAGS], "start from that one"),
+        (["index", coded, "--space", "identity", *FLAGS], "needs a face network"),
+        (["index", coded, "--space", "clip", *FLAGS], "has stored no pictures, only codes"),
     ):
         assert wanted in refused(capsys, *command)
     np.save(tmp_path / "short.npy", np.zeros(7))
