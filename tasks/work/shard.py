@@ -38,6 +38,8 @@ def do_shard(
     crash_point("before_read", spec.id)
     attempt = Attempt(spec, run, station.stages)
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
+        # Threads are for encoding pictures; without any they only cost.
+        each = pool.map if station.layout.pictures else map
         for batch in station.read(attempt, pool):
             with lock or nullcontext():
                 crash_point("in_work", spec.id)
@@ -45,5 +47,5 @@ def do_shard(
             attempt.watch.add(result.seconds)
             attempt.notes += result.notes
             with attempt.watch("write"):
-                list(pool.map(partial(fill_row, batch, result, station), range(len(batch))))
+                list(each(partial(fill_row, batch, result, station), range(len(batch))))
         return attempt.commit(station.layout, station.device_name)
