@@ -35,6 +35,7 @@ from tasks.run.parts import to_arrow
 from tasks.run.query import query
 from tasks.run.vectors import Exact, Projection, open_vectors
 from tasks.similar.index import RERANKED, Index
+from tasks.work.index import Indexer
 
 HERE = Path(__file__).parent
 SHARD = 10_000
@@ -43,6 +44,7 @@ SPECTRUM = 384
 QUESTIONS = 100
 K = 10
 WANTED = 0.99
+KEPT = "q.npz"
 Search = Callable[[np.ndarray], list[np.ndarray]]
 """Projected questions [Q P] to row numbers of candidates, for each."""
 
@@ -92,6 +94,8 @@ def real_codes(run: str) -> np.ndarray:
 
 def make_codes(real: np.ndarray, rows: int, folder: Path) -> Codes:
     """An index of `rows` codes in parts of `SHARD`: the real ones first, then made-up ones."""
+    if (folder / KEPT).exists():
+        return _kept(folder)
     rng = np.random.default_rng(0)
     held_out = rng.permutation(len(real))[: QUESTIONS // 2]
     known = np.delete(real, held_out, 0)[:rows]
@@ -125,13 +129,25 @@ def make_codes(real: np.ndarray, rows: int, folder: Path) -> Codes:
         )
         nearest = np.take_along_axis(every, order, 1)
         truth = np.take_along_axis(numbers, order, 1)
+    projection.write(str(folder))
+    np.save(folder / "projected.npy", projected)
+    is_real = np.arange(QUESTIONS) < len(held_out)
+    np.savez(folder / KEPT, asked=asked, truth=truth, real=is_real)
+    return _kept(folder)
+
+
+def _kept(folder: Path) -> Codes:
+    """What an earlier call has made."""
+    questions = np.load(folder / KEPT)
+    index = reopened(str(folder))
+    size = sum(path.stat().st_size for path in folder.glob("*.vectors"))
     return Codes(
-        index=open_parts(folder, projection, parts),
-        projected=projected,
-        asked=asked,
-        truth=truth,
-        is_real=np.arange(QUESTIONS) < len(held_out),
-        bytes_per_row=sum(part.bytes for part in parts["vectors"]) / rows,
+        index=index,
+        projected=np.load(folder / "projected.npy"),
+        asked=questions["asked"],
+        truth=questions["truth"],
+        is_real=questions["real"],
+        bytes_per_row=size / len(index),
     )
 
 
@@ -396,18 +412,17 @@ def cold(folder: Path, codes: Codes) -> dict[str, float]:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     np.save(folder / "question.npy", codes.asked[:1])
-    codes.index.projection.write(str(folder))
     program = (
         "import sys, time; from benchmarks.similar import reopened; import numpy as np\n"
-        "index_of, start = reopened, time.perf_counter()\n"
-        "index = index_of(sys.argv[1]); opened = time.perf_counter()\n"
+        "start, busy = time.perf_counter(), time.process_time()\n"
+        "index = reopened(sys.argv[1]); opened = time.perf_counter()\n"
         "index.search(np.load(sys.argv[1] + '/question.npy'), 10)\n"
-        "print(opened - start, time.perf_counter() - start)"
+        "print(opened - start, time.perf_counter() - start, time.process_time() - busy)"
     )
     command = [sys.executable, "-c", program, str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    opened, answered = map(float, done.stdout.split())
-    return {"opened_ms": 1e3 * opened, "answered_ms": 1e3 * answered}
+    opened, answered, busy = (1e3 * float(each) for each in done.stdout.split())
+    return {"opened_ms": opened, "answered_ms": answered, "answered_cpu_ms": busy}
 
 
 def reopened(folder: str) -> Index:
@@ -436,6 +451,9 @@ def build_rate(run: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = load_stored_config("index", run, None, ["engine.kind=inline"])
         plan(run, f"{folder}/index", config)
+        started = time.perf_counter()
+        Indexer(config.job, "cpu").projection(f"{folder}/index")  # else the first shard fits it
+        fitted_s = time.perf_counter() - started
         busy = time.process_time()
         outcome = work(f"{folder}/index", config.engine)
         busy = time.process_time() - busy
@@ -446,6 +464,7 @@ def build_rate(run: str) -> dict[str, float]:
         }
         return {
             "rows": outcome.rows,
+            "fitted_s": fitted_s,
             "per_s": outcome.rows / outcome.seconds,
             "per_cpu_s": outcome.rows / busy,
             **stages,
@@ -497,32 +516,39 @@ def _row(name: str, each: dict[str, Any]) -> str:
 
 
 def _goals(found: dict[str, Any]) -> Iterator[str]:
-    yield "| goal at 1,000,000 rows | measured | |"
-    yield "|---|---|---|"
+    yield "| at 1,000,000 rows | goal | by the clock | of processors | |"
+    yield "|---|---|---|---|---|"
     own = found["rows"].get("1000000", {}).get("refinery")
     if own is None:
         return
+    build = found.get("build", {})
     goals = [
-        ("recall@10 of real questions >= 0.99", own["recall_real"], own["recall_real"] >= 0.99),
-        ("<= 20 ms alone", own["alone"]["ms"], own["alone"]["ms"] <= 20),
-        ("<= 5 ms in batches of 100", own["batch"]["ms"], own["batch"]["ms"] <= 5),
-        ("<= 300 bytes a vector", own["bytes"], own["bytes"] <= 300),
+        ("recall@10 of real questions", ">= 0.99", own["recall_real"], None),
+        ("alone, ms", "<= 20", own["alone"]["ms"], own["alone"]["cpu_ms"]),
+        ("in batches of 100, ms a question", "<= 5", own["batch"]["ms"], own["batch"]["cpu_ms"]),
+        ("bytes a vector", "<= 300", own["bytes"], None),
+        ("build, vectors/s", ">= 20000", build.get("per_s"), build.get("per_cpu_s")),
         (
-            "a filter that keeps 1 %: no slower than without, ms",
-            own["filtered"]["ms"],
-            own["filtered"]["ms"] <= own["alone"]["ms"],
+            "first answer, cold local file, ms",
+            "< 150",
+            own["cold"]["answered_ms"],
+            own["cold"]["answered_cpu_ms"],
         ),
         (
-            "first answer from a cold local file < 150 ms",
-            own["cold"]["answered_ms"],
-            own["cold"]["answered_ms"] < 150,
+            "filter that keeps 1 %, of the time alone",
+            "<= 1",
+            own["filtered"]["ms"] / own["alone"]["ms"],
+            None,
         ),
     ]
-    if "build" in found:
-        rate = found["build"]["per_s"]
-        goals.append(("build >= 20,000 vectors/s", rate, rate >= 20_000))
-    for what, value, is_met in goals:
-        yield f"| {what} | {value:.4g} | {'met' if is_met else '**not met**'} |"
+    for what, goal, value, busy in goals:
+        if value is None:
+            continue
+        sign, _, limit = goal.partition(" ")
+        is_met = value >= float(limit) if sign == ">=" else value <= float(limit)
+        of_processors = "" if busy is None else f"{busy:.4g}"
+        verdict = "met" if is_met else "not met"
+        yield f"| {what} | {goal} | {value:.4g} | {of_processors} | {verdict} |"
 
 
 def write_section(path: Path, text: str) -> None:
@@ -542,6 +568,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--only", nargs="+", default=["refinery", *LIBRARIES, "build"])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--folder", type=Path, help="where codes are kept for the next time")
     args = parser.parse_args()
     path = HERE / "similar.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
@@ -549,14 +576,16 @@ def main() -> None:
     if "build" in args.only:
         found["build"] = build_rate(args.run)
     for rows in args.rows:
-        with tempfile.TemporaryDirectory() as folder:
-            codes = make_codes(real_codes(args.run), rows, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = (args.folder or Path(temporary)) / str(rows)
+            folder.mkdir(parents=True, exist_ok=True)
+            codes = make_codes(real_codes(args.run), rows, folder)
             table = found["rows"].setdefault(str(rows), {})
             for name in args.only:
                 if name == "refinery":
-                    table[name] = ours(codes, args.rounds) | {"cold": cold(Path(folder), codes)}
+                    table[name] = ours(codes, args.rounds) | {"cold": cold(folder, codes)}
                 elif name in LIBRARIES and rows <= LIBRARIES[name].most:
-                    table[name] = theirs(name, codes, Path(folder), args.rounds)
+                    table[name] = theirs(name, codes, folder, args.rounds)
                 sys.stderr.write(f"{rows} {name} {table.get(name)}\n")
                 path.write_text(json.dumps(found, indent=1) + "\n")
     text = page(found)

@@ -28,8 +28,8 @@ file."""
 LISTS_SEEN = 8
 QUERIES = 1024
 SLACK = 1.1
-"""Distances of codes are within so much of those of the vectors they stand for, or a little above
-them: pairs up to here are measured exactly."""
+"""Codes leave directions out, so their distances are below those of the vectors, but for the
+rounding: pairs whose codes are within so many radii are measured exactly."""
 
 
 def spread(index: Index) -> float:

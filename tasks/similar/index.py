@@ -13,6 +13,7 @@ Legend: Q queries, E values of a vector, P bytes of a code.
 import itertools
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import duckdb
@@ -30,6 +31,8 @@ from tasks.storage.files import exists, join
 RERANKED = 200
 """Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
 RERANKED_EACH = 10
+READERS = 16
+"""Parts that are fetched side by side."""
 
 
 def open_index(index_uri: str, run_uri: str | None = None) -> "Index":
@@ -60,12 +63,14 @@ def open_index(index_uri: str, run_uri: str | None = None) -> "Index":
         raise LedgerError(
             f"{index_uri}: nothing is indexed yet; run `refinery index` again, which finishes it"
         )
+    with ThreadPoolExecutor(READERS) as pool:
+        tables = list(pool.map(lambda part: open_vectors(index_uri, part["vectors"]), parts))
     return Index(
         uri=index_uri,
         source=config["source"],
         space=config["space"],
         projection=projection,
-        tables=[open_vectors(index_uri, part["vectors"]) for part in parts],
+        tables=tables,
         exact=Exact(index_uri, [part["exact"] for part in parts]),
     )
 
@@ -133,11 +138,15 @@ class Index:
 
     def label(self, labels: pa.Table) -> None:
         """Columns of the user's for filters and results, joined by `sample_key`."""
-        if "sample_key" not in labels.column_names:
+        names = labels.column_names
+        if "sample_key" not in names:
             raise ConfigError(
-                "table: expected a column sample_key to join by; it has "
-                f"{', '.join(labels.column_names)}"
+                f"table: expected a column sample_key to join by; it has {', '.join(names)}"
             )
+        keys = labels["sample_key"].cast(pa.string())
+        if pc.count_distinct(keys, mode="all").as_py() != len(keys):
+            raise ConfigError("table: a sample_key is there twice; expected one row a sample")
+        labels = labels.set_column(names.index("sample_key"), "sample_key", keys)
         self._labels, self._connection = labels, None
 
     def search(

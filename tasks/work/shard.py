@@ -49,6 +49,8 @@ def do_shard(
         return earlier
     attempt, held = Attempt(spec, run, station.stages, generation), 0
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
+        # Threads are for encoding pictures; without any they only cost.
+        each = pool.map if station.layout.pictures else map
         for batch in station.read(attempt, pool):
             with lock or nullcontext():
                 crash_point("in_work", spec.id)
@@ -56,7 +58,7 @@ def do_shard(
             attempt.watch.add(result.seconds)
             attempt.notes += result.notes
             with attempt.watch("write"):
-                list(pool.map(partial(fill_row, batch, result, station), range(len(batch))))
+                list(each(partial(fill_row, batch, result, station), range(len(batch))))
             if on_rows:
                 on_rows(len(attempt.rows))
             held += sum(row.num_bytes for row in batch.rows)

