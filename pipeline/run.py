@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError
 from pipeline.config import EngineConfig, RunConfig
+from pipeline.faults import patiently
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Tally, ignore_progress
 from pipeline.worker import WorkOrder
@@ -260,9 +261,10 @@ def finish(
         RefineryError: as the stages.
     """
     outcome = run(run_uri, engine, on_progress)
-    seal(run_uri)
-    found = verify(run_uri)
-    return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=report(run_uri))
+    patiently(lambda: seal(run_uri))
+    found = patiently(lambda: verify(run_uri))
+    page = patiently(lambda: report(run_uri))
+    return Summary(outcome=outcome, problems=tuple(found.problems), report_uri=page)
 
 
 def check_places(input_uri: str, run_uri: str) -> None:
