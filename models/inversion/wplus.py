@@ -72,6 +72,9 @@ class WPlusConfig:
     """Weight of the penalty that keeps optimised noise maps white."""
     stop_loss: float = 0.0
     """A picture stops when its loss (without the noise penalty) falls to this; 0 never stops it."""
+    stop_perceptual: float = 0.0
+    """A picture stops when its perceptual distance falls to this, and keeps what it was stopped at;
+    0 never stops it."""
     patience: int = 0
     """A picture stops after so many steps without a new best loss; 0 never stops it."""
 
@@ -86,6 +89,7 @@ class WPlusConfig:
             "nscd_weight",
             "noise_weight",
             "stop_loss",
+            "stop_perceptual",
             "patience",
         ):
             value = getattr(self, name)
@@ -220,14 +224,14 @@ class _Search(RowSearch):
     def rate(self, step: int) -> float:
         return self.schedule.rate(step)
 
-    def loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
+    def loss(self, tensors: list[Tensor]) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
         code = tensors[0].expand(-1, self.generator.num_ws, -1)
         noise = tensors[1:] or self.given(self.start.noise) or "const"
         images = self.generator.synthesis(code, noise, self.features, self.residual)
-        loss = self.picture_loss(images, self.targets, self.target_features)
+        loss, distance = self.picture_loss(images, self.targets, self.target_features)
         if self.method.style_space is not None:
             loss = loss + self.config.nscd_weight * self.method.style_space.nscd(code)
-        return loss
+        return loss, distance
 
     def perturbed(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         if not self.schedule.code_noise:
