@@ -174,6 +174,7 @@ class RowAdam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Float[Tensor, "N ..."]], learning_rate: float) -> None:
         """One update of every row."""
+        gradients = list(gradients)
         self.count += 1
         beta1, beta2 = self.betas
         size = learning_rate / (1 - beta1**self.count)
