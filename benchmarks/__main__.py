@@ -14,6 +14,8 @@ from benchmarks import pipeline, synthesis
 
 HERE = Path(__file__).parent
 PARTS = ("pipeline", "synthesis")
+WANTED_S = {"inline": 6, "ray": 10}
+"""Wall time of a small run, on an idle machine."""
 
 
 def table(found: dict[str, Any]) -> str:
@@ -33,13 +35,21 @@ def _heading(title: str, machine: dict[str, str]) -> list[str]:
 
 def _pipeline_table(p: dict[str, Any]) -> str:
     stages = ", ".join(f"{k} {v} s" for k, v in p["last_round"]["stage_seconds"].items())
+    what = (
+        f"pipeline / {p['workers']} bare loops ({p['images']} pictures, e4e, {p['rounds']} rounds)"
+    )
+    rates = f"{p['pipeline_images_per_s']:.0f} / {p['bare_images_per_s']:.0f}"
     lines = [
         *_heading("Pipeline", p["machine"]),
         "| what | measured | wanted |",
         "|---|---|---|",
-        f"| pipeline / bare loop, images/s ({p['images']} pictures, e4e, {p['rounds']} rounds) | "
-        f"{p['pipeline / bare']:.2f} ({p['pipeline_images_per_s']:.0f} / "
-        f"{p['bare_images_per_s']:.0f}) | >= 0.90 |",
+        f"| {what}, images a second of CPU | {p['pipeline / bare, CPU']:.2f} | >= 0.95 |",
+        f"| the same, images/s | {p['pipeline / bare']:.2f} ({rates}) | >= 0.95 |",
+        *(
+            f"| `refinery invert` of 40 pictures, {engine}, wall (CPU) | {found['wall_s']:.1f} s "
+            f"({found['cpu_s']:.1f} s) | < {WANTED_S[engine]} s |"
+            for engine, found in p["start_up"].items()
+        ),
         "",
         f"Stages of the last pipeline round, summed over workers: {stages}; start-up "
         f"{p['last_round']['startup_s']:.1f} s, outside the clock.",
@@ -83,7 +93,7 @@ def measure(part: str, rounds: int, resolution: int) -> dict[str, Any] | None:
             "set REFINERY_SHARED to the shared data\n"
         )
         return None
-    return pipeline.compare(pipeline.default_data(), 4990, rounds)
+    return pipeline.compare(pipeline.default_data(), 2048, rounds)
 
 
 def main() -> None:
