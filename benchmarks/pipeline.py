@@ -1,6 +1,6 @@
 """What ledger, Ray and the pool cost: the pipeline beside bare loops over the same pictures.
 
-Run: python -m benchmarks.pipeline [--data DIR] [--limit 2048] [--rounds 3]
+Run: python -m benchmarks.pipeline [--data DIR] [--limit 2048] [--rounds 3] [--engines inline ray]
 
 The bare loops are as many processes of one thread as the pipeline has actors. They read the same
 shards, decode, hash, invert with e4e, score and encode as it does, and keep nothing: no ledger, no
@@ -38,6 +38,7 @@ from tasks.run.ledger import read_markers
 from tasks.work.invert import Inverter, decode_row
 from tasks.work.station import Batch, fill_row
 
+ENGINES = ("inline", "ray")
 STARTED = 40
 """Pictures of the run whose start-up is measured."""
 
@@ -132,58 +133,65 @@ def pipeline_run(source: str, config: InvertConfig, limit: int, out: str) -> dic
     }
 
 
-def start_up(data: Path, folder: Path) -> dict[str, dict[str, float]]:
+def start_up(data: Path, folder: Path, engine: str) -> dict[str, float]:
     """Wall and CPU seconds of `refinery invert` of 40 pictures, from nothing to the report."""
-    source = folder / "few"
+    source = folder / f"{engine}-few"
     source.mkdir()
     first = min(data.glob("train64-*.parquet"))
     pq.write_table(pq.read_table(first).slice(0, STARTED), source / first.name)  # type: ignore[reportUnknownMemberType]
-    found: dict[str, dict[str, float]] = {}
-    for engine in ("inline", "ray"):
-        command = ["invert", str(source), str(folder / engine), "--method", "e4e"]
-        command += ["--engine", engine, "--no-flow"]
-        started = time.monotonic()
-        done = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *command], stdout=subprocess.DEVNULL
-        )
-        with CpuMeter(done.pid) as meter:
-            code = done.wait()
-            found[engine] = {"wall_s": time.monotonic() - started, "cpu_s": meter.seconds()}
-        if code:
-            raise RuntimeError(f"refinery {' '.join(command)}: exit code {code}")
-    return found
+    command = ["invert", str(source), f"{source}-run", "--method", "e4e"]
+    command += ["--engine", engine, "--no-flow"]
+    started = time.monotonic()
+    done = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *command], stdout=subprocess.DEVNULL
+    )
+    with CpuMeter(done.pid) as meter:
+        code = done.wait()
+        spent = meter.seconds()
+    if code:
+        raise RuntimeError(f"refinery {' '.join(command)}: exit code {code}")
+    return {"wall_s": time.monotonic() - started, "cpu_s": spent}
 
 
-def compare(data: Path, limit: int, rounds: int) -> dict[str, Any]:
-    """Interleaved rounds of both; medians and the medians of each round's ratios."""
-    config = load_config(None, [], ["e4e"])
-    count = max((os.cpu_count() or 1) // config.engine.threads, 1)
-    bare: list[dict[str, float]] = []
-    pipeline: list[dict[str, Any]] = []
+def compare(
+    data: Path, limit: int, rounds: int, engines: Sequence[str] = ENGINES
+) -> dict[str, Any]:
+    """Interleaved rounds of both, by engine; medians, and the medians of each round's ratios."""
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in").mkdir()
         source = prepare_input(data, folder / "in")
-        started = start_up(data, folder)
-        for index in range(rounds):
-            bare.append(bare_loops(source, config, limit, count))
-            pipeline.append(pipeline_run(source, config, limit, str(folder / f"run-{index}")))
+        for engine in engines:
+            config = load_config(None, [f"engine.kind={engine}"], ["e4e"])
+            cores = max((os.cpu_count() or 1) // config.engine.threads, 1)
+            count = 1 if engine == "inline" else cores
+            bare: list[dict[str, float]] = []
+            pipeline: list[dict[str, Any]] = []
+            for index in range(rounds):
+                bare.append(bare_loops(source, config, limit, count))
+                out = str(folder / f"{engine}-{index}")
+                pipeline.append(pipeline_run(source, config, limit, out))
+            found[engine] = _compared(pipeline, bare) | {
+                "workers": count,
+                "start_up": start_up(data, folder, engine),
+            }
+    return {"machine": describe_machine(), "images": limit, "rounds": rounds, "engines": found}
 
+
+def _compared(
+    pipeline: Sequence[dict[str, Any]], bare: Sequence[dict[str, float]]
+) -> dict[str, Any]:
     def ratio(key: str) -> float:
         pairs = zip(pipeline, bare, strict=True)
         return statistics.median(run[key] / loop[key] for run, loop in pairs)
 
     return {
-        "machine": describe_machine(),
-        "images": limit,
-        "rounds": rounds,
-        "workers": count,
         "bare_images_per_s": statistics.median(loop["images_per_s"] for loop in bare),
         "pipeline_images_per_s": statistics.median(run["images_per_s"] for run in pipeline),
         "pipeline / bare": ratio("images_per_s"),
         "pipeline / bare, CPU": ratio("images_per_cpu_s"),
         "last_round": pipeline[-1],
-        "start_up": started,
     }
 
 
@@ -193,8 +201,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default_data())
     parser.add_argument("--limit", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     args = parser.parse_args()
-    sys.stdout.write(json.dumps(compare(args.data, args.limit, args.rounds), indent=2) + "\n")
+    found = compare(args.data, args.limit, args.rounds, args.engines)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
