@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +36,7 @@ class CpuMeter:
 
     def __init__(self, root: int) -> None:
         self._known, self._spent = {root}, dict[int, float]()
+        self._is_inside, self._own_s = root == os.getpid(), 0.0
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -52,8 +54,9 @@ class CpuMeter:
         self._thread.join()
 
     def seconds(self) -> float:
-        """Spent so far."""
+        """Spent so far, without what the meter itself takes of this process."""
         with self._lock:
+            before_s = time.thread_time()
             processes = _processes()
             before = 0
             while before != len(self._known):
@@ -61,7 +64,9 @@ class CpuMeter:
                 self._known |= {p for p, (parent, _) in processes.items() if parent in self._known}
             alive = self._known & processes.keys()
             self._spent |= {process: processes[process][1] for process in alive}
-            return sum(self._spent.values())
+            if self._is_inside:
+                self._own_s += time.thread_time() - before_s
+            return sum(self._spent.values()) - self._own_s
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
