@@ -14,6 +14,8 @@ from benchmarks import pipeline, synthesis
 
 HERE = Path(__file__).parent
 PARTS = ("pipeline", "synthesis")
+WANTED_S = {"inline": 6, "ray": 10}
+"""Wall time of a small run, on an idle machine."""
 
 
 def table(found: dict[str, Any]) -> str:
@@ -32,19 +34,31 @@ def _heading(title: str, machine: dict[str, str]) -> list[str]:
 
 
 def _pipeline_table(p: dict[str, Any]) -> str:
-    stages = ", ".join(f"{k} {v} s" for k, v in p["last_round"]["stage_seconds"].items())
     lines = [
         *_heading("Pipeline", p["machine"]),
+        f"{p['images']} pictures, e4e, {p['rounds']} rounds; the bare loops have one thread each.",
+        "",
         "| what | measured | wanted |",
         "|---|---|---|",
-        f"| pipeline / bare loop, images/s ({p['images']} pictures, e4e, {p['rounds']} rounds) | "
-        f"{p['pipeline / bare']:.2f} ({p['pipeline_images_per_s']:.0f} / "
-        f"{p['bare_images_per_s']:.0f}) | >= 0.90 |",
-        "",
-        f"Stages of the last pipeline round, summed over workers: {stages}; start-up "
-        f"{p['last_round']['startup_s']:.1f} s, outside the clock.",
     ]
-    return "\n".join(lines) + "\n"
+    notes = []
+    for engine, found in p["engines"].items():
+        what = f"pipeline, {engine} / {found['workers']} bare loops"
+        rates = f"{found['pipeline_images_per_s']:.0f} / {found['bare_images_per_s']:.0f}"
+        start = found["start_up"]
+        lines += [
+            f"| {what}, images a second of CPU | {found['pipeline / bare, CPU']:.2f} | >= 0.95 |",
+            f"| the same, images/s | {found['pipeline / bare']:.2f} ({rates}) | >= 0.95 |",
+            f"| `refinery invert` of {pipeline.STARTED} pictures, {engine}, wall (CPU) | "
+            f"{start['wall_s']:.1f} s ({start['cpu_s']:.1f} s) | < {WANTED_S[engine]} s |",
+        ]
+        last = found["last_round"]
+        stages = ", ".join(f"{name} {value} s" for name, value in last["stage_seconds"].items())
+        notes.append(
+            f"Stages of the last round, {engine}, summed over workers: {stages}; start-up "
+            f"{last['startup_s']:.1f} s, outside the clock."
+        )
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def _synthesis_table(s: dict[str, Any]) -> str:
@@ -83,7 +97,7 @@ def measure(part: str, rounds: int, resolution: int) -> dict[str, Any] | None:
             "set REFINERY_SHARED to the shared data\n"
         )
         return None
-    return pipeline.compare(pipeline.default_data(), 4990, rounds)
+    return pipeline.compare(pipeline.default_data(), 2048, rounds)
 
 
 def main() -> None:

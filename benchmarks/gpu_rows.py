@@ -479,7 +479,7 @@ def search_step(
             if "graph" in mode or "compile" in mode:
                 _reform_loss(search, mode)
             tensors = [t.clone().requires_grad_() for t in search.adam.tensors]
-            found = torch.autograd.grad(search.loss(tensors).sum(), tensors)
+            found = torch.autograd.grad(search.loss(tensors)[0].sum(), tensors)
             gradients[precision, mode] = torch.cat([g.flatten() for g in found])
             steps = itertools.count()
 
@@ -521,7 +521,7 @@ def _search(method: str, generator: Generator, images: Tensor, start: Inversion)
 def _reform_loss(search: RowSearch, mode: str) -> None:
     loss = search.loss
 
-    def flat(*tensors: Tensor) -> Tensor:
+    def flat(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return loss(list(tensors))
 
     if "compile" in mode:

@@ -174,15 +174,18 @@ class RowAdam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Float[Tensor, "N ..."]], learning_rate: float) -> None:
         """One update of every row."""
+        gradients = list(gradients)
         self.count += 1
         beta1, beta2 = self.betas
         size = learning_rate / (1 - beta1**self.count)
         correction = math.sqrt(1 - beta2**self.count)
-        for i, gradient in enumerate(gradients):
-            self.moments[i].lerp_(gradient, 1 - beta1)
-            self.squares[i].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            root = self.squares[i].sqrt().div_(correction).add_(self.eps)
-            self.tensors[i].addcdiv_(self.moments[i], root, value=-size)
+        torch._foreach_lerp_(self.moments, gradients, 1 - beta1)
+        torch._foreach_mul_(self.squares, beta2)
+        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - beta2)
+        roots = torch._foreach_sqrt(self.squares)
+        torch._foreach_div_(roots, correction)
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_addcdiv_(self.tensors, self.moments, roots, -size)
 
     @torch.no_grad()
     def keep(self, rows: Bool[Tensor, " N"]) -> None:

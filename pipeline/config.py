@@ -229,20 +229,6 @@ def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
     return validated(cls, tables)
 
 
-def engine_kind(path: str | None, sets: Sequence[str]) -> str:
-    """Where the shards will run, before all the rest is looked at.
-
-    Raises:
-        ConfigError: the file cannot be read, or an override is malformed.
-    """
-    tables = read_toml(path) if path else {}
-    for item in sets:
-        if item.partition(".")[0].strip() == "engine":
-            apply_set(tables, item)
-    engine = tables.get("engine")
-    return str(engine.get("kind", "ray")) if isinstance(engine, dict) else "ray"
-
-
 def read_toml(path: str) -> Tables:
     """The tables of a local TOML file.
 

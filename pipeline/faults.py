@@ -1,9 +1,33 @@
 """What an exception means for the rest of the run, judged along its chain of causes."""
 
 import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from models.errors import LedgerError
 from tasks.storage.errors import BAD_CREDENTIALS, error_code, is_unreachable
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+OUTAGE_WAITS_S = (10, 60, 300)
+"""Waits before a stage is tried again whose storage did not answer."""
+
+
+def patiently(stage: Callable[[], R]) -> R:
+    """The stage's result, over outages of storage as long as `OUTAGE_WAITS_S` together."""
+    for wait_s in OUTAGE_WAITS_S:
+        try:
+            return stage()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            logger.warning("storage does not answer, next try in %d s: %s", wait_s, error)
+        time.sleep(wait_s)
+    return stage()
 
 
 def is_passing(error: BaseException) -> bool:

@@ -31,7 +31,7 @@ from prefect.runtime import flow_run
 from models.errors import RefineryError
 from pipeline import run as stages
 from pipeline.config import EngineConfig, RunConfig, load_config, load_stored_config
-from pipeline.faults import is_passing
+from pipeline.faults import OUTAGE_WAITS_S, is_passing
 from pipeline.preview import preview_png
 from pipeline.run import Outcome, Plan, Summary
 from pipeline.tally import OnProgress, Snapshot, ignore_progress
@@ -80,8 +80,8 @@ def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
 
 RETRY_ON_OUTAGE: dict[str, Any] = {
     "cache_policy": NO_CACHE,
-    "retries": 3,
-    "retry_delay_seconds": [10, 60, 300],
+    "retries": len(OUTAGE_WAITS_S),
+    "retry_delay_seconds": list(OUTAGE_WAITS_S),
     "retry_condition_fn": _is_worth_retrying,
 }
 

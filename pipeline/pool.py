@@ -164,10 +164,12 @@ class Pool:
     # ------------------------------------------------------------------ actors
 
     def _grow(self, now: float) -> None:
-        """One slot per place in the cluster; called again and again, because nodes join."""
+        """One slot per place in the cluster, never more than shards are left; called again and
+        again, because nodes join."""
         self._grown_at = now
         end_stopped_workers()
         wanted = pool_size(self._engine, self._gpus, ray.cluster_resources())
+        wanted = min(wanted, self._tally.shards_left)
         while len(self._slots) < wanted:
             slot = _Slot(len(self._slots), self._new_actor())
             slot.start_ref = slot.actor.start.remote()

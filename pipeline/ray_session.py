@@ -70,7 +70,7 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
     try:
         with _own_sigterm():
             _start_local(num_cpus) if not address else ray.init(address=address, **_common())
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of every kind, bare ones too
         if address:
             raise ConfigError(
                 f"engine.address: no Ray cluster answers at {address!r} ({error}); start one, "

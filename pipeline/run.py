@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
+from pipeline.faults import patiently
 from pipeline.metadata import metadata_kept
 from pipeline.run_log import kept_log
 from pipeline.schedule import Schedule
@@ -333,13 +334,13 @@ def finish(
     """
     with hold(run_uri, engine.if_busy):
         outcome = run(run_uri, engine, on_progress, redo)
-        seal(run_uri)
-    found = verify(run_uri)
+        patiently(lambda: seal(run_uri))
+    found = patiently(lambda: verify(run_uri))
     return Summary(
         outcome=outcome,
         problems=tuple(found.problems),
-        report_uri=report(run_uri),
-        warning=alignment(run_uri),
+        report_uri=patiently(lambda: report(run_uri)),
+        warning=patiently(lambda: alignment(run_uri)),
     )
 
 

@@ -104,6 +104,11 @@ class Tally:
         self.ended = time.monotonic()
 
     @property
+    def shards_left(self) -> int:
+        """Neither committed nor quarantined."""
+        return self.shards_total - self.shards_done - len(self.quarantined)
+
+    @property
     def seconds(self) -> float:
         """From the first worker being ready to the last result, or to now."""
         if not self.has_begun:

@@ -8,6 +8,7 @@ of the shared one, and that change is what is rendered and scored.
 Legend: N batch, S samples of the locality term, L num_ws, D w_dim, H W image.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -151,12 +152,14 @@ class Pti(Method):
         for step in range(self.config.steps):
             image = self._render(tuned, pivot)
             mse, distance = self._compare(image, target, target_features)
-            if self.perceptual is not None and distance.item() <= self.stop:
-                break
             loss = self.config.mse_weight * mse + self.config.perceptual_weight * distance
+            reached, value = torch.stack([distance, loss]).tolist()  # one answer of the device
+            if self.perceptual is not None and reached <= self.stop:
+                break
             if self.locality_weight:
                 loss = loss + self.locality_weight * self._locality(tuned, pivot.w_plus, rng)
-            if not loss.isfinite():
+                value = loss.item()
+            if not math.isfinite(value):
                 raise _NotFiniteError(f"loss is not finite at step {step}")
             adam.zero_grad()
             loss.backward(inputs=list(tuned.values()))

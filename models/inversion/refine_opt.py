@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.inversion.base import Inversion, Method, SampleRng, frozen
-from models.inversion.row_search import PictureLoss, RowSearch
+from models.inversion.row_search import PictureLoss, RowSearch, check_stop
 from models.settings import (
     Count,
     CountOrNone,
@@ -27,7 +27,7 @@ from models.settings import (
     check_fields,
     check_loss_weights,
 )
-from models.stylegan2.generator import Generator
+from models.stylegan2.generator import Begun, Generator
 from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.tokens import (
     Factorization,
@@ -65,11 +65,15 @@ class RefineOptConfig:
     "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     stop_loss: NotNegative = 0.0
     """A picture stops when its loss falls to this; 0 never stops it."""
+    stop_perceptual: NotNegative = 0.0
+    """A picture stops when its perceptual distance falls to this, and keeps what it was stopped at;
+    0 never stops it."""
     patience: CountOrNone = 0
     """A picture stops after so many steps without a new best loss; 0 never stops it."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_stop(self)
         check_loss_weights(self)
 
     def rate(self, step: int) -> float:
@@ -140,16 +144,17 @@ class _TokenSearch(RowSearch):
             ]
         if self.config.code_rate:
             tensors.append(torch.zeros_like(start.w_plus))
+        self.whole = self._begun(start)
         super().__init__("refine_opt", self.config, method.picture_loss, images, start, tensors)
 
     def rate(self, step: int) -> float:
         return self.config.rate(step)
 
-    def loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
+    def loss(self, tensors: list[Tensor]) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
         residual = self._residual(tensors, self.residual)
         codes = self._codes(tensors, self.start.w_plus[self.rows])
         noise = self.given(self.start.noise) or "const"
-        images = self.generator.synthesis(codes, noise, self.features, residual)
+        images = self.generator.synthesis(codes, noise, self.features, residual, begun=self.begun)
         return self.picture_loss(images, self.targets, self.target_features)
 
     def result(self) -> Inversion:
@@ -163,6 +168,19 @@ class _TokenSearch(RowSearch):
             },
             failures=self.failures,
         )
+
+    def _shrink(self, keep: Bool[Tensor, " A"]) -> None:
+        super()._shrink(keep)
+        self.begun = None if self.whole is None else self.whole[self.rows]
+
+    def _begun(self, start: Inversion) -> Begun | None:
+        """What no step changes: the layers before the first refined one, while the codes stay."""
+        first = min(self.layouts)
+        if self.config.code_rate or not first:
+            return None
+        noise = "const" if start.noise is None else list(start.noise)
+        with torch.no_grad():
+            return self.generator.begin(start.w_plus, first, noise, start.features, start.residual)
 
     def _codes(
         self, tensors: list[Tensor], start: Float[Tensor, "A L D"]

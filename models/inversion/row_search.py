@@ -1,6 +1,7 @@
 """Descent on tensors of a whole batch at once, every row as if it were alone.
 
-Loss, best value, stop and failure are per picture; a row that is done costs nothing any more.
+Loss, best value, stop and failure are per picture; a row that is done costs nothing any more. What
+becomes of a row is kept on the device, so that a step waits for no answer of a GPU.
 
 Legend: N batch, A active rows of it, C H W image.
 """
@@ -18,6 +19,11 @@ from models.inversion.base import Inversion
 from models.losses.perceptual import load_perceptual
 from models.optim import RowAdam
 from models.stylegan2.residual import LowRank
+
+GOES_ON, IS_DONE, BAD_LOSS, BAD_GRADIENT = range(4)
+REASONS = {BAD_LOSS: "loss", BAD_GRADIENT: "gradient"}
+GPU_STEPS = 8
+"""Steps of a GPU between looks at who is done: a row that is costs at most so many more."""
 
 
 class PictureLoss:
@@ -53,13 +59,14 @@ class PictureLoss:
         images: Float[Tensor, "A 3 H W"],
         targets: Float[Tensor, "A 3 H W"],
         features: list[Tensor],
-    ) -> Float[Tensor, " A"]:
-        """The loss of renders against targets, whose perceptual features are given."""
+    ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
+        """The loss of renders against targets, whose perceptual features are given, and the
+        perceptual distance in it (0 without one)."""
         loss = self.mse_weight * (images - targets).square().flatten(1).mean(1)
-        if self.perceptual is not None:
-            distance = self.perceptual.compare(self.perceptual.features(images), features)
-            loss = loss + self.perceptual_weight * distance
-        return loss
+        if self.perceptual is None:
+            return loss, torch.zeros_like(loss)
+        distance = self.perceptual.compare(self.perceptual.features(images), features)
+        return loss + self.perceptual_weight * distance, distance
 
 
 class SearchSettings(Protocol):
@@ -76,7 +83,23 @@ class SearchSettings(Protocol):
     @property
     def stop_loss(self) -> float: ...
     @property
+    def stop_perceptual(self) -> float: ...
+    @property
     def patience(self) -> int: ...
+
+
+def check_stop(settings: SearchSettings) -> None:
+    """Refuse a stop at what is not computed.
+
+    Raises:
+        ConfigError: the perceptual distance has no weight.
+    """
+    has_perceptual = settings.perceptual_weight and settings.perceptual != "none"
+    if settings.stop_perceptual and not has_perceptual:
+        raise ConfigError(
+            f"stop_perceptual = {settings.stop_perceptual} needs the perceptual distance: give "
+            'perceptual_weight a value above 0 and perceptual another than "none"'
+        )
 
 
 class RowSearch(ABC):
@@ -108,7 +131,10 @@ class RowSearch(ABC):
         self.best_loss = torch.full((len(images),), math.inf, device=images.device)
         self.best_step = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.failures = dict(start.failures)
+        self.interval = GPU_STEPS if images.is_cuda else 1
         self.rows = torch.arange(len(images), device=images.device)
+        self.ends = torch.zeros_like(self.rows)
+        self.end_steps = torch.zeros_like(self.rows)
         self._shrink(torch.tensor([i not in self.failures for i in range(len(images))]))
 
     # ------------------------------------------------------------------ what a method gives
@@ -118,8 +144,8 @@ class RowSearch(ABC):
         """Adam's rate of the update `step`, 0-based."""
 
     @abstractmethod
-    def loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
-        """The loss that ranks, of the active rows."""
+    def loss(self, tensors: list[Tensor]) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
+        """The loss that ranks and the perceptual distance, of the active rows."""
 
     def perturbed(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         """What is rendered at a step in place of the tensors themselves."""
@@ -141,11 +167,15 @@ class RowSearch(ABC):
             if not len(self.rows):
                 break
             self._step(step)
-        if len(self.rows):
-            with torch.no_grad():
-                loss = self.loss(self.adam.tensors)
-            self._keep_best(loss, self.adam.tensors, steps)
-            self._fail(~loss.isfinite(), f"loss is not finite after {steps} steps")
+            if (step + 1) % self.interval == 0:
+                self._retire()
+        if not len(self.rows):
+            return
+        with torch.no_grad():
+            loss, distance = self.loss(self.adam.tensors)
+        self._keep_best(loss, distance, self.adam.tensors, steps)
+        self._end(~loss.isfinite(), BAD_LOSS, steps)
+        self._retire()
 
     def given(self, maps: tuple[Tensor, ...] | None) -> list[Tensor] | None:
         """The active rows of the start's noise maps."""
@@ -154,46 +184,63 @@ class RowSearch(ABC):
     def _step(self, step: int) -> None:
         tensors = [t.detach().requires_grad_() for t in self.adam.tensors]
         rendered = self.perturbed(tensors, step)
-        loss = self.loss(rendered)
+        loss, distance = self.loss(rendered)
         total = loss + self.penalty(rendered)
+        self._keep_best(loss.detach(), distance.detach(), [t.detach() for t in rendered], step)
+        self._end(~total.detach().isfinite(), BAD_LOSS, step)
+        self._end(self._is_done(loss.detach(), distance.detach(), step), IS_DONE, step)
+        if self.interval == 1 and all(self.ends.tolist()):
+            return
         gradients = torch.autograd.grad(total.sum(), tensors)
-        loss = loss.detach()
-        self._keep_best(loss, [t.detach() for t in rendered], step)
-        is_finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients]).all(0)
-        is_bad_loss = ~total.detach().isfinite()
+        is_finite = torch.cat([g.flatten(1) for g in gradients], 1).isfinite().all(1)
+        self._end(~is_finite, BAD_GRADIENT, step)
         self.adam.step(gradients, self.rate(step))
         self.tidy()
-        is_lost = is_bad_loss | ~is_finite
-        is_done = self._is_done(loss, step)
-        if bool((is_lost | is_done).any()):
-            self._fail(is_bad_loss, f"loss is not finite at step {step}", should_shrink=False)
-            self._fail(
-                ~is_finite & ~is_bad_loss,
-                f"gradient is not finite at step {step}",
-                should_shrink=False,
-            )
-            self._shrink(~(is_lost | is_done))
 
-    def _is_done(self, loss: Tensor, step: int) -> Bool[Tensor, " A"]:
+    def _is_done(self, loss: Tensor, distance: Tensor, step: int) -> Bool[Tensor, " A"]:
         settings = self.settings
-        is_done = loss <= settings.stop_loss if settings.stop_loss else loss < -math.inf
+        is_done = self._is_near(distance)
+        if settings.stop_loss:
+            is_done = is_done | (loss <= settings.stop_loss)
         if settings.patience:
             is_done = is_done | (step - self.best_step[self.rows] >= settings.patience)
         return is_done
 
-    def _keep_best(self, loss: Tensor, tensors: list[Tensor], step: int) -> None:
-        is_better = loss < self.best_loss[self.rows]  # False for a loss that is not a number
-        rows = self.rows[is_better]
-        self.best_loss[rows] = loss[is_better]
-        self.best_step[rows] = step
-        for best, tensor in zip(self.best, tensors, strict=True):
-            best[rows] = tensor[is_better]
+    def _is_near(self, distance: Tensor) -> Bool[Tensor, " A"]:
+        return distance <= (self.settings.stop_perceptual or -1.0)
 
-    def _fail(self, is_failed: Bool[Tensor, " A"], reason: str, should_shrink: bool = True) -> None:
-        for row in self.rows[is_failed].tolist():
-            self.failures[row] = f"{self.name}: {reason}"
-        if should_shrink:
-            self._shrink(~is_failed)
+    def _keep_best(
+        self, loss: Tensor, distance: Tensor, tensors: Sequence[Tensor], step: int
+    ) -> None:
+        """A row keeps its lowest loss, but one that is near enough what it is stopped at."""
+        best = self.best_loss[self.rows]
+        is_kept = (loss < best) | self._is_near(distance)  # False for what is not a number
+        is_kept = is_kept & (self.ends == GOES_ON)
+        self.best_loss[self.rows] = torch.where(is_kept, loss, best)
+        self.best_step[self.rows] = torch.where(is_kept, step, self.best_step[self.rows])
+        for kept, tensor in zip(self.best, tensors, strict=True):
+            is_kept = is_kept.view(-1, *[1] * (tensor.ndim - 1))
+            kept[self.rows] = torch.where(is_kept, tensor, kept[self.rows])
+
+    def _end(self, is_ending: Bool[Tensor, " A"], how: int, step: int) -> None:
+        """Note how and when rows end; the first reason counts."""
+        is_ending = is_ending & (self.ends == GOES_ON)
+        self.ends = torch.where(is_ending, how, self.ends)
+        self.end_steps = torch.where(is_ending, step, self.end_steps)
+
+    def _retire(self) -> None:
+        """Go on without the rows that have ended."""
+        ends = self.ends.tolist()
+        if not any(ends):
+            return
+        for row, how, step in zip(self.rows.tolist(), ends, self.end_steps.tolist(), strict=True):
+            if how in REASONS:
+                when = "at step" if step < self.settings.steps else "after"
+                unit = "" if step < self.settings.steps else " steps"
+                self.failures[row] = (
+                    f"{self.name}: {REASONS[how]} is not finite {when} {step}{unit}"
+                )
+        self._shrink(self.ends == GOES_ON)
 
     def _shrink(self, keep: Bool[Tensor, " A"]) -> None:
         """Go on with some of the active rows: the others cost nothing any more."""
@@ -201,6 +248,7 @@ class RowSearch(ABC):
         if not bool(keep.all()):
             self.adam.keep(keep)
         self.rows: Int[Tensor, " A"] = self.rows[keep]
+        self.ends, self.end_steps = self.ends[keep], self.end_steps[keep]
         self.targets = self.images[self.rows]
         self.target_features = [f[keep] for f in self.target_features]
         start = self.start

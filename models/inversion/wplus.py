@@ -20,7 +20,7 @@ from torch import Tensor
 from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
 from models.inversion.noise_maps import noise_penalty, normalise, starting_maps
-from models.inversion.row_search import PictureLoss, RowSearch
+from models.inversion.row_search import PictureLoss, RowSearch, check_stop
 from models.losses.style_space import StyleSpace
 from models.settings import (
     CountOrNone,
@@ -80,11 +80,15 @@ class WPlusConfig:
     """Weight of the penalty that keeps optimised noise maps white."""
     stop_loss: NotNegative = 0.0
     """A picture stops when its loss (without the noise penalty) falls to this; 0 never stops it."""
+    stop_perceptual: NotNegative = 0.0
+    """A picture stops when its perceptual distance falls to this, and keeps what it was stopped at;
+    0 never stops it."""
     patience: CountOrNone = 0
     """A picture stops after so many steps without a new best loss; 0 never stops it."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_stop(self)
         check_loss_weights(self)
 
 
@@ -208,14 +212,14 @@ class _Search(RowSearch):
     def rate(self, step: int) -> float:
         return self.schedule.rate(step)
 
-    def loss(self, tensors: list[Tensor]) -> Float[Tensor, " A"]:
+    def loss(self, tensors: list[Tensor]) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
         code = tensors[0].expand(-1, self.generator.num_ws, -1)
         noise = tensors[1:] or self.given(self.start.noise) or "const"
         images = self.generator.synthesis(code, noise, self.features, self.residual)
-        loss = self.picture_loss(images, self.targets, self.target_features)
+        loss, distance = self.picture_loss(images, self.targets, self.target_features)
         if self.method.style_space is not None:
             loss = loss + self.config.nscd_weight * self.method.style_space.nscd(code)
-        return loss
+        return loss, distance
 
     def perturbed(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         if not self.schedule.code_noise:

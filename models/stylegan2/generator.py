@@ -53,6 +53,20 @@ class _Part:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What the 3x3 layers before `layer` make: their activations [N C h w] and image [N 3 h w]."""
+
+    layer: int
+    x: Tensor
+    image: Tensor | None
+
+    def __getitem__(self, rows: Tensor) -> "Begun":
+        """Some rows, by a tensor of their numbers."""
+        image = None if self.image is None else self.image[rows]
+        return Begun(layer=self.layer, x=self.x[rows], image=image)
+
+
 class Generator(nn.Module):
     """StyleGAN2: `mapping` draws w+, `synthesis` renders it, `styles` shows every affine's output.
 
@@ -181,6 +195,7 @@ class Generator(nn.Module):
         features: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
         residual: Residual | None = None,
         style_shift: StyleShift | None = None,
+        begun: Begun | None = None,
     ) -> Float[Tensor, "N 3 H W"]:
         """Render codes. The result is in about [-1, 1] for a trained generator.
 
@@ -193,7 +208,54 @@ class Generator(nn.Module):
                 resolution still reads the activation that was replaced, as CLCAE does.
             residual: low-rank kernel additions by index of the 3x3 layer (0 is `conv1`).
             style_shift: added to the styles of some layers: an edit in style space.
+            begun: what `begin` made of the same inputs; its layers are not run again.
         """
+        part, has_graph = self._part(w_plus, noise, features, residual, style_shift, begun)
+        first = 0 if begun is None else begun.layer
+        if has_graph or part.x.is_cuda or len(w_plus) == 1 or self.form == "grouped":
+            return self._run(part, first, self.num_convs)
+        # Large activations: a few samples at a time from here on. The result is the same, the
+        # memory is that of one sample, and it is still in the cache when it is used again.
+        split = max(self._first_large_layer(w_plus.dtype), first)
+        self._run(part, first, split)
+        sizes = [self._chunk(index, w_plus.dtype) for index in range(split, self.num_convs)]
+        size = min(sizes, default=len(w_plus))
+        if size >= len(w_plus):
+            return self._run(part, split, self.num_convs)
+        chunks = range(0, len(w_plus), size)
+        images = [
+            self._run(part.rows(slice(at, at + size)), split, self.num_convs) for at in chunks
+        ]
+        return torch.cat(images)
+
+    forward = synthesis
+
+    def begin(
+        self,
+        w_plus: Float[Tensor, "N L D"],
+        layer: int,
+        noise: Noise = "const",
+        features: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
+        residual: Residual | None = None,
+        style_shift: StyleShift | None = None,
+    ) -> Begun:
+        """The 3x3 layers before `layer` (0..L-1) alone, with the inputs of `synthesis`."""
+        if not 0 <= layer <= self.num_convs:
+            raise ValueError(f"begin: expected a layer in 0..{self.num_convs}, found {layer}")
+        part, _ = self._part(w_plus, noise, features, residual, style_shift, None)
+        self._run(part, 0, layer)
+        return Begun(layer=layer, x=part.x, image=part.image)
+
+    def _part(
+        self,
+        w_plus: Tensor,
+        noise: Noise,
+        features: Mapping[int, Tensor] | None,
+        residual: Residual | None,
+        style_shift: StyleShift | None,
+        begun: Begun | None,
+    ) -> tuple["_Part", bool]:
+        """What flows into the first layer to run, and whether a graph will be built."""
         self._check_inputs(w_plus, features, residual)
         self._check_shift(w_plus, style_shift or {})
         maps = self._noise_maps(noise, w_plus)
@@ -201,31 +263,21 @@ class Generator(nn.Module):
         for index, shift in (style_shift or {}).items():
             styles[index] = styles[index] + shift.to(styles[index])
         dtype = self.compute_dtype or w_plus.dtype
-        x = self.input.input.to(dtype).expand(w_plus.shape[0], -1, -1, -1)
+        x = self.input.input.expand(w_plus.shape[0], -1, -1, -1) if begun is None else begun.x
+        x = x.to(dtype)
         x = x.contiguous(memory_format=self._memory_format(styles, maps, features, residual))
         part = _Part(
-            x=x, image=None, styles=styles, maps=maps, features=features, residual=residual
+            x=x,
+            image=None if begun is None else begun.image,
+            styles=styles,
+            maps=maps,
+            features=features,
+            residual=residual,
         )
         has_graph = torch.is_grad_enabled() and any(
             t.requires_grad for t in self._graph_inputs(styles, maps, features, residual)
         )
-        if has_graph or x.is_cuda or len(x) == 1 or self.form == "grouped":
-            return self._run(part, 0, self.num_convs)
-        # Large activations: a few samples at a time from here on. The result is the same, the
-        # memory is that of one sample, and it is still in the cache when it is used again.
-        split = self._first_large_layer(w_plus.dtype)
-        self._run(part, 0, split)
-        sizes = [self._chunk(index, w_plus.dtype) for index in range(split, self.num_convs)]
-        size = min(sizes, default=len(x))
-        if size >= len(x):
-            return self._run(part, split, self.num_convs)
-        chunks = range(0, len(x), size)
-        images = [
-            self._run(part.rows(slice(at, at + size)), split, self.num_convs) for at in chunks
-        ]
-        return torch.cat(images)
-
-    forward = synthesis
+        return part, has_graph
 
     def activations(
         self,
@@ -237,15 +289,7 @@ class Generator(nn.Module):
         """The output of the 3x3 layer `layer` (1..L-1, as in `features`)."""
         if not 1 <= layer <= self.num_convs:
             raise ValueError(f"activations: expected a layer in 1..{self.num_convs}, found {layer}")
-        captured: list[Tensor] = []
-        hook = self.conv(layer - 1).register_forward_hook(
-            lambda _m, _i, out: captured.append(out)  # pyright: ignore
-        )
-        try:
-            self.synthesis(w_plus, noise, style_shift=style_shift)
-        finally:
-            hook.remove()
-        return torch.cat(captured)  # large layers run a few samples at a time
+        return self.begin(w_plus, layer, noise, style_shift=style_shift).x
 
     # ------------------------------------------------------------------ inside
 

@@ -15,14 +15,12 @@ def begin_flow(options: JobOptions) -> "tuple[bool, PrivateServer | None]":
     """Whether to run as a flow, and a private Prefect server where it needs one, which comes up
     while the rest is loading.
 
-    A loop in this process that no server of the user's records is no flow: the private server would
-    cost more than many such runs, and forgets them at the end.
+    Stages that no server of the user's records are no flow unless asked for: a private server takes
+    longer to start than many runs to finish, and forgets them at the end.
     """
-    from pipeline.config import engine_kind
     from pipeline.prefect_server import has_server, start_server
 
-    kind = engine_kind(options.config, options.overrides)
-    if not options.flow or (kind == "inline" and not has_server()):
+    if not (has_server() if options.flow is None else options.flow):
         return False, None
     return True, start_server()
 

@@ -55,11 +55,12 @@ Engine = Annotated[
     ),
 ]
 Flow = Annotated[
-    bool,
+    bool | None,
     Parameter(
         name="--flow",
-        help="Run as a Prefect flow, on the server of PREFECT_API_URL or a private one; with the "
-        "inline engine only on the former.",
+        negative="--no-flow",
+        help="Run as a Prefect flow; by default where a Prefect server is named (PREFECT_API_URL "
+        "or a profile). Without one, --flow starts a private server for the length of the run.",
     ),
 ]
 
@@ -79,7 +80,7 @@ class JobOptions:
     sets: Sets = None
     engine: Engine = None
     limit: Limit = None
-    flow: Flow = True
+    flow: Flow = None
     force: Force = False
 
     @property

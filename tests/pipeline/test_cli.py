@@ -12,7 +12,8 @@ import pytest
 from models.checkpoints.load import load_generator
 from models.errors import LedgerError
 from models.stylegan2.generator import weights_hash
-from pipeline import cli
+from pipeline import cli, faults
+from pipeline import run as stages
 from pipeline.cli import app, run_app
 from pipeline.commands.jobs import begin_flow
 from pipeline.commands.terminal import JobOptions
@@ -70,7 +71,7 @@ def test_looking_does_not_wait_for_torch(command: str, run: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_inline_engine_starts_no_server_of_its_own(
+def test_a_private_server_starts_only_when_asked_for(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -81,13 +82,39 @@ def test_the_inline_engine_starts_no_server_of_its_own(
     monkeypatch.setattr("pipeline.prefect_server.start_server", fail)
     command = ["invert", dataset.source, str(tmp_path / "out"), "--config", dataset.config]
     assert run_app([*command, "--limit", "2", "--engine", "inline"]) == 0
+    assert begin_flow(JobOptions()) == (False, None)
     with pytest.raises(AssertionError, match="a private server"):
-        begin_flow(JobOptions(config=dataset.config))
-    config = tmp_path / "inline.toml"
-    config.write_text('[engine]\nkind = "inline"\n')
-    assert begin_flow(JobOptions(config=str(config))) == (False, None)
-    with pytest.raises(AssertionError, match="a private server"):
-        begin_flow(JobOptions(config=str(config), sets=["engine.kind=ray"]))
+        begin_flow(JobOptions(flow=True))
+
+
+def test_a_server_that_is_named_records_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    assert begin_flow(JobOptions()) == (True, None)
+    assert begin_flow(JobOptions(flow=False)) == (False, None)
+
+
+def test_an_outage_at_the_end_of_a_run_is_waited_for(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    real_seal, answers = stages.seal, iter([False, False, True])
+
+    def seal(run_uri: str) -> str:
+        if next(answers):
+            return real_seal(run_uri)
+        raise LedgerError(f"{run_uri}: no answer") from ConnectionError("refused")
+
+    monkeypatch.setattr(stages, "seal", seal)
+    monkeypatch.setattr(faults.time, "sleep", waits.append)
+    config = load_config(dataset.config, ["engine.kind=inline"])
+    assert carry_out(dataset.source, str(tmp_path / "run"), config, limit=2).is_clean
+    assert waits == list(faults.OUTAGE_WAITS_S[:2])
+
+
+def test_what_no_wait_mends_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(LedgerError, match="damaged"):
+        faults.patiently(lambda: (_ for _ in ()).throw(LedgerError("damaged")))
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,13 @@ def test_the_pool_grows_when_nodes_join(tmp_path: Path, monkeypatch: pytest.Monk
     assert len({path.suffix for path in tmp_path.glob("*")}) == 2
 
 
+def test_no_more_workers_than_shards(tmp_path: Path) -> None:
+    booked = Booked(tmp_path, 2, actors=4)
+    booked.pool.run()
+    assert booked.tally.shards_done == 2
+    assert len(booked.pool._slots) == 2
+
+
 def test_sizes() -> None:
     auto = EngineConfig()
     assert pool_size(auto, 0.0, {"CPU": 8.0}) == 8

@@ -11,7 +11,9 @@ from models.inversion.base import Inversion, SampleRng
 from models.inversion.refine_opt import RefineOpt, RefineOptConfig, _TokenSearch
 from models.inversion.registry import load_method
 from models.inversion.row_search import RowSearch
+from models.losses.perceptual import load_perceptual
 from models.stylegan2.generator import Generator
+from models.stylegan2.synthesis_layers import StyledConv
 from models.stylegan2.tokens import FACTORIZATIONS
 from tests.test_method_contract import pictures
 
@@ -67,7 +69,7 @@ def test_the_gradient_reaches_both_sets_after_one_step(tiny_generator: Generator
 
     def gradients() -> tuple[list[bool], list[bool]]:
         tensors = [t.detach().requires_grad_() for t in search.adam.tensors]
-        found = torch.autograd.grad(search.loss(tensors).sum(), tensors)
+        found = torch.autograd.grad(search.loss(tensors)[0].sum(), tensors)
         reached = [bool(g.any()) for g in found]
         search.adam.step(found, 0.01)
         return reached[::2], reached[1::2]
@@ -137,6 +139,103 @@ def test_each_picture_stops_by_itself(
     torch.testing.assert_close(found.residual[2].v[:1], alone.residual[2].v, atol=1e-4, rtol=1e-4)
 
 
+def near(generator: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets that residuals reach, each another way off, and their distances from the start."""
+    init, rng = start(generator), torch.Generator().manual_seed(3)
+    settings = {**PLAIN, "steps": 1, "rank": 2, "mse_weight": 1.0}
+    found = load_method("refine_opt", generator, **settings).invert(pictures(), init, seeds())
+    assert found.residual is not None
+    strength = torch.tensor([0.02, 0.5, 0.3]).view(3, 1, 1)
+    other = {
+        k: replace(r, u=strength * torch.randn(r.u.shape, generator=rng))
+        for k, r in found.residual.items()
+    }
+    targets = replace(init, residual=other).render(generator)
+    return targets, load_perceptual("refinery")(init.render(generator), targets)
+
+
+def test_each_picture_stops_at_its_perceptual_distance(
+    tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the render that it was stopped at, and costs nothing from then on."""
+    init, perceptual = start(tiny_generator), load_perceptual("refinery")
+    targets, before = near(tiny_generator)
+    stop = 0.9 * before[1:].min().item()
+    assert before[0] < stop
+    counts: list[int] = []
+    step = RowSearch._step
+
+    def counted(search: RowSearch, number: int) -> None:
+        counts.append(len(search.rows))
+        step(search, number)
+
+    monkeypatch.setattr(RowSearch, "_step", counted)
+    settings = {"perceptual": "refinery", "steps": 40, "ramp_down": 0.0}
+    method = load_method("refine_opt", tiny_generator, **settings, stop_perceptual=stop)
+    found = method.invert(targets, init, seeds())
+    assert counts[:2] == [3, 2]
+    assert len(counts) < 40
+    with torch.no_grad():
+        after = perceptual(found.render(tiny_generator), targets)
+    torch.testing.assert_close(after[0], before[0])
+    assert (after <= stop + 1e-6).all()
+    assert (after[1:] > 0.5 * stop).all()  # not searched to the end
+    assert found.residual is not None
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = method.invert(targets[part], init[part], SampleRng([row + 1]))
+        assert alone.residual is not None
+        for layer, low_rank in alone.residual.items():
+            kernel = found.residual[layer].kernel()[part]
+            torch.testing.assert_close(kernel, low_rank.kernel(), atol=1e-4, rtol=1e-3)
+
+
+def test_looking_seldom_changes_nothing(tiny_generator: Generator) -> None:
+    """A GPU is asked every few steps who is done: rows that are wait unchanged."""
+    targets, before = near(tiny_generator)
+    targets[2, 0, 0, 0] = float("inf")
+    config = RefineOptConfig(steps=9, stop_perceptual=before[0].item() * 1.01)
+    searches = []
+    for interval in (1, 4):
+        method = RefineOpt(tiny_generator, config)
+        search = _TokenSearch(method, targets, start(tiny_generator), seeds())
+        search.interval = interval
+        search.descend()
+        searches.append(search)
+    often, seldom = searches
+    assert often.failures == {2: "refine_opt: loss is not finite at step 0"} == seldom.failures
+    torch.testing.assert_close(seldom.best_step, often.best_step)
+    for one, other in zip(often.best, seldom.best, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_layers_before_the_first_refined_one_run_once(
+    tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**PLAIN, "steps": 4, "layers": [3, 4]}
+    method = load_method("refine_opt", tiny_generator, **settings)
+    init = start(tiny_generator)
+    features = {2: 1.5 * tiny_generator.activations(init.w_plus, 2)}
+    init = replace(init, features=features)
+    ran: list[int] = []
+    forward = StyledConv.forward
+    numbers = {id(tiny_generator.conv(i)): i for i in range(tiny_generator.num_convs)}
+
+    def counted(conv: StyledConv, *args: Any, **settings: Any) -> torch.Tensor:
+        ran.append(numbers[id(conv)])
+        return forward(conv, *args, **settings)
+
+    monkeypatch.setattr(StyledConv, "forward", counted)
+    found = method.invert(pictures(), init, seeds())
+    assert ran.count(2) == 1
+    assert ran.count(3) == 5
+    monkeypatch.setattr(_TokenSearch, "_begun", lambda *_: None)
+    whole = method.invert(pictures(), init, seeds())
+    assert found.residual is not None
+    assert whole.residual is not None
+    torch.testing.assert_close(found.residual[4].v, whole.residual[4].v, atol=1e-4, rtol=1e-3)
+
+
 def test_a_picture_that_diverges_fails_alone(tiny_generator: Generator) -> None:
     init = start(tiny_generator)
     init = replace(init, failures={2: "e4e: lost"})
@@ -161,6 +260,9 @@ def test_a_picture_that_diverges_fails_alone(tiny_generator: Generator) -> None:
         ({"steps": -1}, "steps must be >= 0"),
         ({"ramp_down": 2.0}, "ramp_down must be in"),
         ({"mse_weight": 0.0, "perceptual": "none"}, "nothing to minimise"),
+        ({"stop_perceptual": -0.1}, "stop_perceptual must be >= 0"),
+        ({"stop_perceptual": 0.1, "perceptual": "none"}, "needs the perceptual distance"),
+        ({"stop_perceptual": 0.1, "perceptual_weight": 0.0}, "needs the perceptual distance"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -203,6 +203,20 @@ def test_features_door(exact, w_plus, layer):
     assert float((image - exact.synthesis(w_plus, "none")).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2, 5, 7])
+def test_synthesis_goes_on_from_what_was_begun(exact, w_plus, layer):
+    residual = _draw_residual(exact, 3, 2, range(7))
+    features = {2: 1.5 * exact.activations(w_plus, 2)}
+    whole = exact.synthesis(w_plus, "const", features, residual)
+    begun = exact.begin(w_plus, layer, "const", features, residual)
+    _close(exact.synthesis(w_plus, "const", features, residual, begun=begun), whole, 1e-12)
+    rows = torch.tensor([2, 0])
+    part = {k: LowRank(u=r.u[rows], v=r.v[rows]) for k, r in residual.items()}
+    own = {2: features[2][rows]}
+    found = exact.synthesis(w_plus[rows], "const", own, part, begun=begun[rows])
+    _close(found, whole[rows], 1e-12)
+
+
 def test_last_layer_has_no_reader(exact, w_plus):
     """L - 1 is allowed and changes nothing: only its own ToRGB would read it."""
     zeros = torch.zeros(3, 8, 32, 32, dtype=torch.float64)
