@@ -103,8 +103,11 @@ class Pictures:
             table = pq.read_table(pa.BufferReader(read_bytes(uri, LedgerError)))
             return dict(zip(table["key"].to_pylist(), table["picture"].to_pylist(), strict=True))
         stored = self._read(shard, group, column)
+        # All pictures of a column have the generator's size.
+        if all(reduced(data) is data for data in list(stored.values())[:1]):
+            return stored
         found = {key: small for key, data in stored.items() if (small := reduced(data))}
-        if self.is_kept and any(found[key] is not stored[key] for key in found):
+        if self.is_kept:
             self._keep(uri, found)
         return found
 

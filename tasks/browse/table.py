@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -132,6 +133,7 @@ class Table:
         )
         return self._ask(f"SELECT {shares} FROM rows", [row[m] for m in have])[0]
 
+    @cached_property
     def spans(self) -> dict[str, tuple[float, float]]:
         """Smallest and largest finite value by metric."""
         if not self.metrics:
