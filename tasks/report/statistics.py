@@ -54,8 +54,9 @@ class CodeCluster:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeOutlier:
-    """A code far from the others: `distance` is the Mahalanobis distance over the components,
-    divided by the root of their number, so that 1 is usual."""
+    """A code far from the others: `distance` is the root mean square over the components of its
+    distance from the median in robust standard deviations, so that 1 is usual. Plain ones would
+    grow with the outliers and hide them."""
 
     key: str
     distance: float
@@ -247,7 +248,9 @@ def _clusters(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tup
 
 
 def _outliers(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tuple[str, float]]:
-    distance = np.sqrt((points**2).mean(1))
+    off = points - np.median(points, 0)
+    scale = 1.4826 * np.median(np.abs(off), 0)
+    distance = np.sqrt(((off / np.where(scale > 0, scale, 1.0)) ** 2).mean(1))
     furthest = [int(at) for at in np.argsort(-distance, kind="stable")[:OUTLIERS]]
     return [(keys[at], float(distance[at])) for at in furthest]
 
