@@ -172,11 +172,10 @@ def measure(run_uri: str, rounds: int) -> list[tuple[str, list[float]]]:
         page.set_default_timeout(300_000)
         page.goto(address)  # the run is opened once
         for what, path in pages_of(name).items():
-            for again in range(rounds):
+            for _ in range(rounds):
                 stands, whole = load_ms(page, address.rstrip("/") + path)
-                when = "first visit" if again == 0 else "again"
-                found.setdefault(f"{what}, page ({when})", []).append(stands)
-                found.setdefault(f"{what}, pictures too ({when})", []).append(whole)
+                found.setdefault(what, []).append(stands)
+                found.setdefault(f"{what}, pictures too", []).append(whole)
         picture = link("/picture", run=name, key="album-000/0000000.png")
         found["slider step"] = steps_ms(page, address.rstrip("/") + picture, 40)
         browser.close()

@@ -57,10 +57,10 @@ class OpenRun:
         Raises:
             UnknownError: there is none of that key.
         """
-        found = self.table.shards([key])
-        if key not in found:
+        found = self.table.shard(key)
+        if found is None:
             raise UnknownError(f"{self.name} has no sample {key!r}")
-        return found[key]
+        return found
 
 
 class Library:

@@ -162,9 +162,9 @@ def gather_statistics(
     clusters: list[tuple[str, float]] = []
     outliers: list[tuple[str, float]] = []
     shift = None
-    if len(keys) >= FEWEST:
-        mean, basis = _components(codes)
-        points = (codes - mean) @ basis
+    mean, basis = _components(codes)
+    points = (codes - mean) @ basis
+    if points.size:
         clusters, outliers = _clusters(keys, points), _outliers(keys, points)
         shift = _code_shift(points, mean, basis, other)
     shown = {key for key, _ in [*clusters, *outliers]}
@@ -224,7 +224,10 @@ def _spread(count: int, wanted: int) -> list[int]:
 def _components(
     codes: Float[np.ndarray, "N S"],
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S K"]]:
-    """Mean, and a basis in which the codes have variance 1; directions without any are left out."""
+    """Mean, and a basis in which the codes have variance 1; directions without any are left out.
+    An empty one of codes that are too few or all the same."""
+    if min(codes.shape) < 2 or len(codes) < FEWEST:
+        return np.zeros(codes.shape[1], np.float32), np.zeros((codes.shape[1], 0), np.float32)
     mean = codes.mean(0)
     count = min(COMPONENTS, *(size - 1 for size in codes.shape))
     start = np.random.default_rng(0).standard_normal(min(codes.shape)).astype(np.float32)

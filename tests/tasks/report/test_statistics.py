@@ -130,3 +130,16 @@ def test_a_run_too_small_for_clusters(tmp_path: Path) -> None:
     assert found is not None
     assert (found.clusters, found.outliers, found.sampled) == ((), (), ROWS - 1)
     assert read_statistics(make_run(str(tmp_path / "none"), shards=0, given_up=1)) == ((), None)
+
+
+def test_codes_that_are_all_the_same_have_no_clusters(tmp_path: Path) -> None:
+    def rows_of(shard: int) -> list[Row]:
+        rows = make_rows(shard, "face-", "broken", 32)
+        for row in rows[:-1]:
+            row.w_plus = np.ones((4, 8), np.float32)
+        return rows
+
+    _, found = read_statistics(make_run(str(tmp_path / "run"), shards=3, rows_of=rows_of))
+
+    assert found is not None
+    assert (found.clusters, found.outliers, found.sampled) == ((), (), 3 * (ROWS - 1))
