@@ -226,7 +226,7 @@ def _components(
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S K"]]:
     """Mean, and a basis in which the codes have variance 1; directions without any are left out.
     An empty one of codes that are too few or all the same."""
-    if min(codes.shape) < 2 or len(codes) < FEWEST:
+    if min(codes.shape) < 2 or len(codes) < FEWEST or not np.ptp(codes, 0).any():
         return np.zeros(codes.shape[1], np.float32), np.zeros((codes.shape[1], 0), np.float32)
     mean = codes.mean(0)
     count = min(COMPONENTS, *(size - 1 for size in codes.shape))

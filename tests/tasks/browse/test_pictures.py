@@ -2,15 +2,19 @@
 
 import io
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tasks.browse.pictures import FOLDER, SIDE_PX, Pictures, media_type, reduced
 from tasks.run import ledger
+from tasks.run.marker import Part
 from tasks.run.rows import Row
 from tests.tasks.report.test_report import make_rows, make_run
 
@@ -64,6 +68,22 @@ def test_large_ones_are_reduced_once_and_kept_beside_the_run(
     again = Pictures(uri, ledger.read_markers(uri))
     assert again.thumbnail(0, key, "input") == first
     assert not (tmp_path / "etc").exists()
+
+
+def test_keys_are_found_in_a_part_that_is_not_sorted(tmp_path: Path) -> None:
+    """Row groups may overlap where several shards stand in one part."""
+    keys = ["a", "z", "b", "y"]
+    pictures = [{"bytes": b"\x89PNG\r\n" + key.encode(), "path": key} for key in keys]
+    path = tmp_path / "images/all.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"sample_key": keys, "input": pictures}), path, row_group_size=2)
+    part = Part(path="images/all.parquet", rows=4, bytes=path.stat().st_size, sha256="00" * 32)
+    uri = small_run(str(tmp_path), 64)
+    marker = replace(ledger.read_markers(uri)[0], parts={"images": part})
+
+    found = Pictures(uri, {0: marker})
+
+    assert [found.stored(0, key, "input") for key in keys] == [p["bytes"] for p in pictures]
 
 
 @pytest.mark.parametrize("store", ["folder", "memory"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
+from pipeline.cli import run_app
 from tasks.report.statistics import SAMPLE, ks_distance, read_statistics, sample_codes
 from tasks.run import ledger
 from tasks.run.rows import Row
@@ -86,15 +87,17 @@ def test_a_moved_run_drifts(run: str, tmp_path: Path) -> None:
     assert shifts["mse"].distance == 0
 
 
-def test_the_report_says_it_too(run: str) -> None:
-    from tasks.report import write_report
+def test_the_report_says_it_too(run: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["report", run, "--against", run]) == 0
 
-    text = " ".join(Page(Path(write_report(run, run)).read_text()).text.split())
+    text = " ".join(Page(Path(run, "report.html").read_text()).text.split())
 
     assert "Clusters of the codes" in text
     assert "Outlier face-000" not in text  # that is the picture's description
     assert "Codes far from the others" in text
     assert "The mean of the codes moved by 0 standard deviations" in text
+    assert run_app(["report", run, "--against", f"{run}/nothing"]) == 2
+    assert "no run here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 2.0, 50.0])
