@@ -8,8 +8,15 @@ Chromium, whose own clock is read.
 """
 
 import argparse
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +24,17 @@ import torch
 from models.checkpoints.load import load_generator
 from models.pictures import to_bytes
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.browse.address import link
 from tasks.job import JobConfig, MethodConfig
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
+from tasks.run.metadata import write_metadata
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row, encode_picture
 
 SHARD, FACES = 256, 256
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 METRICS = ("mse", "psnr", "ssim", "trunk_distance", "nscd")
 
 
@@ -96,16 +106,95 @@ def write_run(folder: Path, rows: int) -> str:
             finished_at=f"2026-11-20T{shard // 60 % 24:02d}:{shard % 60:02d}:50.000+00:00",
         )
         ledger.write_marker(uri, marker)
+    write_metadata(uri)
     ledger.seal(uri)
     return uri
+
+
+# ------------------------------------------------------------------ looking
+
+
+@contextmanager
+def served(place: str) -> Iterator[str]:
+    """The address of `refinery browse`, as a program of its own."""
+    command = [sys.executable, "-m", "pipeline.cli", "browse", place, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().rsplit(" ", 1)[1].strip()
+        process.terminate()
+
+
+def pages_of(run: str) -> dict[str, str]:
+    """Grids whose rows lie together, and grids whose rows lie all over the run."""
+    grid = partial(link, "/grid", run=run)
+    deep = {"value": "album-050/0050000.png", "key": "album-050/0050000.png", "at": 50_000}
+    condition = "trunk_distance > 0.2 AND sample_key LIKE '%7.png'"
+    return {
+        "first page": grid(),
+        "in the middle, by name": grid(**deep),
+        "worst PSNR of all": grid(sort="psnr", status="ok"),
+        "range and condition in SQL": grid(**{"max.psnr": 20}, where=condition, sort="nscd"),
+        "text search": grid(q="0077"),
+    }
+
+
+def load_ms(page: Any, address: str) -> tuple[float, float]:
+    """Milliseconds until the page stands, and until its pictures do, as the browser counts."""
+    page.goto(address, wait_until="load")
+    timing = page.evaluate(
+        "(() => { const t = performance.getEntriesByType('navigation')[0];"
+        " return [t.domContentLoadedEventEnd, t.loadEventEnd]; })()"
+    )
+    return timing[0], timing[1]
+
+
+def steps_ms(page: Any, address: str, count: int) -> list[float]:
+    """Milliseconds of slider steps, from the input event to the picture on the page."""
+    page.goto(address, wait_until="load")
+    sliders = ("direction.age", "domain.impasto")
+    for at in range(count + 5):
+        value = f"{(at % 13 + 1) / 10:g}"
+        page.locator(f"input[name='{sliders[at % 2]}']").fill(value)
+        page.wait_for_selector(f"#live[data-steps='{at + 1}']")
+    found = page.evaluate("performance.getEntriesByName('step').map(step => step.duration)")
+    return found[5:]  # the first ones compile
+
+
+def measure(run_uri: str, rounds: int) -> list[tuple[str, list[float]]]:
+    """Milliseconds by what was measured."""
+    from playwright.sync_api import sync_playwright
+
+    name = run_uri.rsplit("/", 1)[-1]
+    found: dict[str, list[float]] = {}
+    with served(run_uri) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(300_000)
+        page.goto(address)  # the run is opened once
+        for what, path in pages_of(name).items():
+            for _ in range(rounds):
+                stands, whole = load_ms(page, address.rstrip("/") + path)
+                found.setdefault(what, []).append(stands)
+                found.setdefault(f"{what}, pictures too", []).append(whole)
+        picture = link("/picture", run=name, key="album-000/0000000.png")
+        found["slider step"] = steps_ms(page, address.rstrip("/") + picture, 40)
+        browser.close()
+    return list(found.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-browse"))
     given = parser.parse_args()
-    print(write_run(given.folder, given.rows))  # noqa: T201
+    run_uri = write_run(given.folder, given.rows)
+    load = os.getloadavg()[0]
+    say = sys.stdout.write
+    say(f"{given.rows:,} rows; load of the machine {load:.1f} on {os.cpu_count()} cores\n\n")
+    say("| what | median, ms | worst, ms |\n|---|---|---|\n")
+    for what, values in measure(run_uri, given.rounds):
+        say(f"| {what} | {np.median(values):.0f} | {max(values):.0f} |\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command that shows runs in a web browser. Heavy imports wait inside."""
 
 import webbrowser
+from contextlib import suppress
 
 from pipeline.commands.terminal import OK, Run, console
 
@@ -18,9 +19,9 @@ def browse(place: Run, /, *, port: int = 8787, open_browser: bool = False) -> in
     from tasks.browse.library import Library
 
     library = Library(place)
-    with listen(port) as listening:
+    with listen(port) as listening, suppress(KeyboardInterrupt):
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        count = len(library.names())
+        count = len(library.cards())
         console.print(f"{count} run{'s' * (count != 1)} at {address}", highlight=False)
         if open_browser:
             webbrowser.open(address)

@@ -57,10 +57,10 @@ class OpenRun:
         Raises:
             UnknownError: there is none of that key.
         """
-        found = self.table.shards([key])
-        if key not in found:
+        found = self.table.shard(key)
+        if found is None:
             raise UnknownError(f"{self.name} has no sample {key!r}")
-        return found[key]
+        return found
 
 
 class Library:
@@ -76,7 +76,7 @@ class Library:
     def __init__(self, place: str) -> None:
         self.place = place
         self._lock = threading.RLock()
-        self._found, self._found_at = browsed(place), time.monotonic()
+        self._found, self._stale_at = browsed(place), time.monotonic() + FRESH_S
         self._open: OrderedDict[str, tuple[OpenRun, float]] = OrderedDict()
         self._studios: OrderedDict[str, Studio] = OrderedDict()
         self._cards: dict[str, Card] = {}
@@ -90,12 +90,15 @@ class Library:
     def names(self) -> dict[str, str]:
         """Places of the runs by name."""
         with self._lock:
-            if time.monotonic() - self._found_at > FRESH_S:
+            began = time.monotonic()
+            if began > self._stale_at:
                 try:
                     self._found = browsed(self.place)
                 except LedgerError:  # the last one is gone
                     self._found = {}
-                self._found_at = time.monotonic()
+                # Where folders hold many files, looking again must not be all that is done.
+                took = time.monotonic() - began
+                self._stale_at = began + max(FRESH_S, 20 * took)
             return self._found
 
     def uri(self, name: str) -> str:

@@ -84,7 +84,7 @@ def grid_page(run: OpenRun, parameters: Parameters) -> str:
         problem=problem,
         at=at,
         columns=shown_columns(run, parameters),
-        spans=run.table.spans(),
+        spans=run.table.spans,
         value_of=wish.sort if wish.sort in run.table.metrics else "",
         before=page_link(parameters, found.before, max(at - PAGE, 0)),
         after=page_link(parameters, found.after, at + len(found.rows)),

@@ -6,7 +6,7 @@ and kept beside the run, in `thumbnails/`; where that cannot be written, in memo
 
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import pyarrow as pa
@@ -54,11 +54,13 @@ class Pictures:
 
     def stored(self, shard: int, key: str, column: str) -> bytes | None:
         """The encoded picture as it is stored; None where there is none."""
-        return self._read(shard, self._group(shard, key), column).get(key)
+        found = (self._read(shard, group, column).get(key) for group in self._groups(shard, key))
+        return next(filter(None, found), None)
 
     def thumbnail(self, shard: int, key: str, column: str) -> bytes | None:
         """A picture of at most `SIDE_PX`; None where there is none."""
-        return self._small(shard, self._group(shard, key), column).get(key)
+        found = (self._small(shard, group, column).get(key) for group in self._groups(shard, key))
+        return next(filter(None, found), None)
 
     def _uri(self, shard: int) -> str:
         return join(self.run_uri, self.markers[shard].parts["images"].path)
@@ -71,19 +73,18 @@ class Pictures:
         with part_errors(uri):
             return pq.ParquetFile(PartFile(uri, marker.parts["images"].bytes))
 
-    def _group(self, shard: int, key: str) -> int:
-        """The row group whose range of keys has the key; -1 for none."""
+    def _groups(self, shard: int, key: str) -> Iterator[int]:
+        """The row groups whose range of keys has the key: one where a part is sorted."""
         file = self._file(shard)
         for index in range(file.num_row_groups if file else 0):
             assert file is not None
             found = file.metadata.row_group(index).column(0).statistics
             if found is None or not found.has_min_max or found.min <= key <= found.max:
-                return index
-        return -1
+                yield index
 
     def _read(self, shard: int, group: int, column: str) -> dict[str, bytes]:
         file = self._file(shard)
-        if file is None or group < 0 or column not in file.schema_arrow.names:
+        if file is None or column not in file.schema_arrow.names:
             return {}
         # The file object is shared by threads and has one position.
         with part_errors(self._uri(shard)):
@@ -96,15 +97,16 @@ class Pictures:
 
     def _thumbnails(self, shard: int, group: int, column: str) -> dict[str, bytes]:
         """The thumbnails of a row group by key."""
-        if group < 0:
-            return {}
         uri = join(self.run_uri, FOLDER, self._name(shard, group, column))
         if self.is_kept and exists(uri):
             table = pq.read_table(pa.BufferReader(read_bytes(uri, LedgerError)))
             return dict(zip(table["key"].to_pylist(), table["picture"].to_pylist(), strict=True))
         stored = self._read(shard, group, column)
+        # All pictures of a column have the generator's size.
+        if all(reduced(data) is data for data in list(stored.values())[:1]):
+            return stored
         found = {key: small for key, data in stored.items() if (small := reduced(data))}
-        if self.is_kept and any(found[key] is not stored[key] for key in found):
+        if self.is_kept:
             self._keep(uri, found)
         return found
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import duckdb
@@ -27,6 +28,8 @@ LIMIT_S = 5.0
 """A condition that takes longer is stopped."""
 KEYS = 100_000
 """Rows that one selection can have."""
+_KEPT = 4096
+"""Samples whose shard is remembered: a slider asks for the same one at every step."""
 _SETTINGS: dict[str, Any] = {
     "enable_external_access": False,
     "python_enable_replacements": False,
@@ -110,6 +113,7 @@ class Table:
         self._connection.from_arrow(rows).create("rows")
         self._connection.execute("CREATE INDEX by_key ON rows (sample_key)")
         self._connection.execute("SET lock_configuration = true")
+        self.shard = lru_cache(_KEPT)(self._shard)
 
     def row(self, key: str) -> dict[str, Any] | None:
         """All columns of one sample."""
@@ -120,6 +124,10 @@ class Table:
         """The shard of each of these samples that is there."""
         sql = f"SELECT sample_key, {SHARD} FROM rows WHERE sample_key IN (SELECT unnest(?))"
         return {r["sample_key"]: r[SHARD] for r in self._ask(sql, [list(keys)])}
+
+    def _shard(self, key: str) -> int | None:
+        """The shard of one sample; None where there is none."""
+        return self.shards([key]).get(key)
 
     def ranks(self, row: Mapping[str, Any]) -> dict[str, float]:
         """By metric: the share of rows with a smaller value."""
@@ -132,6 +140,7 @@ class Table:
         )
         return self._ask(f"SELECT {shares} FROM rows", [row[m] for m in have])[0]
 
+    @cached_property
     def spans(self) -> dict[str, tuple[float, float]]:
         """Smallest and largest finite value by metric."""
         if not self.metrics:

@@ -54,8 +54,9 @@ class CodeCluster:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeOutlier:
-    """A code far from the others: `distance` is the Mahalanobis distance over the components,
-    divided by the root of their number, so that 1 is usual."""
+    """A code far from the others: `distance` is the root mean square over the components of its
+    distance from the median in robust standard deviations, so that 1 is usual. Plain ones would
+    grow with the outliers and hide them."""
 
     key: str
     distance: float
@@ -161,9 +162,9 @@ def gather_statistics(
     clusters: list[tuple[str, float]] = []
     outliers: list[tuple[str, float]] = []
     shift = None
-    if len(keys) >= FEWEST:
-        mean, basis = _components(codes)
-        points = (codes - mean) @ basis
+    mean, basis = _components(codes)
+    points = (codes - mean) @ basis
+    if points.size:
         clusters, outliers = _clusters(keys, points), _outliers(keys, points)
         shift = _code_shift(points, mean, basis, other)
     shown = {key for key, _ in [*clusters, *outliers]}
@@ -223,7 +224,10 @@ def _spread(count: int, wanted: int) -> list[int]:
 def _components(
     codes: Float[np.ndarray, "N S"],
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S K"]]:
-    """Mean, and a basis in which the codes have variance 1; directions without any are left out."""
+    """Mean, and a basis in which the codes have variance 1; directions without any are left out.
+    An empty one of codes that are too few or all the same."""
+    if min(codes.shape) < 2 or len(codes) < FEWEST or not np.ptp(codes, 0).any():
+        return np.zeros(codes.shape[1], np.float32), np.zeros((codes.shape[1], 0), np.float32)
     mean = codes.mean(0)
     count = min(COMPONENTS, *(size - 1 for size in codes.shape))
     start = np.random.default_rng(0).standard_normal(min(codes.shape)).astype(np.float32)
@@ -247,7 +251,9 @@ def _clusters(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tup
 
 
 def _outliers(keys: Sequence[str], points: Float[np.ndarray, "N K"]) -> list[tuple[str, float]]:
-    distance = np.sqrt((points**2).mean(1))
+    off = points - np.median(points, 0)
+    scale = 1.4826 * np.median(np.abs(off), 0)
+    distance = np.sqrt(((off / np.where(scale > 0, scale, 1.0)) ** 2).mean(1))
     furthest = [int(at) for at in np.argsort(-distance, kind="stable")[:OUTLIERS]]
     return [(keys[at], float(distance[at])) for at in furthest]
 

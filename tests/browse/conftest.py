@@ -114,4 +114,4 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         assert "2 runs at http://127.0.0.1:" in line, log.read_text()
         yield Server(root, int(line.rsplit(":", 1)[1].strip("/ \n")), log)
         process.terminate()
-        process.wait(30)
+        assert process.wait(60) == 0, log.read_text()

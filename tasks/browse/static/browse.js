@@ -37,6 +37,7 @@ function studio(section) {
       shown = next;
       performance.measure("step", { start: began, end: performance.now() });
       pace.textContent = `${Math.round(performance.now() - began)} ms`;
+      live.dataset.steps = Number(live.dataset.steps || 0) + 1;
       live.dataset.values = JSON.stringify(Object.fromEntries(moved().map((s) => [s.name, s.value])));
     } catch (error) {
       pace.textContent = "not rendered";
