@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from models.errors import ConfigError
 from models.inversion.base import Inversion
 from models.losses.perceptual import load_perceptual
 from models.optim import RowAdam

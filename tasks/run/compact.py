@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from models.errors import LedgerError
 from tasks.run.ledger import (
-    PART_KINDS,
+    TABLE_KINDS,
     Commits,
     read_commits,
     read_finished,
@@ -60,9 +60,15 @@ def compact(run_uri: str, target_bytes: int = TARGET_BYTES) -> Compacted:
         target_bytes: of the parts that shards share, at most; they are held in memory.
 
     Raises:
-        LedgerError: the run is not sealed, or a part is missing or damaged.
+        LedgerError: the run is not sealed or an index, or a part is missing or damaged.
     """
     commits = read_finished(run_uri)
+    kinds = {kind for marker in commits.markers.values() for kind in marker.parts}
+    if not kinds <= set(TABLE_KINDS):
+        raise LedgerError(
+            f"{run_uri}: an index, whose parts are not tables; make it again of the compacted run "
+            "for fewer and larger ones"
+        )
     for group in _groups(list(commits.markers.values()), target_bytes):
         _commit(run_uri, group, commits)
     crash_point("compact_before_seal", 0)
@@ -93,7 +99,7 @@ def _commit(run_uri: str, group: Sequence[Marker], commits: Commits) -> None:
     shard, attempt = group[0].shard, uuid.uuid4().hex[:12]
     generation = commits.last[shard] + 1
     parts: dict[str, Part] = {}
-    for kind in PART_KINDS:
+    for kind in TABLE_KINDS:
         having = [marker for marker in group if kind in marker.parts]
         if not having:
             continue

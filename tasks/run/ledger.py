@@ -427,9 +427,10 @@ def _place(run_uri: str, shard: int, generation: int) -> str:
 
 def _lost_parts(run_uri: str, markers: Mapping[int, Marker]) -> dict[int, DamagedError]:
     """Shards with a part that is missing or of another size than its marker says, and why."""
+    kinds = {kind for marker in markers.values() for kind in marker.parts}
     sizes = {
         f"{kind}/{name}": size
-        for kind in PART_KINDS
+        for kind in kinds
         for name, size, _ in list_files(join(run_uri, kind), LedgerError)
     }
     lost: dict[int, DamagedError] = {}

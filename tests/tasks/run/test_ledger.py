@@ -238,8 +238,8 @@ def test_a_commit_whose_part_is_lost_or_cut_is_pending(run: str, lost: bytes | N
 
 
 def test_requests(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh shard costs an attempt one GET before and one PUT after; a driver four listings and
-    one GET for each commit."""
+    """A fresh shard costs an attempt one GET before and one PUT after; a driver a listing of the
+    markers and of each kind of part, and one GET for each commit."""
     commit(run, 0)
     asked: list[str] = []
 
@@ -264,9 +264,7 @@ def test_requests(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "find_bytes /commits/00001.json",
         "find_bytes /run.json",
         "list_files /commits",
-        "list_files /images",
         "list_files /latents",
-        "list_files /residuals",
     ]
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ class Clock:
 class Station:
     """No pictures: what the attempt stores is in `write_parts`."""
 
-    stages, layout, device_name = ("write",), None, "cpu"
+    stages, layout, device_name = ("write",), SimpleNamespace(pictures=()), "cpu"
 
     def read(self, *_: Any) -> Iterator[Any]:
         return iter(())
@@ -95,7 +96,7 @@ def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attempt, compact):
         monkeypatch.setattr(module, "uuid", Named)
     monkeypatch.setattr(compact, "_joined", lambda *_: (b"rows of both", 2))
-    monkeypatch.setattr(compact, "PART_KINDS", ("latents",))
+    monkeypatch.setattr(compact, "TABLE_KINDS", ("latents",))
     monkeypatch.setattr(attempt, "Stopwatch", lambda _: Clock())
     monkeypatch.setattr(attempt, "write_parts", write_parts)
 
