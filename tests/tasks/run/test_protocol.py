@@ -292,9 +292,9 @@ def test_a_store_without_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes replace each other there, and only age removes: what is committed stays readable."""
     for module in (ledger, once):
         monkeypatch.setattr(module, "creates_once", lambda *_: False)
-    problem, steps = check({"a": drive, "b": drive, "c": collect}, Law(), 0)
+    problem, steps = check({"a": drive, "b": drive}, Law(), 1)
     assert problem == ""
-    assert steps > 5000
+    assert steps > 1000
 
 
 def test_the_old_protocol_is_found_out() -> None:
