@@ -109,8 +109,9 @@ class Site:
     count: int = 0
 
     @staticmethod
-    def make(folder: Path) -> "Site":
-        """Data set, S3 server, proxy, and a run of each kind that nothing happens to."""
+    def make(folder: Path, server: S3Server | None = None) -> "Site":
+        """Data set, S3 server (moto's by default), proxy, and a run of each kind that nothing
+        happens to."""
         generator = make_tiny_generator()
         pictures = [make_picture_bytes(seed) for seed in range(8)]
         dataset = write_dataset(folder / "dataset", generator, pictures)
@@ -121,7 +122,7 @@ class Site:
         modules += ["pipeline.config", "pipeline.edit", "tasks.report", "tasks.verify.run"]
         modules += [f"tasks.work.{name}" for name in (*KINDS, "station")]
         context.set_forkserver_preload(modules)
-        server = S3Server()
+        server = server or S3Server()
         os.environ.update(server.environment)  # the invariants look past the proxy
         site = Site(folder, dataset, context, server, FaultProxy(server.endpoint))
         site.start("invert", str(folder / "first")).end()  # the fork server loads PyTorch
@@ -134,7 +135,7 @@ class Site:
         return site
 
     def close(self) -> None:
-        self.proxy.shutdown()
+        self.proxy.close()
         self.server.stop()
 
     @property
