@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.logging import RichHandler
 
 from models.errors import RefineryError
-from pipeline.commands import editing, models, runs
+from pipeline.commands import editing, models, runs, upkeep
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -36,6 +36,8 @@ COMMANDS = {
         runs.verify,
         runs.query,
         runs.report,
+        upkeep.compact,
+        upkeep.gc,
     ),
     Group("Models", sort_key=1): (
         models.methods,

@@ -143,7 +143,7 @@ def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome
     for error in commits.damaged.values():
         logger.warning("%s", error)
     markers = commits.markers
-    waiting = [shard for shard in range(record["num_shards"]) if shard not in markers]
+    waiting = [shard for shard in range(record["num_shards"]) if not commits.has(shard)]
     tally = Tally(
         schedule=Schedule(
             waiting,
@@ -156,7 +156,7 @@ def _run(run_uri: str, engine: EngineConfig, on_progress: OnProgress) -> Outcome
         ),
         shards_total=record["num_shards"],
         rows_total=record["num_samples"],
-        shards_done=len(markers),
+        shards_done=len(markers) + len(commits.covered),
         rows_done=sum(marker.rows for marker in markers.values()),
         rows_failed=sum(marker.failed for marker in markers.values()),
         on_progress=on_progress,

@@ -76,7 +76,7 @@ def read_status(run_uri: str) -> Status:
         run_id=record["run_id"],
         is_sealed=ledger.is_sealed(run_uri),
         num_shards=record["num_shards"],
-        num_committed=len(markers),
+        num_committed=len(markers) + len(commits.covered),
         rows_total=record["num_samples"],
         rows=rows,
         failed=sum(marker.failed for marker in markers),

@@ -15,6 +15,7 @@ from typing import Any
 
 from tasks.job import FILE, PLACE, Job
 from tasks.run.manifest import ManifestInfo
+from tasks.run.records import DamagedError
 
 VERSION = 2
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".json", ".npy", ".csv", ".parquet")
@@ -43,11 +44,21 @@ def identity_digest(record: Mapping[str, Any]) -> str:
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
     """What is hashed: config, manifest and weights without places; in a weight's name the keys of
-    the config that hold its place stand for it."""
+    the config that hold its place stand for it.
+
+    Raises:
+        DamagedError: a place is not in the config.
+    """
     found = {key: copy.deepcopy(record[key]) for key in ("config", "manifest", "weights")}
-    values = {
-        place: _taken(found["config"], place.split(".")) for place in record.get("places", ())
-    }
+    values = {}
+    for place in record.get("places", ()):
+        try:
+            values[place] = _taken(found["config"], place.split("."))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(
+                f"run.json was changed after the run began: it says that {place!r} is a place, and "
+                "its config has no such key; restore it"
+            ) from error
     weights: dict[str, str] = {}
     for name, digest in found["weights"].items():
         kind, _, where = name.partition(".")

@@ -38,7 +38,7 @@ from models.errors import LedgerError, ShardError
 from tasks.job import Job
 from tasks.run.identity import VERSION, contents, identity_digest, make_identity
 from tasks.run.manifest import ManifestInfo
-from tasks.run.marker import Closed, Marker, Part
+from tasks.run.marker import Closed, Covered, Marker
 from tasks.run.records import (
     RUN_RECORD,
     SEAL,
@@ -178,11 +178,14 @@ def create_run(
                 found["code_version"],
                 code_version,
             )
-        if all(found[key] == value for key, value in identity.items()):
+        if all(found.get(key) == value for key, value in identity.items()):
             return handle
         record = found  # something has moved
-    text = json.dumps({**record, **identity}, indent=1, sort_keys=True)
-    write_bytes(uri, text.encode() + b"\n")
+    text = json.dumps({**record, **identity}, indent=1, sort_keys=True).encode() + b"\n"
+    if found is not None:
+        write_bytes(uri, text)
+    elif not create_bytes(uri, text):  # another driver was faster: is it the same run?
+        return create_run(run_uri, job, manifest_info, hashes, code_version, declared)
     return handle
 
 
@@ -300,15 +303,26 @@ class Commits:
 
     Attributes:
         markers: the commits that count, in order of shards.
+        covered: shards whose rows stand in another's parts, and which one's (`tasks.run.compact`).
         damaged: shards whose commit is no good, and why: its marker or a part that it names.
         counted: the generation that these are of: the last of its shard that is not closed.
         last: the last generation of each shard that has any.
     """
 
     markers: dict[int, Marker] = field(default_factory=dict)
+    covered: dict[int, int] = field(default_factory=dict)
     damaged: dict[int, DamagedError] = field(default_factory=dict)
     counted: dict[int, int] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def compacted(self) -> set[int]:
+        """Shards that are covered, and those that cover them."""
+        return {*self.covered, *self.covered.values()}
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is committed."""
+        return shard in self.markers or shard in self.covered
 
     def refuse_newer(self) -> None:
         """For those who would do damaged shards again.
@@ -343,8 +357,8 @@ def read_commits(run_uri: str, *, with_parts: bool = False) -> Commits:
                 found.markers[shard] = place
             else:
                 found.damaged[shard] = place
-    if with_parts and found.markers:
-        _check_parts(run_uri, found)
+    lost = _lost_parts(run_uri, found.markers) if with_parts and found.markers else {}
+    _resolve(found, lost)
     return found
 
 
@@ -365,10 +379,7 @@ def _read_place(run_uri: str, shard: int, generation: int) -> Marker | Closed | 
     data = find_bytes(uri)
     place = None if data is None else Marker.from_json(data, uri)
     if place is not None and place.shard != shard:
-        raise DamagedError(
-            f"{uri}: damaged (it is of shard {shard_name(place.shard)}); run the run's command "
-            "again, which redoes its shard"
-        )
+        raise _damaged(uri, f"damaged (it is of shard {shard_name(place.shard)})")
     return place
 
 
@@ -376,25 +387,47 @@ def _place(run_uri: str, shard: int, generation: int) -> str:
     return join(run_uri, "commits", f"{shard_name(shard, generation)}.json")
 
 
-def _check_parts(run_uri: str, found: Commits) -> None:
+def _lost_parts(run_uri: str, markers: Mapping[int, Marker]) -> dict[int, DamagedError]:
+    """Shards with a part that is missing or of another size than its marker says, and why."""
     sizes = {
         f"{kind}/{name}": size
         for kind in PART_KINDS
         for name, size, _ in list_files(join(run_uri, kind), LedgerError)
     }
-    for shard, marker in list(found.markers.items()):
+    lost: dict[int, DamagedError] = {}
+    for shard, marker in markers.items():
         for part in marker.parts.values():
-            if sizes.get(part.path) != part.bytes:
-                del found.markers[shard]
-                found.damaged[shard] = _lacking(run_uri, part, sizes.get(part.path))
-                break
+            size = sizes.get(part.path)
+            if size != part.bytes:
+                state = "missing" if size is None else f"of {size} bytes, not {part.bytes}"
+                lost[shard] = _damaged(join(run_uri, part.path), state)
+    return lost
 
 
-def _lacking(run_uri: str, part: Part, size: int | None) -> DamagedError:
-    state = "missing" if size is None else f"of {size} bytes, and its marker says {part.bytes}"
-    return DamagedError(
-        f"{join(run_uri, part.path)}: {state}; run the run's command again, which redoes its shard"
-    )
+def _resolve(found: Commits, lost: Mapping[int, DamagedError]) -> None:
+    """Leave out what is covered by a whole commit, and what is lost."""
+    for shard, marker in found.markers.items():
+        others = [covered for covered in marker.covers if covered.shard != shard]
+        if shard not in lost and all(_is_current(found, covered) for covered in others):
+            found.covered.update({covered.shard: shard for covered in others})
+        elif others and shard not in lost:
+            name = f"commits/{shard_name(shard, found.counted[shard])}.json"
+            lost = {**lost, shard: _damaged(name, "a shard that it covers was done again")}
+    for shard in found.covered:
+        found.markers.pop(shard, None)
+        found.damaged.pop(shard, None)
+    for shard, error in lost.items():
+        if found.markers.pop(shard, None) is not None:
+            found.damaged[shard] = error
+
+
+def _is_current(found: Commits, covered: Covered) -> bool:
+    """Whether the shard was not done again since it was covered."""
+    return found.counted.get(covered.shard, -1) == covered.generation
+
+
+def _damaged(what: str, how: str) -> DamagedError:
+    return DamagedError(f"{what}: {how}; run the run's command again, which redoes its shard")
 
 
 def open_shard(run_uri: str, shard: int) -> tuple[int, Marker | None]:
@@ -407,13 +440,16 @@ def open_shard(run_uri: str, shard: int) -> tuple[int, Marker | None]:
     free, found = _climb(run_uri, shard)
     if isinstance(found, NewerError):
         raise found
-    if isinstance(found, Marker) and _is_whole(run_uri, found):
-        return free, found
-    return free, None
+    if not isinstance(found, Marker) or is_whole(run_uri, found):
+        return free, found if isinstance(found, Marker) else None
+    # Its parts are gone: lost, or covered by another shard's and collected.
+    commits = read_commits(run_uri, with_parts=True)
+    return free, commits.markers.get(commits.covered.get(shard, -1))
 
 
 def read_marker(run_uri: str, shard: int) -> Marker | None:
-    """The commit of one shard, or None: a GET for each generation, and one that finds no further.
+    """The last commit of one shard, or None: a GET for each generation, and one that finds no
+    further.
 
     Raises:
         DamagedError: it is no good.
@@ -422,6 +458,19 @@ def read_marker(run_uri: str, shard: int) -> Marker | None:
     if isinstance(found, DamagedError):
         raise found
     return found
+
+
+def read_generations(run_uri: str, shard: int) -> Iterator[Marker]:
+    """All commits of one shard, the first one first; a GET for each that is asked for.
+
+    Raises:
+        DamagedError: one of them is no good.
+    """
+    generation = 0
+    while (place := _read_place(run_uri, shard, generation)) is not None:
+        if isinstance(place, Marker):
+            yield place
+        generation += 1
 
 
 def _climb(run_uri: str, shard: int) -> tuple[int, Marker | DamagedError | None]:
@@ -439,7 +488,8 @@ def _climb(run_uri: str, shard: int) -> tuple[int, Marker | DamagedError | None]
         generation += 1
 
 
-def _is_whole(run_uri: str, marker: Marker) -> bool:
+def is_whole(run_uri: str, marker: Marker) -> bool:
+    """Whether all parts of a commit are there, in their size."""
     infos = ((part, file_info(join(run_uri, part.path))) for part in marker.parts.values())
     return all(info is not None and info[0] == part.bytes for part, info in infos)
 
@@ -473,7 +523,8 @@ def write_marker(run_uri: str, marker: Marker, generation: int = 0) -> Marker:
 
 def committed(run_uri: str) -> set[int]:
     """Ids of the shards that have a commit."""
-    return set(read_commits(run_uri).markers)
+    found = read_commits(run_uri)
+    return {*found.markers, *found.covered}
 
 
 def read_markers(run_uri: str) -> dict[int, Marker]:
@@ -494,7 +545,7 @@ def pending(run_uri: str) -> list[int]:
     """
     found = read_commits(run_uri, with_parts=True)
     found.refuse_newer()
-    return [i for i in range(read_run(run_uri)["num_shards"]) if i not in found.markers]
+    return [i for i in range(read_run(run_uri)["num_shards"]) if not found.has(i)]
 
 
 # ---------------------------------------------------------------------------- giving up
@@ -523,12 +574,12 @@ def read_quarantine(run_uri: str, commits: Commits | None = None) -> dict[int, Q
     folder = join(run_uri, "failed")
     names = [name for name, _, _ in list_files(folder, LedgerError)]
     given_up = sorted(int(match[1]) for name in names if (match := _PLACE.fullmatch(name)))
-    done = (commits or read_commits(run_uri)).markers if given_up else {}
+    done = commits or (read_commits(run_uri) if given_up else Commits())
     advice = "delete this file and run again, which retries its shard"
     found: dict[int, Quarantined] = {}
     for shard in given_up:
         uri = join(folder, f"{shard_name(shard)}.json")
-        data = None if shard in done else find_bytes(uri)
+        data = None if done.has(shard) else find_bytes(uri)
         if data is None:
             continue
         try:
@@ -553,24 +604,24 @@ def seal(run_uri: str) -> str:
     record, commits = read_run(run_uri), read_commits(run_uri, with_parts=True)
     commits.refuse_newer()
     markers, given_up = commits.markers, read_quarantine(run_uri, commits)
-    waiting = [i for i in range(record["num_shards"]) if i not in markers and i not in given_up]
+    shards = range(record["num_shards"])
+    waiting = [i for i in shards if not commits.has(i) and i not in given_up]
     if waiting:
         raise LedgerError(
             f"{run_uri}: cannot seal, {len(waiting)} of {record['num_shards']} shards are neither "
             f"committed nor given up (first: {shard_name(waiting[0])}); run its command again"
         )
-    parts = {
-        part.path: {"shard": shard, "kind": kind, **asdict(part)}
-        for shard, marker in reversed(markers.items())
-        for kind, part in sorted(marker.parts.items(), reverse=True)
-    }
     sealed = {
         "run_id": record["run_id"],
         "num_shards": record["num_shards"],
         "rows": sum(marker.rows for marker in markers.values()),
         "failed": sum(marker.failed for marker in markers.values()),
         "quarantined": sorted(given_up),
-        "parts": list(reversed(parts.values())),
+        "parts": [
+            {"shard": shard, "kind": kind, **asdict(part)}
+            for shard, marker in markers.items()
+            for kind, part in sorted(marker.parts.items())
+        ],
         "sealed_at": utc_now(),
     }
     uri = join(run_uri, "_SEALED.json")
@@ -595,6 +646,23 @@ def read_seal(run_uri: str) -> Seal | None:
     return None if data is None else parse(SEAL, data, uri, newest=1, advice=advice)
 
 
+def read_finished(run_uri: str) -> Commits:
+    """All commits of a run that is to be worked on as a whole.
+
+    Raises:
+        LedgerError: it is not sealed, or a commit is damaged.
+    """
+    if read_seal(run_uri) is None:
+        raise LedgerError(
+            f"{run_uri}: the run is not finished, so its samples may still change; run its command "
+            "again, which finishes it"
+        )
+    commits = read_commits(run_uri, with_parts=True)
+    for error in commits.damaged.values():
+        raise error
+    return commits
+
+
 def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
     """Delete files in the part folders that no marker names nor will: what attempts left behind
     that were killed or came second. It may run at any time, beside attempts at work.
@@ -614,8 +682,9 @@ def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str
     places = {name: written for name, _, written in list_times(join(run_uri, "commits"))}
     beats = [written for _, _, written in list_times(join(run_uri, "drivers"))]
     now = max([*files.values(), *places.values(), *beats], default=0.0)
-    commits = read_commits(run_uri)
+    commits = read_commits(run_uri, with_parts=True)
     named = {part.path for marker in commits.markers.values() for part in marker.parts.values()}
+    named |= _sealed_paths(run_uri)
     orphans = {path: written for path, written in files.items() if path not in named}
     can_close = not orphans or creates_once(join(run_uri, "commits", "any"))
     if not can_close:  # an attempt may replace a commit: only time tells that it is dead
@@ -627,20 +696,32 @@ def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str
             return False
         shard, generation = int(match[1]), int(match[2] or 0)
         counted, is_old = commits.counted.get(shard, -1), now - written >= older_than_s
-        if generation > commits.last.get(shard, -1):
+        if generation > commits.last.get(
+            shard, -1
+        ):  # it may still be committed, until it is closed
             return is_old and (not can_close or _close(run_uri, shard, generation))
-        if generation < counted:
-            since = places.get(f"{shard_name(shard, counted)}.json", now)
-            return now - since >= older_than_s
-        if generation == counted and shard in commits.damaged:
-            return False  # its marker may have named it, and may be restored
-        return can_close or is_old
+        if generation <= counted and shard in commits.damaged:
+            return False  # what is lost may be restored, and need it
+        over = commits.covered.get(shard, shard)
+        if over != shard or generation < counted:  # somebody may be reading it
+            by = f"{shard_name(over, commits.counted[over])}.json"
+            return now - places.get(by, now) >= older_than_s
+        return can_close or is_old  # it came second
 
     removed = [path for path, written in orphans.items() if is_over(path, written)]
     remove([join(run_uri, path) for path in removed])
     if removed:
         logger.info("removed %d files of unfinished attempts from %s", len(removed), run_uri)
     return removed
+
+
+def _sealed_paths(run_uri: str) -> set[str]:
+    """What the seal names stays until it is sealed anew."""
+    try:
+        seal = read_seal(run_uri)
+    except DamagedError:
+        return set()
+    return {part["path"] for part in seal["parts"]} if seal else set()
 
 
 def _close(run_uri: str, shard: int, generation: int) -> bool:

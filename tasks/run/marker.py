@@ -20,21 +20,36 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One Parquet file of a shard, or the shard's rows in a file that it shares with others.
+    """One Parquet file of a shard.
 
     Attributes:
         path: relative to the run directory, e.g. "latents/00042-9f3c21d0aa57.parquet".
-        rows: of the shard.
+        rows: rows in the file.
         bytes: size of the file.
         sha256: of the whole file, hexadecimal.
-        first_row: where the shard's rows begin in the file.
     """
 
     path: PartPath
     rows: Count
     bytes: Count
     sha256: Sha256
-    first_row: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covered:
+    """A commit whose rows stand in the parts of another (`tasks.run.compact`).
+
+    Attributes:
+        generation, attempt: which commit of the shard.
+        first_row: of the covering latents part; from here on are the shard's rows, in their order.
+        rows: of the shard.
+    """
+
+    shard: ShardId
+    generation: Count
+    attempt: str
+    first_row: Count
+    rows: Count
 
 
 def _check_kinds(parts: dict[str, Part]) -> dict[str, Part]:
@@ -63,6 +78,8 @@ class Marker:
         code_version: of this project.
         notes: what an operator should know, e.g. that a batch was halved for memory.
         started_at, finished_at: UTC, ISO 8601.
+        covers: the commits that these parts stand for, this shard's earlier one among them; empty
+            for the work of one shard.
         version: of this format.
     """
 
@@ -80,6 +97,7 @@ class Marker:
     notes: tuple[str, ...] = ()
     started_at: Moment = ""
     finished_at: Moment = ""
+    covers: tuple[Covered, ...] = ()
     version: _Version = VERSION
 
     def to_json(self) -> bytes:

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError, ShardError
 from tasks.job import ShardSpec
 from tasks.run.ledger import (
-    read_commits,
+    is_whole,
     read_declared,
-    read_marker,
+    read_finished,
+    read_generations,
     read_run,
-    read_seal,
     shard_name,
 )
 from tasks.run.marker import Marker
@@ -49,14 +49,7 @@ def plan_source(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; expected at least 1, or none")
     read_run(source_uri)
-    if read_seal(source_uri) is None:
-        raise LedgerError(
-            f"{source_uri}: the run is not finished, so its samples may still change; run "
-            "its command again, which finishes it"
-        )
-    commits = read_commits(source_uri, with_parts=True)
-    for error in commits.damaged.values():
-        raise LedgerError(f"{source_uri}: a commit of this run is damaged: {error}")
+    commits = read_finished(source_uri)
     markers = [marker for marker in commits.markers.values() if marker.rows]
     if not markers:
         raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to work on")
@@ -88,15 +81,18 @@ def source_marker(spec: ShardSpec) -> Marker:
     Raises:
         ShardError: it is gone, or is not the one that was planned with.
     """
-    shard = int(spec.members[0])
-    marker = read_marker(spec.uri, shard)
-    if marker is None or _etag(marker) != spec.etag:
-        found = "gone" if marker is None else "not the same"
-        raise ShardError(
-            f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
-            "restore the run, or start again with a new output"
-        )
-    return marker
+    shard, found = int(spec.members[0]), "gone"
+    for marker in read_generations(spec.uri, shard):
+        if _etag(marker) == spec.etag:
+            if is_whole(spec.uri, marker):
+                return marker
+            found = "compacted"
+            break
+        found = "not the same"
+    raise ShardError(
+        f"{spec.uri}: shard {shard_name(shard)} is {found} since this work was planned; "
+        "restore the run, or start again with a new output"
+    )
 
 
 def read_rows(run_uri: str, marker: Marker) -> list[Row]:

@@ -21,6 +21,8 @@ POINTS = (
     "before_marker",
     "after_marker",
 )
+COMPACT_POINTS = ("compact_between_parts", "compact_before_marker", "compact_before_seal")
+"""Of `refinery compact`; the shard is the one that will cover others."""
 EXIT_CODE = 137
 """As of a process that the kernel killed."""
 
@@ -33,7 +35,7 @@ def crash_point(name: str, shard: int) -> None:
     Raises:
         ConfigError: the variable is malformed, or names no crash point.
     """
-    assert name in POINTS
+    assert name in (*POINTS, *COMPACT_POINTS)
     for wanted in os.environ.get(VARIABLE, "").split(";"):
         if wanted:
             _maybe_crash(wanted, name, shard)
@@ -42,10 +44,11 @@ def crash_point(name: str, shard: int) -> None:
 def _maybe_crash(wanted: str, name: str, shard: int) -> None:
     point, _, rest = wanted.partition(":")
     number, _, token = rest.partition(":")
-    if point not in POINTS or not number.isdigit():
+    if point not in (*POINTS, *COMPACT_POINTS) or not number.isdigit():
+        known = ", ".join((*POINTS, *COMPACT_POINTS))
         raise ConfigError(
             f"{VARIABLE}={wanted!r}: expected point:shard or point:shard:token-file with a point "
-            f"of {', '.join(POINTS)} and a shard number; unset it for normal work"
+            f"of {known} and a shard number; unset it for normal work"
         )
     if (point, int(number)) != (name, shard) or _has_fired(token):
         return

@@ -27,6 +27,7 @@ from tasks.run.ledger import (
 )
 from tasks.run.manifest import describe_manifest, read_manifest
 from tasks.run.marker import Marker
+from tasks.run.records import DamagedError
 from tasks.storage.files import join, list_files
 from tasks.verify.shard import ShardCheck, check_shard, examples
 
@@ -78,18 +79,18 @@ def verify(run_uri: str, deep: bool = True) -> VerifyReport:
     _check_missing(run_uri, commits, report)
     hashes: dict[int, np.ndarray] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for check in _in_windows(pool, run_uri, record, markers, deep):
+        for check in _in_windows(pool, run_uri, record, commits, deep):
             report.problems += check.problems
             report.notes += check.notes
             hashes[check.shard] = check.key_hashes
+    report.num_committed = len(markers) + len(commits.covered)
     for marker in markers.values():
-        report.num_committed += 1
         report.rows += marker.rows
         report.failed += marker.failed
         report.num_bytes += sum(part.bytes for part in marker.parts.values())
     _check_unique(hashes, report)
-    _check_total(record, markers, report)
-    _check_seal(run_uri, record, markers, report)
+    _check_total(record, report)
+    _check_seal(run_uri, record, commits, report)
     _note_orphans(run_uri, markers, report)
     return report
 
@@ -98,11 +99,14 @@ def verify(run_uri: str, deep: bool = True) -> VerifyReport:
 
 
 def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) -> None:
-    if identity_digest(record) != record["run_id"]:
-        report.problems.append(
-            f"run.json was changed after the run began: its settings no longer hash to the run id "
-            f"{record['run_id']}; restore it"
-        )
+    try:
+        if identity_digest(record) != record["run_id"]:
+            report.problems.append(
+                "run.json was changed after the run began: its settings no longer hash to the run "
+                f"id {record['run_id']}; restore it"
+            )
+    except DamagedError as error:
+        report.problems.append(str(error))
     try:
         found = describe_manifest(run_uri)
     except LedgerError as error:
@@ -118,7 +122,8 @@ def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) 
 
 
 def _check_missing(run_uri: str, commits: Commits, report: VerifyReport) -> None:
-    given_up, done = read_quarantine(run_uri, commits), {*commits.markers, *commits.damaged}
+    given_up = read_quarantine(run_uri, commits)
+    done = {*commits.markers, *commits.covered, *commits.damaged}
     report.problems += [f"shard {shard_name(i)}: {error}" for i, error in commits.damaged.items()]
     for shard, entry in given_up.items():
         report.problems.append(
@@ -160,16 +165,16 @@ def _check_unique(hashes: dict[int, np.ndarray], report: VerifyReport) -> None:
         )
 
 
-def _check_total(record: dict[str, Any], markers: dict[int, Marker], report: VerifyReport) -> None:
+def _check_total(record: dict[str, Any], report: VerifyReport) -> None:
     expected = record.get("num_samples")
-    if expected is None or len(markers) < record["num_shards"]:
+    if expected is None or report.num_committed < record["num_shards"]:
         return
     if report.rows != expected:
         report.problems.append(f"the manifest has {expected} samples, the markers {report.rows}")
 
 
 def _check_seal(
-    run_uri: str, record: dict[str, Any], markers: dict[int, Marker], report: VerifyReport
+    run_uri: str, record: dict[str, Any], commits: Commits, report: VerifyReport
 ) -> None:
     try:
         seal = read_seal(run_uri)
@@ -181,15 +186,22 @@ def _check_seal(
         return
     if seal["run_id"] != record["run_id"]:
         report.problems.append(f"_SEALED.json belongs to another run, {seal['run_id']}")
-    named = {part.path: part.sha256 for m in markers.values() for part in m.parts.values()}
-    listed = {part["path"]: part["sha256"] for part in seal["parts"]}
-    if named != listed:
-        differing = sorted(
-            path for path in named.keys() | listed.keys() if named.get(path) != listed.get(path)
+    named = {
+        part.path: (shard, part.sha256)
+        for shard, marker in commits.markers.items()
+        for part in marker.parts.values()
+    }
+    listed = {part["path"]: (part["shard"], part["sha256"]) for part in seal["parts"]}
+    differing = named.items() ^ listed.items()
+    if differing and {shard for _, (shard, _) in differing} <= commits.compacted:
+        report.notes.append(
+            "the run was compacted and not sealed since; run `refinery compact` again"
         )
+    elif differing:
+        paths = sorted({path for path, _ in differing})
         report.problems.append(
-            f"_SEALED.json and the markers disagree about {len(differing)} parts "
-            f"({examples(differing)}); run its command again, which seals the run anew"
+            f"_SEALED.json and the markers disagree about {len(paths)} parts "
+            f"({examples(paths)}); run its command again, which seals the run anew"
         )
 
 
@@ -223,12 +235,13 @@ def _in_windows(
     pool: ThreadPoolExecutor,
     run_uri: str,
     record: dict[str, Any],
-    markers: dict[int, Marker],
+    commits: Commits,
     deep: bool,
 ) -> Iterator[ShardCheck]:
     """Checks in shard order, a few at a time: a large manifest is never held at once."""
     settings = _input_settings(record)
-    window: list[tuple[Marker, ShardSpec | None]] = []
+    window: list[tuple[Marker, list[ShardSpec]]] = []
+    gathered: dict[int, list[ShardSpec]] = {}
 
     def flush() -> Iterator[ShardCheck]:
         yield from pool.map(
@@ -241,10 +254,16 @@ def _in_windows(
 
     try:
         for spec in read_manifest(run_uri):
-            if spec.id in markers:
-                window.append((markers[spec.id], spec))
+            owner = commits.covered.get(spec.id, spec.id)
+            marker = commits.markers.get(owner)
+            if marker is None:
+                continue
+            specs = gathered.setdefault(owner, [])
+            specs.append(spec)
+            if len(specs) == max(len(marker.covers), 1):
+                window.append((marker, gathered.pop(owner)))
             if len(window) >= _AT_ONCE:
                 yield from flush()
     except LedgerError:  # reported by _check_identity
-        window = [(marker, None) for marker in markers.values()]
+        window = [(marker, []) for marker in commits.markers.values()]
     yield from flush()

@@ -6,7 +6,7 @@ manifest.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, cast
@@ -48,14 +48,15 @@ def check_shard(
     run_uri: str,
     run_id: str,
     marker: Marker,
-    spec: ShardSpec | None,
+    specs: Sequence[ShardSpec],
     config: InputConfig,
     deep: bool,
 ) -> ShardCheck:
     """Check one commit.
 
     Args:
-        spec: None where the manifest cannot be read.
+        specs: what its rows are of, more than one shard after a compaction; none where the
+            manifest cannot be read.
         deep: also hash the parts and compare keys.
     """
     check = ShardCheck(marker=marker)
@@ -71,7 +72,7 @@ def check_shard(
     _check_counts(marker, check)
     if deep and len(intact) == len(marker.parts):
         try:
-            _check_rows(run_uri, marker, spec, config, check)
+            _check_rows(run_uri, marker, specs, config, check)
         except RefineryError as error:
             check.complain(f"{error} {_redo(marker)}")
     return check
@@ -109,7 +110,11 @@ def _check_counts(marker: Marker, check: ShardCheck) -> None:
 
 
 def _check_rows(
-    run_uri: str, marker: Marker, spec: ShardSpec | None, config: InputConfig, check: ShardCheck
+    run_uri: str,
+    marker: Marker,
+    specs: Sequence[ShardSpec],
+    config: InputConfig,
+    check: ShardCheck,
 ) -> None:
     keys, good = [], []
     if "latents" in marker.parts:
@@ -131,10 +136,10 @@ def _check_rows(
             found = _read_columns(join(run_uri, marker.parts[kind].path), ["sample_key"])
             _compare(f"{kind} against the good rows of latents", found["sample_key"], good, check)
     check.key_hashes = np.fromiter((_key_hash(key) for key in keys), np.uint64, len(keys))
-    if spec is None:
+    if not specs:
         return
     try:
-        expected = EXPECTED_KEYS[spec.kind](spec, config)
+        expected = [key for spec in specs for key in EXPECTED_KEYS[spec.kind](spec, config)]
     except RefineryError as error:
         check.notes.append(
             f"shard {shard_name(check.shard)}: the input cannot be read, so its keys were not "

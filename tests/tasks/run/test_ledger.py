@@ -223,7 +223,7 @@ def test_a_commit_whose_part_is_lost_or_cut_is_pending(run: str, lost: bytes | N
     part.unlink() if lost is None else part.write_bytes(lost)
     assert ledger.pending(run) == [1]
     assert ledger.open_shard(run, 1) == (1, None)
-    reason = "missing" if lost is None else "of 8 bytes, and its marker says 9"
+    reason = "missing" if lost is None else "of 8 bytes, not 9"
     assert reason in str(ledger.read_commits(run, with_parts=True).damaged[1])
     with pytest.raises(LedgerError, match="cannot seal, 1 of 3 shards"):
         ledger.seal(run)
@@ -374,10 +374,28 @@ def test_a_closed_generation_leaves_the_commit_before_it(run: str) -> None:
     assert ledger.remove_orphans(run, older_than_s=0) == []
 
 
-def test_what_a_damaged_marker_may_name_stays(run: str) -> None:
+def test_what_a_damaged_commit_may_need_stays(run: str) -> None:
     commit(run, 0)
     Path(run, "commits/00000.json").write_text("{")
+    commit(run, 1)
+    Path(run, "latents/00001-aa.parquet").write_bytes(b"cut")
     assert ledger.remove_orphans(run, older_than_s=0) == []
+
+
+def test_a_store_without_conditions_is_given_time(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a late marker may land on a commit, its parts stay, and it must not be too late."""
+    monkeypatch.setattr(ledger, "creates_once", lambda *_: False)
+    commit(run, 0)
+    orphan = Path(run, "latents/00000-bb.parquet")
+    orphan.write_bytes(b"x")
+    assert ledger.remove_orphans(run, older_than_s=0) == []
+    os.utime(orphan, (0, orphan.stat().st_mtime - ledger.ORPHAN_AGE_S - 60))
+    assert ledger.remove_orphans(run, older_than_s=0) == ["latents/00000-bb.parquet"]
+    with pytest.raises(ShardError, match="took 43201 s"):
+        ledger.write_marker(run, make_marker(1, wall_s=43201.0))
+    assert ledger.read_marker(run, 1) is None
 
 
 def test_superseded_parts_stay_for_their_readers(run: str) -> None:

@@ -1,0 +1,42 @@
+"""What tidies a finished run, by the driver that holds it."""
+
+from models.errors import ConfigError
+from pipeline import run as stages
+from tasks.run import ledger
+from tasks.run.compact import Compacted
+from tasks.run.compact import compact as compact_parts
+from tasks.run.lease import hold
+
+
+def compact(run_uri: str, target_bytes: int) -> Compacted:
+    """Give small shards common parts, and seal the run anew.
+
+    Raises:
+        ConfigError: the size is not above zero.
+        LedgerError: there is no run, it is not sealed, another driver is at work on it, or a part
+            is damaged.
+    """
+    if target_bytes <= 0:
+        raise ConfigError(f"target is {target_bytes} bytes; expected more than 0")
+    ledger.read_run(run_uri)
+    with hold(run_uri):
+        found = compact_parts(run_uri, target_bytes)
+        stages.seal(run_uri)
+    return found
+
+
+def collect(run_uri: str, older_than_s: float) -> list[str]:
+    """Remove what no commit names.
+
+    Returns:
+        The removed paths, relative to the run.
+
+    Raises:
+        ConfigError: the age is below zero.
+        LedgerError: there is no run, or another driver is at work on it.
+    """
+    if not older_than_s >= 0:
+        raise ConfigError(f"older-than is {older_than_s / 3600:g} hours; expected 0 or more")
+    ledger.read_run(run_uri)
+    with hold(run_uri):
+        return ledger.remove_orphans(run_uri, older_than_s)
