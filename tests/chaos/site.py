@@ -12,7 +12,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from tasks.storage.files import join, list_files, read_bytes, write_bytes
 from tests.chaos.proxy import FaultProxy
 from tests.conftest import make_picture_bytes, make_tiny_generator
 from tests.e2e.small_dataset import Dataset, write_dataset
@@ -171,9 +170,3 @@ class Site:
         )
         process.start()
         return Driver(process, log)
-
-
-def copy_of_source(source: str, target: str) -> None:
-    """All files of one place at another."""
-    for name, _, _ in list_files(source):
-        write_bytes(join(target, name), read_bytes(join(source, name)))
