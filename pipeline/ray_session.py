@@ -35,6 +35,7 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
 Linux all of 127/8 is loopback."""
 DAEMONS = ("gcs_server", "raylet")
+START_TRIES = 3
 STOPPED_S = 15.0
 """How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
 
@@ -67,24 +68,44 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
-    try:
-        with _own_sigterm():
-            _start_local(num_cpus) if not address else ray.init(address=address, **_common())
-    except Exception as error:  # of every kind, bare ones too
-        if address:
-            raise ConfigError(
-                f"engine.address: no Ray cluster answers at {address!r} ({error}); start one, "
-                "correct the address, or leave it (and RAY_ADDRESS) empty for a local Ray"
-            ) from error
-        raise ConfigError(
-            f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with free space, "
-            "or run with --engine inline"
-        ) from error
+    with _own_sigterm():
+        _connect(address) if address else _start(num_cpus)
     with _no_agent_left():
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **_common())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"engine.address: no Ray cluster answers at {address!r} ({error}); start one, "
+            "correct the address, or leave it (and RAY_ADDRESS) empty for a local Ray"
+        ) from error
+
+
+def _start(num_cpus: int | None) -> None:
+    """A local Ray. A busy machine may need another try: Ray waits for half a minute, then raises a
+    plain Exception and leaves what it has started."""
+    for left in reversed(range(START_TRIES)):
+        try:
+            _start_local(num_cpus)
+            return
+        except Exception as error:
+            for pid, _ in _children({os.getpid()}):
+                if any(name in _command(pid) for name in DAEMONS):
+                    os.kill(pid, signal.SIGKILL)
+            if not left:
+                raise ConfigError(
+                    f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with "
+                    "free space, or run with --engine inline"
+                ) from error
+            logger.warning("Ray did not start (%s); once more", error)
 
 
 @contextmanager
@@ -108,29 +129,34 @@ def _no_agent_left() -> Iterator[None]:
 
 def _agents() -> list[int]:
     """Pids of the agents of our own raylet."""
-    found: list[int] = []
-    for pid, _ in _workers():
-        with suppress(OSError):
-            if b"agent" in Path(f"/proc/{pid}/cmdline").read_bytes().lower():
-                found.append(pid)
-    return found
+    return [pid for pid, _ in _children(_raylets()) if "agent" in _command(pid).lower()]
 
 
-def _workers() -> Iterator[tuple[int, str]]:
-    """Pid and state of every child of our own raylet."""
-    raylets = {process.pid for name, process in _daemons() if name == "raylet"}
-    for folder in Path("/proc").glob("[0-9]*") if raylets else ():
+def _raylets() -> set[int]:
+    return {process.pid for name, process in _daemons() if name == "raylet"}
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _children(parents: set[int]) -> Iterator[tuple[int, str]]:
+    """Pid and state of every child of some processes."""
+    for folder in Path("/proc").glob("[0-9]*") if parents else ():
         with suppress(OSError):
             # "pid (name) state parent ...": a name may hold blanks and brackets.
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(parent) in raylets:
+            if int(parent) in parents:
                 yield int(folder.name), state
 
 
 def end_worker(pid: int) -> bool:
     """SIGKILL a Ray process of this machine; a process that is none is left alone."""
     with suppress(OSError):
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+        if _command(pid).startswith("ray::"):
             os.kill(pid, signal.SIGKILL)
             return True
     return False
@@ -161,7 +187,7 @@ def check_daemons() -> bool:
 def end_stopped_workers() -> None:
     """End those of our own raylet that are stopped for longer than `STOPPED_S`: one that is stopped
     before it is up answers no heartbeat, and Ray waits for it."""
-    for pid, state in _workers():
+    for pid, state in _children(_raylets()):
         if _stopped_s(pid, state) > STOPPED_S and end_worker(pid):
             logger.warning("a worker (pid %d) was stopped for %g s and is ended", pid, STOPPED_S)
 

@@ -1,6 +1,7 @@
 """`make chaos`: seeded trials of every kind of fault, a table, and a JSON file of what happened.
 
     python -m tests.chaos --trials 300 --seed 1 --out chaos.json
+    python -m tests.chaos --table chaos.json more.json
 
 Exit status 1 when an invariant was violated; `--only FAULT --seed N` repeats a trial.
 """
@@ -93,8 +94,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", action="append", default=[], choices=[*QUICK, *DISKS, *RAYS])
     parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--table", type=Path, nargs="+", help="of earlier trials; make none")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="start none after")
     wanted = parser.parse_args(words)
+    if wanted.table:
+        found = [json.loads(path.read_text())["trials"] for path in wanted.table]
+        print(table([Record(**record) for trials in found for record in trials]))  # noqa: T201
+        return 0
     began, records = time.monotonic(), list[Record]()
     with tempfile.TemporaryDirectory(prefix="refinery-chaos-") as folder:
         site = Site.make(Path(folder))

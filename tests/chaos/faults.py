@@ -292,7 +292,7 @@ def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
         driver = trial.start(*RAY, "engine.max_attempts=6")
         wait_for(
             lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
-            120,
+            300,
             "a worker",
         )
         time.sleep(trial.moment_s())
@@ -303,8 +303,10 @@ def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
             driver.end()
             time.sleep(5)
             trial.finish()
-        elif trial.expect(driver, 0) == 0:
+        elif trial.expect(driver, 0, 2) == 0:
             trial.check(driver)
+        else:  # Ray did not come up again in its time, and the command said so
+            trial.finish()
 
     return fault
 

@@ -12,7 +12,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from tasks.storage.files import join, list_files, read_bytes, write_bytes
 from tests.chaos.proxy import FaultProxy
 from tests.conftest import make_picture_bytes, make_tiny_generator
 from tests.e2e.small_dataset import Dataset, write_dataset
@@ -109,8 +108,9 @@ class Site:
     count: int = 0
 
     @staticmethod
-    def make(folder: Path) -> "Site":
-        """Data set, S3 server, proxy, and a run of each kind that nothing happens to."""
+    def make(folder: Path, server: S3Server | None = None) -> "Site":
+        """Data set, S3 server (moto's by default), proxy, and a run of each kind that nothing
+        happens to."""
         generator = make_tiny_generator()
         pictures = [make_picture_bytes(seed) for seed in range(8)]
         dataset = write_dataset(folder / "dataset", generator, pictures)
@@ -121,7 +121,7 @@ class Site:
         modules += ["pipeline.config", "pipeline.edit", "tasks.report", "tasks.verify.run"]
         modules += [f"tasks.work.{name}" for name in (*KINDS, "station")]
         context.set_forkserver_preload(modules)
-        server = S3Server()
+        server = server or S3Server()
         os.environ.update(server.environment)  # the invariants look past the proxy
         site = Site(folder, dataset, context, server, FaultProxy(server.endpoint))
         site.start("invert", str(folder / "first")).end()  # the fork server loads PyTorch
@@ -134,7 +134,7 @@ class Site:
         return site
 
     def close(self) -> None:
-        self.proxy.shutdown()
+        self.proxy.close()
         self.server.stop()
 
     @property
@@ -170,9 +170,3 @@ class Site:
         )
         process.start()
         return Driver(process, log)
-
-
-def copy_of_source(source: str, target: str) -> None:
-    """All files of one place at another."""
-    for name, _, _ in list_files(source):
-        write_bytes(join(target, name), read_bytes(join(source, name)))

@@ -1,5 +1,6 @@
 """deploy/compose.yaml: loopback only, one image, parts that wait for each other."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_set_up_names_what_prefect_yaml_uses(services: dict[str, Any]) -> None:
     from pipeline.flows import GPU_LIMIT
 
     assert f"gcl create {GPU_LIMIT} " in script
+
+
+def test_a_dead_night_does_not_keep_its_slot(services: dict[str, Any]) -> None:
+    storage = services["prefect-server"]["environment"]["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"]
+    assert hasattr(importlib.import_module(storage), "ConcurrencyLeaseStorage")
+    assert storage in (ROOT / "docs" / "operations.md").read_text()
+    (script,) = services["prefect-setup"]["command"]
+    automations = yaml.safe_load((ROOT / "deploy" / "automations.yaml").read_text())["automations"]
+    for automation in automations:  # made anew at every `up`, not once more
+        assert f"automation delete {automation['name']} || true" in script
+    assert "automation create --from-file /etc/refinery/automations.yaml" in script
+    shipped = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())["deployments"]
+    beats = {
+        d["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] for d in shipped
+    }
+    (dead,) = (a for a in automations if a["name"] == "end-dead-runs")
+    assert dead["trigger"]["within"] >= 3 * int(beats.pop())
+    assert not beats
 
 
 def test_default_overrides_fit_a_machine_without_a_gpu() -> None:

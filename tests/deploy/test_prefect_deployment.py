@@ -1,6 +1,8 @@
 """deploy/prefect.yaml against a real Prefect server on loopback: accepted, scheduled, completed."""
 
 import json
+import os
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
 from tests.services.prefect_site import PrefectSite, prefect_site, server, wait_for_run
+from tests.tasks.small_edit import write_direction
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT_YAML = ROOT / "deploy" / "prefect.yaml"
@@ -36,6 +39,17 @@ def site(tmp_path: Path) -> Iterator[PrefectSite]:
         yield found
 
 
+def set_up(site: PrefectSite) -> None:
+    """The commands of docs/operations.md that are given once, as they stand there."""
+    block = (ROOT / "docs" / "operations.md").read_text().split("export PREFECT_API_URL=")[1]
+    lines = [line for line in block.split("```")[0].splitlines() if line.startswith("prefect ")]
+    assert lines.pop().startswith("prefect worker start --pool refinery --type process")
+    assert len(lines) == 4
+    for line in lines:
+        words = [w.replace("deploy/", f"{ROOT}/deploy/") for w in shlex.split(line)[1:]]
+        site.command(*(word for word in words if word != "--no-prompt"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_scheduled_run_of_the_shipped_deployment_completes(
@@ -44,9 +58,7 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
     # The file as it is shipped is accepted.
     shipped = yaml.safe_load(PREFECT_YAML.read_text())
     pool = shipped["deployments"][0]["work_pool"]["name"]
-    site.command("work-pool", "create", pool, "--type", "process")
-    site.command("deploy", "--all", "--prefect-file", str(PREFECT_YAML))
-    site.command("automation", "create", "--from-file", str(ROOT / "deploy" / "automations.yaml"))
+    set_up(site)
     made = {a["name"]: a for a in site.api("/automations/filter", {})}
     assert made.keys() == {"end-dead-runs", "end-lost-starts"}
     assert all(a["actions"][0]["state"] == "CRASHED" for a in made.values())
@@ -115,3 +127,69 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
     sealed = json.loads((run / "_SEALED.json").read_text())
     assert (sealed["rows"], sealed["failed"], sealed["num_shards"]) == (5, 0, 2)
     assert json.loads((run / "run.json").read_text())["config"]["seed"] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif("REFINERY_SOAK" not in os.environ, reason="minutes: REFINERY_SOAK=1")
+def test_every_shipped_deployment_runs(
+    site: PrefectSite, tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]
+) -> None:
+    set_up(site)
+    pictures, place = tmp_path / "pictures", tmp_path / "place"
+    pictures.mkdir()
+    for index, data in enumerate(face_bytes[:5]):
+        (pictures / f"{index}.png").write_bytes(data)
+    generator = save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"})
+    config, adaptation = tmp_path / "config.toml", tmp_path / "adapt.toml"
+    config.write_text(CONFIG.format(generator=str(generator)))
+    adaptation.write_text(
+        f'generator = "{generator}"\nout = "{place}/domains"\nsteps = 2\nbatch = 2\n'
+        "validation_every = 1\nvalidation_codes = 2\nrank = 1\n"
+        f'[[domain]]\nname = "oil"\nreferences = "{pictures}"\n'
+    )
+    turn = write_direction(tiny_generator, tmp_path / "turn.json")
+    plain = ["engine.kind=inline", "perceptual=none", "attributes=none"]
+    night = {"input_uri": str(pictures), "output_uri": f"{place}/faces", "config": str(config)}
+    later = {
+        "edit-dataset/edit": {
+            "source_uri": f"{place}/faces",
+            "output_uri": f"{place}/older",
+            "wishes": {"edits": [f"{turn}=+1"]},
+            "overrides": plain,
+        },
+        "fit-directions/directions": {
+            "way": "sefa",
+            "overrides": [f"generator={generator}", f"out={place}/found", "count=2", "layers=[1]"],
+        },
+        "adapt-domain/adapt": {"config": str(adaptation)},
+        "nightly-domains/nightly-domains": {
+            "adapt_config": str(adaptation),
+            "source_uri": f"{place}/faces",
+            "output_uri": f"{place}/styles",
+            "overrides": plain,
+        },
+    }
+    shipped = yaml.safe_load(PREFECT_YAML.read_text())["deployments"]
+    assert {name.partition("/")[2] for name in later} | {"nightly-inversion"} == {
+        deployment["name"] for deployment in shipped
+    }
+
+    def complete(name: str, parameters: dict[str, object]) -> None:
+        deployment = site.api(f"/deployments/name/{name}")["id"]
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        site.api(f"/deployments/{deployment}/create_flow_run", body)
+        finished = wait_for_run(site, deployment, patience_s=300)
+        assert finished["state_type"] == "COMPLETED", site.log("worker")
+
+    with site.running("worker", "worker", "start", "--pool", "refinery", "--type", "process"):
+        complete("invert-dataset/nightly-inversion", night)
+        for name, parameters in later.items():
+            complete(name, parameters)
+    for name in ("faces", "older", "styles"):
+        assert json.loads((place / name / "_SEALED.json").read_text())["rows"] == 5
+    assert sorted(path.name for path in (place / "found").iterdir()) == [
+        "sefa-0.json",
+        "sefa-1.json",
+    ]
+    assert (place / "domains" / "oil" / "tokens.safetensors").is_file()

@@ -3,13 +3,14 @@
 import os
 import shutil
 import subprocess
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_for
 from tests.services.prefect_site import free_port
 
 
@@ -25,49 +26,50 @@ class Postgres:
         url: for SQLAlchemy with asyncpg.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self) -> None:
+        # Not among pytest's folders: those are closed to other users, again with every session.
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="refinery-postgres-")), free_port()
         self.url = f"postgresql+asyncpg://prefect@127.0.0.1:{self.port}/postgres"
         self.process: subprocess.Popen[bytes] | None = None
-        folder.mkdir()
-        for parent in (folder, *folder.parents):  # pytest's folders are the owner's alone
-            if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
         if os.geteuid() == 0:
-            shutil.chown(folder, "nobody")
-        command = ["initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "prefect"]
+            shutil.chown(self.folder, "nobody")
+        self._data = self.folder / "data"
+        command = ["initdb", "-D", str(self._data), "-A", "trust", "-U", "prefect"]
         subprocess.run([*_unprivileged(), *command], check=True, capture_output=True, cwd="/")
 
     def start(self) -> None:
-        command = ["postgres", "-D", str(self.folder / "data"), "-p", str(self.port)]
+        command = ["postgres", "-D", str(self._data), "-p", str(self.port)]
         command += ["-c", "listen_addresses=127.0.0.1", "-k", str(self.folder)]
-        with (self.folder.parent / "postgres.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*_unprivileged(), *command], stdout=log, stderr=log, cwd="/"
-            )
-        ready = ["pg_ctl", "status", "-D", str(self.folder / "data")]
-        deadline = time.monotonic() + 60
-        while subprocess.run([*_unprivileged(), *ready], capture_output=True, cwd="/").returncode:
-            assert time.monotonic() < deadline, "PostgreSQL does not start"
-            time.sleep(0.2)
+        self.process = subprocess.Popen(
+            [*_unprivileged(), *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
+        wait_for(self._is_ready, 60, "PostgreSQL")
+
+    def _is_ready(self) -> bool:
+        file = self._data / "postmaster.pid"
+        return file.exists() and file.read_text().rstrip().endswith("ready")
 
     def kill(self) -> None:
         """As a machine that loses its power."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(30)
-            (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+            (self._data / "postmaster.pid").unlink(missing_ok=True)
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[Postgres]:
+def postgres() -> Iterator[Postgres]:
     """A server for the length of a block, or a skipped test where there is none."""
-    missing = [name for name in ("postgres", "initdb", "pg_ctl") if not shutil.which(name)]
+    missing = [name for name in ("postgres", "initdb") if not shutil.which(name)]
     if missing:
         pytest.skip(f"PostgreSQL is not installed: no {', '.join(missing)} on PATH")
-    found = Postgres(folder)
+    found = Postgres()
     found.start()
     try:
         yield found
     finally:
         found.kill()
+        shutil.rmtree(found.folder, ignore_errors=True)

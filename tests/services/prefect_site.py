@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,15 @@ class PrefectSite:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return json.load(response)
+        for attempt in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:  # busy, as it says itself
+                if error.code != 503 or attempt == 19:
+                    raise
+                time.sleep(1)
+        raise AssertionError
 
     def command(self, *args: str) -> str:
         done = subprocess.run(

@@ -38,7 +38,7 @@ class Nights:
 
     def __init__(self, folder: Path, generator: Generator, pictures: list[bytes]) -> None:
         self.folder, self.number = folder, 0
-        self.stack = ExitStack()
+        self.stack, self.processes = ExitStack(), ExitStack()
         source = folder / "pictures"
         source.mkdir()
         for index, data in enumerate(pictures[:5]):
@@ -52,7 +52,7 @@ class Nights:
     def open(self, database: str) -> None:
         settings = {STORAGE: COMPOSE["prefect-server"]["environment"][STORAGE]}
         if database == "postgresql":
-            self.database = self.stack.enter_context(postgres(self.folder / "postgres"))
+            self.database = self.stack.enter_context(postgres())
             settings["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = self.database.url
         self.site: PrefectSite = self.stack.enter_context(prefect_site(self.folder, **settings))
         self.start()
