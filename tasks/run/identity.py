@@ -65,7 +65,7 @@ def contents(record: Mapping[str, Any]) -> dict[str, Any]:
         place: _taken(found["config"], place.split(".")) for place in record.get("places", ())
     }
     for name in record.get("rounding", ()):
-        del found["config"][name]
+        found["config"].pop(name, None)
     weights: dict[str, str] = {}
     for name, digest in found["weights"].items():
         kind, _, where = name.partition(".")
