@@ -111,8 +111,8 @@ class Unpacked:
         packed = self.packed.tell()
         if self.num_bytes > FREE_BYTES + self.ratio * packed:
             raise CorruptFileError(
-                f"{self.uri}: the first {packed} bytes unpack to more than {self.num_bytes}, "
-                f"{self.ratio:g} times as much (input.max_expansion); not a file of pictures"
+                f"{self.uri}: its first {packed} bytes unpack to {self.num_bytes} and more, over "
+                f"{self.ratio:g} times as many (input.max_expansion); that is no file of pictures"
             )
         return data
 

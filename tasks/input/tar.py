@@ -167,8 +167,10 @@ def _sample_and_repeated(
         yield f"{key}#{number}", {name: SampleError("read", reason)}
 
 
-def _open(uri: str, stack: ExitStack, config: InputConfig) -> tuple[tarfile.TarFile, float]:
-    """The archive, and a position that is beyond its end."""
+def _open(
+    uri: str, stack: ExitStack, config: InputConfig
+) -> tuple[tarfile.TarFile, tuple[float, str]]:
+    """The archive, a position beyond which it cannot go on, and why."""
     with _tar_errors(uri):
         if is_local(uri):
             file = cast(IO[bytes], stack.enter_context(open(local_path(uri), "rb")))  # noqa: SIM115
@@ -178,25 +180,27 @@ def _open(uri: str, stack: ExitStack, config: InputConfig) -> tuple[tarfile.TarF
             file = cast(IO[bytes], stack.enter_context(fs.open(path, "rb", **options)))
         end: float = file.seek(0, os.SEEK_END)
         file.seek(0)
-        stream: Any = file
+        stream, reason = cast(Any, file), "unexpected end of data"
         if not uri.lower().endswith(".tar"):
             unzipped = stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))
             end = FREE_BYTES + config.max_expansion * end
+            reason = f"unpacks to more than {end:.0f} bytes, as input.max_expansion allows"
             stream = Unpacked(cast(IO[bytes], unzipped), file, config.max_expansion, uri)
         archive = tarfile.open(  # noqa: SIM115
             fileobj=stream, mode="r|", tarinfo=_StrictMember, errors="backslashreplace"
         )
-        return stack.enter_context(archive), end
+        return stack.enter_context(archive), (end, reason)
 
 
 def _next(
-    archive: tarfile.TarFile, walk: Iterator[tarfile.TarInfo], end: float, uri: str
+    archive: tarfile.TarFile, walk: Iterator[tarfile.TarInfo], end: tuple[float, str], uri: str
 ) -> tarfile.TarInfo | None:
+    position, reason = end
     with _tar_errors(uri):
         member = next(walk, None)
         # tarfile would go there block by block, past the end of the file.
-        if member is not None and archive.offset > end + BLOCKSIZE:
-            raise ReadError("unexpected end of data")
+        if member is not None and archive.offset > position + BLOCKSIZE:
+            raise ReadError(reason)
         return member
 
 

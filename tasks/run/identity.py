@@ -81,7 +81,7 @@ def contents(record: Mapping[str, Any]) -> dict[str, Any]:
                 "its config has no such key; restore it"
             ) from error
     for name in record.get("rounding", ()):
-        del found["config"][name]
+        found["config"].pop(name, None)
     weights: dict[str, str] = {}
     for name, digest in found["weights"].items():
         kind, _, where = name.partition(".")
