@@ -223,7 +223,7 @@ def measure_store(uri: str, key: str) -> dict[str, Any]:
                 client.upload_file(str(path), bucket.removeprefix("s3://"), f"run/{name}")
         with s3_proxy(server.endpoint) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
-            # The copies have other etags: a first look writes the file anew, as sealing does.
+            # The copies have other etags: the file is written anew, as sealing does.
             write_metadata(f"{bucket}/run")
             found = {}
             for name, sql in QUESTIONS.items():

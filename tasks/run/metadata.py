@@ -58,6 +58,7 @@ class Segment:
 
     Attributes:
         held: the markers it was made from.
+        tags: of their files, as they were listed then.
         shards: those of them whose rows count.
         fetched: its bytes as far as they were read, with what is read together.
     """
@@ -65,6 +66,7 @@ class Segment:
     uri: str
     bytes: int
     held: dict[int, Marker]
+    tags: dict[int, str]
     shards: frozenset[int]
     fetched: Fetched
     codes: "CodeLayout"
@@ -241,6 +243,7 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, tuple[str, in
         uri=uri,
         bytes=size,
         held=held,
+        tags={int(shard): tag for shard, (tag, _, _) in made_from.items()},
         shards=frozenset(),
         fetched=fetched,
         codes=codes,
@@ -343,7 +346,8 @@ def write_metadata(run_uri: str) -> str | None:
         return None
     if len(snapshot.segments) == 1 and snapshot.fresh is None:
         only = snapshot.segments[0]
-        if only.is_whole and only.uri.startswith(join(run_uri, FOLDER)):
+        is_own = only.uri.startswith(join(run_uri, FOLDER))
+        if is_own and only.is_whole and only.tags.items() <= snapshot.tags.items():
             return only.uri
 
     def tables() -> Iterator[pa.Table]:

@@ -164,13 +164,17 @@ def test_a_shard_that_was_done_again_counts_once(start: Begin) -> None:
 
 
 def test_a_copy_of_a_run_uses_its_file(start: Begin, tmp_path: Path) -> None:
-    """Other times on its files, the same markers."""
+    """Other times on its files, the same markers; writing it again saves reading those."""
     run = start().finish()
-    write_metadata(run.uri)
-    shutil.copytree(run.uri, tmp_path / "copy", copy_function=shutil.copyfile)
-    snapshot = read_snapshot(str(tmp_path / "copy"))
+    uri = write_metadata(run.uri)
+    copy = str(tmp_path / "copy")
+    shutil.copytree(run.uri, copy, copy_function=shutil.copyfile)
+    snapshot = read_snapshot(copy)
     assert snapshot.fresh is None
     assert [segment.is_whole for segment in snapshot.segments] == [True]
+    assert Path(str(write_metadata(copy))).name != Path(str(uri)).name
+    (segment,) = read_snapshot(copy).segments
+    assert segment.tags == snapshot.tags
 
 
 def test_a_reader_keeps_what_a_run_has_not_written(
