@@ -319,6 +319,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
+        os.environ["REFINERY_CACHE"] = str(Path(temporary, "cache"))
         for rows in args.rows:
             figures = measure(folder, rows, args.shard, with_store=not args.no_store)
             found["sizes"][f"{rows}/{args.shard}"] = figures

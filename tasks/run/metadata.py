@@ -19,6 +19,7 @@ after kills and after shards were done again; and it holds no row twice.
 
 import base64
 import json
+import logging
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ from tasks.run import ledger
 from tasks.run.marker import Marker
 from tasks.storage.files import file_info, join, list_files, open_write, remove
 from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "metadata"
 EVERY = 64
@@ -211,7 +214,13 @@ def _known(
     for uri, size in files:
         if tags.keys() <= known.keys():
             break
-        segment, made_from = _open_segment(uri, size)
+        try:
+            segment, made_from = _open_segment(uri, size)
+        except LedgerError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            logger.warning("left out: %s", error)
+            continue
         for shard, (tag, generation) in made_from.items():
             if tags.get(shard) == tag:
                 known.setdefault(shard, (generation, segment.held[shard]))
@@ -237,7 +246,7 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, tuple[str, in
     except (KeyError, ValueError, zlib.error) as error:
         raise LedgerError(
             f"{uri}: not a metadata file ({type(error).__name__}: {error}); delete it: it is made "
-            "from the parts, and answers do not need it"
+            "from the parts, and answers do without it"
         ) from error
     segment = Segment(
         uri=uri,

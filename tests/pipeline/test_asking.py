@@ -219,7 +219,7 @@ def test_nothing_heavy_is_loaded(root: Path) -> None:
     a, b = str(root / "monday"), str(root / "tuesday")
     code = (
         "import sys; from pipeline.cli import run_app\n"
-        f"assert run_app(['query', {a!r}, 'SELECT * FROM latents LIMIT 1']) == 0\n"
+        f"assert run_app(['query', {a!r}, 'SELECT * FROM samples LIMIT 1']) == 0\n"
         f"assert run_app(['runs', {str(root)!r}]) == 0\n"
         "assert 'pandas' not in sys.modules\n"
         f"assert run_app(['diff', {a!r}, {b!r}]) == 0\n"
