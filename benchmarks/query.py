@@ -223,7 +223,7 @@ def measure_store(uri: str, key: str) -> dict[str, Any]:
                 client.upload_file(str(path), bucket.removeprefix("s3://"), f"run/{name}")
         with s3_proxy(server.endpoint) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
-            # The copies have other etags: a first look writes the file anew, as sealing does.
+            # The copies have other etags: the file is written anew, as sealing does.
             write_metadata(f"{bucket}/run")
             found = {}
             for name, sql in QUESTIONS.items():
@@ -319,6 +319,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
+        os.environ["REFINERY_CACHE"] = str(Path(temporary, "cache"))
         for rows in args.rows:
             figures = measure(folder, rows, args.shard, with_store=not args.no_store)
             found["sizes"][f"{rows}/{args.shard}"] = figures

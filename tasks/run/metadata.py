@@ -19,6 +19,7 @@ after kills and after shards were done again; and it holds no row twice.
 
 import base64
 import json
+import logging
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ from tasks.run.marker import Marker
 from tasks.storage.files import file_info, join, list_files, open_write, remove
 from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "metadata"
 EVERY = 64
 """Commits between two metadata files of a run at work; a reader keeps so many on its machine."""
@@ -58,6 +61,7 @@ class Segment:
 
     Attributes:
         held: the markers it was made from.
+        tags: of their files, as they were listed then.
         shards: those of them whose rows count.
         fetched: its bytes as far as they were read, with what is read together.
     """
@@ -65,6 +69,7 @@ class Segment:
     uri: str
     bytes: int
     held: dict[int, Marker]
+    tags: dict[int, str]
     shards: frozenset[int]
     fetched: Fetched
     codes: "CodeLayout"
@@ -209,7 +214,13 @@ def _known(
     for uri, size in files:
         if tags.keys() <= known.keys():
             break
-        segment, made_from = _open_segment(uri, size)
+        try:
+            segment, made_from = _open_segment(uri, size)
+        except LedgerError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            logger.warning("left out: %s", error)
+            continue
         for shard, (tag, generation) in made_from.items():
             if tags.get(shard) == tag:
                 known.setdefault(shard, (generation, segment.held[shard]))
@@ -235,12 +246,13 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, tuple[str, in
     except (KeyError, ValueError, zlib.error) as error:
         raise LedgerError(
             f"{uri}: not a metadata file ({type(error).__name__}: {error}); delete it: it is made "
-            "from the parts, and answers do not need it"
+            "from the parts, and answers do without it"
         ) from error
     segment = Segment(
         uri=uri,
         bytes=size,
         held=held,
+        tags={int(shard): tag for shard, (tag, _, _) in made_from.items()},
         shards=frozenset(),
         fetched=fetched,
         codes=codes,
@@ -343,7 +355,8 @@ def write_metadata(run_uri: str) -> str | None:
         return None
     if len(snapshot.segments) == 1 and snapshot.fresh is None:
         only = snapshot.segments[0]
-        if only.is_whole and only.uri.startswith(join(run_uri, FOLDER)):
+        is_own = only.uri.startswith(join(run_uri, FOLDER))
+        if is_own and only.is_whole and only.tags.items() <= snapshot.tags.items():
             return only.uri
 
     def tables() -> Iterator[pa.Table]:
