@@ -74,7 +74,7 @@ def finds_several(input: InputConfig) -> bool:
 
 def shows_face(picture: Image.Image, corner: complex, across: complex) -> bool:
     """Whether a face stands upright in a square of an RGB picture: the last network of mtcnn alone,
-    about a millisecond.
+    a few milliseconds.
 
     Args:
         corner, across: the square, see `Mtcnn.look`.
