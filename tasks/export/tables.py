@@ -67,7 +67,8 @@ class Samples:
         if "images" not in marker.parts:
             return table
         pictures = _read(self.uri, marker.parts["images"])
-        at = pc.index_in(table["sample_key"], pictures["sample_key"].combine_chunks())
+        row_of = {key: row for row, key in enumerate(pictures["sample_key"].to_pylist())}
+        at = pa.array([row_of.get(key) for key in table["sample_key"].to_pylist()], pa.int64())
         for name in pictures.column_names[1:]:
             column = pictures[name].combine_chunks().take(at)
             table = table.append_column(pictures.schema.field(name), column)
@@ -254,7 +255,7 @@ def _lance(samples: Samples, folder: Path) -> int:
         import lancedb
 
     def convert(table: pa.Table) -> pa.Table:
-        good = table.filter(pc.equal(table["status"], "ok"))
+        good = table.filter(pc.field("status") == "ok")
         return _pictures_as_bytes(good)
 
     table = lancedb.connect(str(folder)).create_table("samples", data=samples.of_columns(convert))
@@ -276,7 +277,8 @@ def _plain(table: pa.Table) -> pa.Table:
 def _pictures_as_bytes(table: pa.Table) -> pa.Table:
     for at, each in enumerate(table.schema):
         if each.type == PICTURE:
-            table = table.set_column(at, each.name, pc.struct_field(table[each.name], "bytes"))
+            data, _ = table[each.name].flatten()
+            table = table.set_column(at, each.name, data)
     return table.replace_schema_metadata(None)
 
 

@@ -294,6 +294,7 @@ def part_rows(run_uri: str, marker: Marker) -> pa.Table:
         codes = file.schema_arrow.field("w_plus")
         table = file.read([name for name in file.schema_arrow.names if name != codes.name])
     is_ok = np.array([status == "ok" for status in table["status"].to_pylist()], bool)
+    is_ok &= "vectors" not in marker.parts  # an index has those, and no codes
     position = np.cumsum(is_ok) - 1
     places = {
         "shard": pa.array(np.full(table.num_rows, marker.shard, np.int32)),

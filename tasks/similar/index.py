@@ -144,7 +144,7 @@ class Index:
                 f"table: expected a column sample_key to join by; it has {', '.join(names)}"
             )
         keys = labels["sample_key"].cast(pa.string())
-        if pc.count_distinct(keys, mode="all").as_py() != len(keys):
+        if len(keys.unique()) != len(keys):
             raise ConfigError("table: a sample_key is there twice; expected one row a sample")
         labels = labels.set_column(names.index("sample_key"), "sample_key", keys)
         self._labels, self._connection = labels, None

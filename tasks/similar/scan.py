@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import faiss
 import numpy as np
@@ -81,12 +82,12 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="similar")
 
 
-def _scanner(size: int, is_inside: bool) -> faiss.InvertedListScanner:
+def _scanner(size: int, is_inside: bool) -> Any:
     """This thread's own. It is kept: faiss's wrapper cannot free one."""
     kept = _kept.__dict__.setdefault("scanners", {})
     if (size, is_inside) not in kept:
         with _making:
-            quantizer = _quantizer(size, is_inside)
+            quantizer: Any = _quantizer(size, is_inside)
             scanner = quantizer.select_InvertedListScanner(faiss.METRIC_L2, None, True, None)
             kept[size, is_inside] = (quantizer, scanner)
     return kept[size, is_inside][1]

@@ -52,7 +52,7 @@ class IndexJob(StoredJob):
     """The CLIP of the space clip: "refinery", a folder or a hub id."""
     batch: Annotated[int, Ge(1)] = 256
     output: OutputConfig = field(default_factory=lambda: OutputConfig(pictures=()))
-    """Pictures to copy from the run; none without it."""
+    """None: an index copies no pictures."""
 
 
 class Indexer(StoredStation):
@@ -67,6 +67,11 @@ class Indexer(StoredStation):
 
     def check(self, job: IndexJob) -> None:
         check_has_codes(job.source)
+        if job.output.pictures:
+            raise ConfigError(
+                f"output.pictures: an index copies none, found {', '.join(job.output.pictures)}; "
+                f"they are in {job.source}"
+            )
         if job.space == "identity" and job.identity is None:
             raise ConfigError(
                 "space identity needs a face network: --set identity=dlib (package "
@@ -96,11 +101,9 @@ class Indexer(StoredStation):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        stored = self.source.pictures
-        seen = (
-            () if self.job.space in OF_CODES else ("input" if "input" in stored else "inversion",)
-        )
-        return tuple(dict.fromkeys([*self.job.output.pictures, *seen]))
+        if self.job.space in OF_CODES:
+            return ()
+        return ("input",) if "input" in self.source.pictures else ("inversion",)
 
     @property
     def layout(self) -> Layout:
@@ -146,7 +149,7 @@ class Indexer(StoredStation):
         if self.pictures is None:
             vectors = of_codes(self.job.space, w_plus.to(self.device), self.style_space)
         else:
-            pictures = decoded(encoded[self.columns[-1]])
+            pictures = decoded(encoded[self.columns[0]])
             vectors = self.pictures(to_images(pictures, self.device))
         return vectors.float().cpu()
 

@@ -73,5 +73,5 @@ class PictureSpace:
         if self.space == "identity":
             return self.network.features(images)
         both = [self.network.features(each) for each in (images, images.flip(3))]
-        pooled = sum(torch.cat([each.mean((2, 3)) for each in found], 1) for found in both)
-        return torch.nn.functional.normalize(pooled, dim=1)
+        pooled = [torch.cat([tap.mean((2, 3)) for tap in found], 1) for found in both]
+        return torch.nn.functional.normalize(pooled[0] + pooled[1], dim=1)

@@ -278,6 +278,10 @@ def test_bad_questions_are_one_line(
         (["index", calm["edit"], str(tmp_path / "x"), *FLAGS], "start from that one"),
         (["index", coded, "--space", "identity", *FLAGS], "needs a face network"),
         (["index", coded, "--space", "clip", *FLAGS], "has stored no pictures, only codes"),
+        (
+            ["index", coded, "--set", 'output.pictures=["input"]', *FLAGS],
+            "copies none, found input",
+        ),
     ):
         assert wanted in refused(capsys, *command)
     np.save(tmp_path / "short.npy", np.zeros(7))
@@ -364,3 +368,6 @@ def test_codes_are_of_the_parts(indexed: str) -> None:
     marker = read_markers(indexed)[0]
     latents = pq.read_table(f"{indexed}/{marker.parts['latents'].path}")
     assert latents["w_plus"].null_count == latents.num_rows
+    rows = query(indexed, "SELECT sample_key, w_plus, psnr FROM latents ORDER BY 1").to_pylist()
+    assert [row["psnr"] for row in rows] == [*range(43), None]
+    assert {row["w_plus"] is None for row in rows} == {True}
