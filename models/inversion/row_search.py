@@ -89,17 +89,13 @@ class SearchSettings(Protocol):
     def patience(self) -> int: ...
 
 
-def check_loss_weights(settings: SearchSettings) -> None:
-    """Refuse a loss that nothing can lower, and a stop at what is not computed.
+def check_stop(settings: SearchSettings) -> None:
+    """Refuse a stop at a distance that is not computed.
 
     Raises:
-        ConfigError: no term has a weight, or the term of the stop has none.
+        ConfigError: `stop_perceptual` without a perceptual distance.
     """
     has_perceptual = settings.perceptual_weight and settings.perceptual != "none"
-    if not settings.mse_weight and not has_perceptual:
-        raise ConfigError(
-            "mse_weight and perceptual_weight must not both be 0: nothing to minimise"
-        )
     if settings.stop_perceptual and not has_perceptual:
         raise ConfigError(
             f"stop_perceptual = {settings.stop_perceptual} needs the perceptual distance: give "
