@@ -73,8 +73,8 @@ class RefineOptConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_stop(self)
         check_loss_weights(self)
+        check_stop(self)
 
     def rate(self, step: int) -> float:
         """Adam's rate of the update `step`, 0-based."""

@@ -90,10 +90,10 @@ class SearchSettings(Protocol):
 
 
 def check_stop(settings: SearchSettings) -> None:
-    """Refuse a stop at what is not computed.
+    """Refuse a stop at a distance that is not computed.
 
     Raises:
-        ConfigError: the perceptual distance has no weight.
+        ConfigError: `stop_perceptual` without a perceptual distance.
     """
     has_perceptual = settings.perceptual_weight and settings.perceptual != "none"
     if settings.stop_perceptual and not has_perceptual:

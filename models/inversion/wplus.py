@@ -88,8 +88,8 @@ class WPlusConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_stop(self)
         check_loss_weights(self)
+        check_stop(self)
 
 
 @dataclass(frozen=True, kw_only=True)
