@@ -5,7 +5,7 @@ import json
 import socket
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -301,8 +301,7 @@ def _answer(run: OpenRun, text: str, format: str) -> Response:
     except (ConfigError, LedgerError) as error:
         return HTMLResponse(pages.sql_page(run, text, None, str(error)), 400)
     if format in ("parquet", "csv"):
-        path = _temporary(f".{format}")
-        export(table, str(path))
+        path = _temporary(f".{format}", lambda path: export(table, str(path)))
         return _download(path, f"answer.{format}")
     return HTMLResponse(pages.sql_page(run, text, sql.shown(table), ""))
 
@@ -317,14 +316,20 @@ def _dataset(run: OpenRun, keys: list[str], format: str) -> Response:
     }.get(format, (None, ""))
     if write is None:
         raise ConfigError(f"format: expected parquet or folder, found {format!r}")
-    path = _temporary(suffix)
-    write(path, run.uri, run.markers, shards)
+    path = _temporary(suffix, lambda path: write(path, run.uri, run.markers, shards))
     return _download(path, f"selection-{len(shards)}{suffix}")
 
 
-def _temporary(suffix: str) -> Path:
+def _temporary(suffix: str, write: Callable[[Path], object]) -> Path:
+    """A file that something is written to; none is left where that fails."""
     with tempfile.NamedTemporaryFile(prefix="refinery-", suffix=suffix, delete=False) as file:
-        return Path(file.name)
+        path = Path(file.name)
+    try:
+        write(path)
+    except BaseException:
+        path.unlink()
+        raise
+    return path
 
 
 def _download(path: Path, name: str) -> Response:

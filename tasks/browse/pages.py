@@ -101,15 +101,13 @@ class Stage:
     """What the live editor needs.
 
     Attributes:
-        base: address of the render, without the sliders' values.
-        plain: address of the unedited picture.
+        base: address of the render, without the sliders' values: the unedited picture.
         groups: sliders under their headings.
         run_uri: for the command that does the same to a whole run.
         problem: why there are no sliders.
     """
 
     base: str = ""
-    plain: str = ""
     groups: tuple[tuple[str, list[Slider]], ...] = ()
     run_uri: str = ""
     resolution: int = 0
@@ -135,7 +133,7 @@ def stage_of(library: Library, run: OpenRun, key: str) -> Stage:
     base = link("/render", run=source.name, key=key, version=source.version)
     groups = _groups(studio.sliders(inversion))
     size = studio.generator.resolution
-    return Stage(base=base, plain=base, groups=groups, run_uri=source.uri, resolution=size)
+    return Stage(base=base, groups=groups, run_uri=source.uri, resolution=size)
 
 
 def picture_page(library: Library, run: OpenRun, key: str) -> str:
@@ -190,7 +188,6 @@ def photo_page(library: Library, run: OpenRun, token: str, photo: Photo | None) 
         base = link("/render", run=run.name, photo=token)
         stage = Stage(
             base=base,
-            plain=base,
             groups=_groups(studio.sliders(photo.inversion)),
             run_uri=run.uri,
             resolution=studio.generator.resolution,

@@ -98,7 +98,9 @@ function selection(grid) {
   const chosen = new Set(JSON.parse(sessionStorage.getItem(place) || "[]"));
 
   function show() {
-    sessionStorage.setItem(place, JSON.stringify([...chosen]));
+    try {
+      sessionStorage.setItem(place, JSON.stringify([...chosen]));
+    } catch { /* more than a browser keeps: this page has them all the same */ }
     for (const box of boxes) {
       box.checked = chosen.has(box.dataset.key);
       box.closest(".tile").classList.toggle("chosen", box.checked);
