@@ -20,6 +20,7 @@ from models.inversion.cycle import Cycle, CycleConfig
 from models.losses.identity import load_identity
 from models.losses.perceptual import load_perceptual
 from models.optim import Ranger
+from models.settings import CountOrNone, NotNegative, Positive, check_fields, check_loss_weights
 from models.stylegan2.generator import Generator
 
 
@@ -27,40 +28,32 @@ from models.stylegan2.generator import Generator
 class CycleRefineConfig(CycleConfig):
     """Settings of the method `cycle_refine`; the file is that of `cycle`."""
 
-    steps: int = 6
+    steps: CountOrNone = 6
     """Updates of the encoder for each picture (the released program: 15); 0 gives what `cycle`
     gives."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Ranger's rate (the released program: 1e-4)."""
-    companions: int = 1
+    companions: CountOrNone = 1
     """Pictures that accompany the target in every update, fresh ones each time (M; the released
     program: 7)."""
-    regularisation: float = 7.0
+    regularisation: NotNegative = 7.0
     """Weight of the companions' mean loss against the target's (lambda_reg). With 7 companions
     every picture of an update weighs the same: the released program's plain mean."""
-    mse_weight: float = 1.0
+    mse_weight: NotNegative = 1.0
     """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: float = 0.8
+    perceptual_weight: NotNegative = 0.8
     """Weight of the perceptual distance."""
     perceptual: str = "auto"
     """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
     "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     identity: str | None = None
     """File of ArcFace's IR-SE50 weights, for faces; without it there is no identity loss."""
-    identity_weight: float = 0.1
+    identity_weight: NotNegative = 0.1
     """Weight of 1 - cosine of the identity embeddings."""
 
     def __post_init__(self) -> None:
-        weights = ("regularisation", "mse_weight", "perceptual_weight", "identity_weight")
-        for name in ("steps", "companions", *weights):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        if not self.mse_weight and (not self.perceptual_weight or self.perceptual == "none"):
-            raise ConfigError(
-                "mse_weight and perceptual_weight must not both be 0: nothing to minimise"
-            )
+        check_fields(self)
+        check_loss_weights(self)
 
 
 class CycleRefine(Cycle):

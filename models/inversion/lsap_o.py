@@ -7,13 +7,14 @@ plus `nscd_weight` times the NSCD of the codes in its mean form.
 from dataclasses import dataclass
 
 from models.inversion.wplus import WPlus, WPlusConfig
+from models.settings import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class LsapOConfig(WPlusConfig):
     """Settings of the method `lsap_o`: those of `wplus`, with the alignment switched on."""
 
-    nscd_weight: float = 0.25
+    nscd_weight: NotNegative = 0.25
     """Weight of the codes' distance from the generator's own styles (LSAP's NSCD, mean form)."""
 
 

@@ -19,6 +19,15 @@ from torch import Tensor
 from models.errors import ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
 from models.losses.perceptual import load_perceptual
+from models.settings import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    Positive,
+    Share,
+    check_fields,
+    check_loss_weights,
+)
 from models.stylegan2.generator import Generator
 from models.stylegan2.weight_delta import WeightDelta
 
@@ -36,48 +45,33 @@ class PtiConfig:
 
     preset: Literal["pti", "cycle"] = "pti"
     """"pti": stop at 0.06, no locality term. "cycle": stop at 0.07, locality term on."""
-    steps: int = 350
+    steps: CountOrNone = 350
     """Updates for each picture at most; 0 keeps the generator."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Adam's rate, constant."""
-    mse_weight: float = 1.0
+    mse_weight: NotNegative = 1.0
     """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: NotNegative = 1.0
     """Weight of the perceptual distance."""
     perceptual: str = "auto"
     """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
     "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
-    stop_perceptual: float | None = None
+    stop_perceptual: NotNegative | None = None
     """A picture is done when its perceptual distance is at most this; 0 never stops it. The
     presets' numbers were chosen for LPIPS (alex); other distances have other scales."""
-    locality_weight: float | None = None
+    locality_weight: NotNegative | None = None
     """Weight of the same loss between the tuned and the untuned generator at codes near the pivot;
     0 leaves it out, and with it half of the time."""
-    locality_distance: float = 30.0
+    locality_distance: NotNegative = 30.0
     """How far those codes are from the pivot: Euclidean norm over all rows of w+ together."""
-    locality_psi: float = 0.5
+    locality_psi: Share = 0.5
     """Truncation of the samples towards which those codes lie."""
-    locality_samples: int = 1
+    locality_samples: Count = 1
     """Such codes in each update, fresh ones each time."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
-        weights = ("mse_weight", "perceptual_weight", "stop_perceptual", "locality_weight")
-        for name in ("steps", "locality_distance", *weights):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name} must be >= 0, got {value}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        if not 0 <= self.locality_psi <= 1:
-            raise ConfigError(f"locality_psi must be in 0..1, got {self.locality_psi}")
-        if self.locality_samples < 1:
-            raise ConfigError(f"locality_samples must be >= 1, got {self.locality_samples}")
-        if not self.mse_weight and (not self.perceptual_weight or self.perceptual == "none"):
-            raise ConfigError(
-                "mse_weight and perceptual_weight must not both be 0: nothing to minimise"
-            )
+        check_fields(self)
+        check_loss_weights(self)
 
     def or_preset(self, name: Literal["stop_perceptual", "locality_weight"]) -> float:
         """The setting, or the preset's number where it is None."""

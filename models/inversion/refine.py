@@ -23,6 +23,7 @@ from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.e4e import E4e, E4eConfig
 from models.inversion.weights import check_generator, weights_file
+from models.settings import NotNegative, check_fields
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.tokens import kernel_channels
@@ -45,15 +46,14 @@ class RefineConfig:
     first_stage: str | None = None
     """Encoder file whose codes are refined where no method comes before; without it, the bundled
     e4e of the generator. A network trained in one stage needs none."""
-    strength: float = 1.0
+    strength: NotNegative = 1.0
     """Factor of the residuals; 0 leaves the first stage's picture."""
     allow_other_generator: bool = False
     """Accept networks that were trained with another generator. Right for a generator fine-tuned
     from that one, which shares its W; wrong for any other."""
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
-            raise ConfigError(f"strength must be >= 0, got {self.strength}")
+        check_fields(self)
 
 
 class Refine(Method):

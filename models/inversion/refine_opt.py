@@ -16,14 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.errors import ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
-from models.inversion.row_search import PictureLoss, RowSearch, check_loss_weights
+from models.inversion.row_search import PictureLoss, RowSearch
+from models.settings import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    Positive,
+    Share,
+    check_fields,
+    check_loss_weights,
+)
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.tokens import (
     Factorization,
-    check_tokens,
     kernel_channels,
     token_layouts,
 )
@@ -35,42 +42,34 @@ class RefineOptConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    steps: int = 44
+    steps: CountOrNone = 44
     """Updates for each picture; 0 keeps the start."""
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     """Peak rate of Adam on the tokens."""
-    ramp_down: float = 0.5
+    ramp_down: Share = 0.5
     """Share of the steps, at the end, in which the rate falls to 0 along a cosine."""
-    code_rate: float = 0.0
+    code_rate: NotNegative = 0.0
     """Peak rate of Adam on the codes; 0 keeps those of the method before."""
     factorization: Factorization = "shared"
     """How two token sets become a kernel: "shared", "per_tap" or "conv_lora"."""
-    rank: int = 2
+    rank: Count = 2
     """Tokens of each set ("per_tap": for each tap of the kernel)."""
     layers: list[int] = field(default_factory=list)
     """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
-    mse_weight: float = 1.0
+    mse_weight: NotNegative = 1.0
     """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: NotNegative = 1.0
     """Weight of the perceptual distance."""
     perceptual: str = "auto"
     """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
     "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
-    stop_loss: float = 0.0
+    stop_loss: NotNegative = 0.0
     """A picture stops when its loss falls to this; 0 never stops it."""
-    patience: int = 0
+    patience: CountOrNone = 0
     """A picture stops after so many steps without a new best loss; 0 never stops it."""
 
     def __post_init__(self) -> None:
-        check_tokens(self.factorization, self.rank)
-        weights = ("mse_weight", "perceptual_weight")
-        for name in ("steps", "code_rate", "stop_loss", "patience", *weights):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        if not 0 <= self.ramp_down <= 1:
-            raise ConfigError(f"ramp_down must be in 0..1, got {self.ramp_down}")
+        check_fields(self)
         check_loss_weights(self)
 
     def rate(self, step: int) -> float:

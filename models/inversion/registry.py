@@ -55,4 +55,8 @@ def load_method(name: str, generator: "Generator", **config: Any) -> "Method":
             f"method {name}: unknown setting {unknown[0]!r}; "
             f"known settings: {', '.join(sorted(known))}"
         )
-    return cls(generator, cls.Config(**config))
+    try:
+        settings = cls.Config(**config)
+    except ConfigError as error:
+        raise ConfigError(f"method {name}: {error}") from error
+    return cls(generator, settings)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.errors import ConfigError
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.e4e import E4e, E4eConfig
+from models.settings import Count, check_fields
 
 SEEN_SIZE = 256
 """Renders are averaged down to this before the encoder sees them, as in the original, px."""
@@ -25,12 +25,11 @@ SEEN_SIZE = 256
 class RestyleConfig(E4eConfig):
     """Settings of the method `restyle`."""
 
-    iterations: int = 5
+    iterations: Count = 5
     """Passes of the encoder, each over the render of the one before; 5 as published."""
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ConfigError(f"iterations must be >= 1, got {self.iterations}")
+        check_fields(self)
 
 
 class Restyle(E4e):

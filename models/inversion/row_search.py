@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.errors import ConfigError
 from models.inversion.base import Inversion
 from models.losses.perceptual import load_perceptual
 from models.optim import RowAdam
@@ -78,20 +77,6 @@ class SearchSettings(Protocol):
     def stop_loss(self) -> float: ...
     @property
     def patience(self) -> int: ...
-
-
-def check_loss_weights(settings: SearchSettings) -> None:
-    """Refuse a loss that nothing can lower.
-
-    Raises:
-        ConfigError: no term has a weight.
-    """
-    if not settings.mse_weight and (
-        not settings.perceptual_weight or settings.perceptual == "none"
-    ):
-        raise ConfigError(
-            "mse_weight and perceptual_weight must not both be 0: nothing to minimise"
-        )
 
 
 class RowSearch(ABC):

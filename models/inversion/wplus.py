@@ -17,11 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.errors import AssetError, ConfigError
+from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
 from models.inversion.noise_maps import noise_penalty, normalise, starting_maps
-from models.inversion.row_search import PictureLoss, RowSearch, check_loss_weights
+from models.inversion.row_search import PictureLoss, RowSearch
 from models.losses.style_space import StyleSpace
+from models.settings import (
+    CountOrNone,
+    NotNegative,
+    Positive,
+    Share,
+    check_fields,
+    check_loss_weights,
+)
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
 
@@ -43,60 +51,40 @@ class WPlusConfig:
 
     space: Literal["w_plus", "w"] = "w_plus"
     """What is optimised: one w per layer, or a single w for all."""
-    steps: int = 100
+    steps: CountOrNone = 100
     """Updates for each picture; 0 keeps the start. The projector takes 1000."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Peak rate of Adam."""
-    ramp_up: float | None = None
+    ramp_up: Share | None = None
     """Share of the steps in which the rate grows linearly from 0."""
-    ramp_down: float = 0.25
+    ramp_down: Share = 0.25
     """Share of the steps, at the end, in which the rate falls to 0 along a cosine."""
-    code_noise: float | None = None
+    code_noise: NotNegative | None = None
     """Initial strength of the normal noise added to the code, in units of the spread of W."""
-    code_noise_end: float = 0.75
+    code_noise_end: Share = 0.75
     """Share of the steps after which that noise has faded out (quadratically)."""
-    mse_weight: float = 1.0
+    mse_weight: NotNegative = 1.0
     """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: float = 0.8
+    perceptual_weight: NotNegative = 0.8
     """Weight of the perceptual distance."""
     perceptual: str = "auto"
     """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
     "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
-    nscd_weight: float = 0.0
+    nscd_weight: NotNegative = 0.0
     """Weight of the codes' distance from the generator's own styles (LSAP's NSCD in its mean form;
     the method `lsap_o` takes 0.25); 0 leaves it out."""
     optimise_noise: bool = False
     """Optimise the noise maps too, as the projector does. The result is then rendered with them:
     its codes alone give a different picture."""
-    noise_weight: float = 1e5
+    noise_weight: NotNegative = 1e5
     """Weight of the penalty that keeps optimised noise maps white."""
-    stop_loss: float = 0.0
+    stop_loss: NotNegative = 0.0
     """A picture stops when its loss (without the noise penalty) falls to this; 0 never stops it."""
-    patience: int = 0
+    patience: CountOrNone = 0
     """A picture stops after so many steps without a new best loss; 0 never stops it."""
 
     def __post_init__(self) -> None:
-        if self.space not in ("w_plus", "w"):
-            raise ConfigError(f'space: expected "w_plus" or "w", found {self.space!r}')
-        for name in (
-            "steps",
-            "code_noise",
-            "mse_weight",
-            "perceptual_weight",
-            "nscd_weight",
-            "noise_weight",
-            "stop_loss",
-            "patience",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name} must be >= 0, got {value}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        for name in ("ramp_up", "ramp_down", "code_noise_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {value}")
+        check_fields(self)
         check_loss_weights(self)
 
 

@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from models.errors import ConfigError
 from models.losses.clip_direction import TEMPLATES
-from models.stylegan2.tokens import Factorization, check_tokens
+from models.settings import Count, CountOrNone, NotNegative, Positive, Several, Share, check_fields
+from models.stylegan2.tokens import Factorization
 from tasks.adapt.terms import TERMS, Guidance
 from tasks.job import InputConfig, MethodConfig
 
@@ -37,12 +38,12 @@ class DomainConfig:
     style: str = ""
     """image, images: of a Parquet file with the columns id, image and style only the rows of this
     style, without the fifth that is held out for scoring."""
-    reference_limit: int = 500
+    reference_limit: Count = 500
     """images: so many of them at most, the first by key."""
-    colour: float = 1.0
+    colour: Share = 1.0
     """images: how far the references' colours are part of the style; at 0 they are recoloured to
     the source's mean and covariance, and only texture and line are learned."""
-    strength: float = 1.0
+    strength: Positive = 1.0
     """Scale of what was learned, in the file: below 1 the faces are more their own. Previews while
     learning and scores are of 1."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -53,11 +54,7 @@ class DomainConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name: expected the name of a folder, found {self.name!r}")
-        if self.guidance not in get_args(Guidance):
-            raise ConfigError(
-                f"{self.name}: guidance: expected one of {', '.join(get_args(Guidance))}, "
-                f"found {self.guidance!r}"
-            )
+        check_fields(self, f"{self.name}: ")
         if self.guidance == "text":
             if not self.source_text.strip() or not self.target_text.strip():
                 raise ConfigError(
@@ -71,12 +68,6 @@ class DomainConfig:
                 f"{self.name}: {self.guidance} guidance needs `references`: a picture, a folder, "
                 "or a Parquet file with an image column"
             )
-        if not self.strength > 0:
-            raise ConfigError(f"{self.name}: strength must be > 0, got {self.strength}")
-        if not 0 <= self.colour <= 1:
-            raise ConfigError(f"{self.name}: colour must be in 0..1, got {self.colour}")
-        if self.reference_limit < 1:
-            raise ConfigError(f"{self.name}: reference_limit must be >= 1")
         self._check_weights()
 
     def _check_weights(self) -> None:
@@ -128,47 +119,48 @@ class AdaptConfig:
     "weights": all of the synthesis network (the baseline, as StyleGAN-NADA fine-tunes)."""
     factorization: Factorization = "shared"
     """How two token sets become a kernel: "shared", "per_tap" or "conv_lora"."""
-    rank: int = 4
+    rank: Count = 4
     """Tokens of each set ("per_tap": for each tap of the kernel)."""
     layers: tuple[int, ...] = ()
     """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
     clips: tuple[ClipConfig, ...] = (ClipConfig(),)
     """CLIPs of the terms that need one; their losses are added with their weights."""
-    steps: int = 150
-    batch: int = 4
-    """Codes of a step; every domain sees the same ones."""
-    truncation_psi: float = 0.8
+    steps: Count = 150
+    batch: Several = 4
+    """Codes of a step, two at least: pictures are compared with each other. Every domain sees the
+    same ones."""
+    truncation_psi: Share = 0.8
     """Of the codes (StyleGAN-NADA: 0.7)."""
-    mixing: float = 0.5
+    mixing: Share = 0.5
     """Share of the codes that are two, joined at a random row (StyleGAN's style mixing)."""
     noise: Literal["none", "const"] = "none"
     """The noise inputs while learning: at "const" a generator's stored grain is part of what the
     losses see."""
-    views: int = 3
+    views: Count = 3
     """What CLIP sees of a picture: the whole, and so many less one parts of it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the networks while learning; bfloat16 is twice as fast where a CPU or GPU has it."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Peak rate of Adam; none stands for the form's own (`RATES`)."""
-    warm_up: int = 10
+    warm_up: CountOrNone = 10
     """Steps in which the rate grows to its peak."""
-    ramp_down: float = 0.5
+    ramp_down: Share = 0.5
     """Share of the steps, at the end, in which it falls to 0 along a cosine."""
-    augment: float = 0.1
+    augment: NotNegative = 0.1
     """Size of the random shifts, scales and turns of what CLIP sees; 0 shows the plain pictures."""
     identity: str | None = None
     """File of ArcFace weights, where a domain gives the identity term a weight."""
-    validation_every: int = 25
+    validation_every: Count = 25
     """Steps between scores on held-out codes; the best tokens are kept."""
-    validation_codes: int = 16
-    patience: int = 0
+    validation_codes: Several = 16
+    patience: CountOrNone = 0
     """A domain stops after so many scores without a new best; 0 never stops it."""
-    preview_every: int = 50
+    preview_every: Count = 50
     """Steps between preview grids and checkpoints."""
     seed: int = 0
     device: str = "cpu"
     """On the command line "cuda" where there is a GPU."""
-    threads: int = 0
+    threads: CountOrNone = 0
     """CPU threads; 0 keeps torch's choice."""
     input: InputConfig = field(default_factory=InputConfig)
     """How reference pictures are read: fit (crop, resize, align), columns, landmarks."""
@@ -182,10 +174,7 @@ class AdaptConfig:
         names = [domain.name for domain in self.domain]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"domain: expected one or more with different names, found {names}")
-        check_tokens(self.factorization, self.rank)
-        if self.form not in RATES:
-            raise ConfigError(f"form: expected one of {', '.join(RATES)}, found {self.form!r}")
-        self._check_numbers()
+        check_fields(self)
         for domain in self.domain:
             if domain.weight("identity") and self.identity is None:
                 raise ConfigError(
@@ -195,19 +184,6 @@ class AdaptConfig:
                 raise ConfigError(
                     f"{domain.name}: {domain.guidance} guidance needs a CLIP and `clips` is empty"
                 )
-
-    def _check_numbers(self) -> None:
-        # Pictures are compared with each other: two at least.
-        least = {"steps": 1, "validation_every": 1, "preview_every": 1, "warm_up": 0, "augment": 0}
-        least |= {"patience": 0, "batch": 2, "validation_codes": 2, "views": 1}
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ConfigError(f"{name} must be >= {bound}, got {getattr(self, name)}")
-        for name in ("ramp_down", "truncation_psi", "mixing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
 
     @property
     def peak_rate(self) -> float:

@@ -24,7 +24,7 @@ from tasks.run.ledger import (
     PART_KINDS,
     Commits,
     read_commits,
-    read_seal,
+    read_finished,
     shard_name,
     write_marker,
 )
@@ -62,14 +62,7 @@ def compact(run_uri: str, target_bytes: int = TARGET_BYTES) -> Compacted:
     Raises:
         LedgerError: the run is not sealed, or a part is missing or damaged.
     """
-    if read_seal(run_uri) is None:
-        raise LedgerError(
-            f"{run_uri}: not sealed, so its shards may still change; run its command again, which "
-            "finishes it"
-        )
-    commits = read_commits(run_uri, with_parts=True)
-    for error in commits.damaged.values():
-        raise error
+    commits = read_finished(run_uri)
     for group in _groups(list(commits.markers.values()), target_bytes):
         _commit(run_uri, group, commits)
     crash_point("compact_before_seal", 0)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tasks.job import FILE, PLACE, ROUNDING, Job
 from tasks.run.manifest import ManifestInfo
+from tasks.run.records import DamagedError
 
 VERSION = 3
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".json", ".npy", ".csv", ".parquet")
@@ -59,11 +60,21 @@ def _known_to(version: int, job: Any, table: dict[str, Any]) -> dict[str, Any]:
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
     """What is hashed: config, manifest and weights, without places and what only rounds; in a
-    weight's name the keys of the config that hold its place stand for it."""
+    weight's name the keys of the config that hold its place stand for it.
+
+    Raises:
+        DamagedError: a place is not in the config.
+    """
     found = {key: copy.deepcopy(record[key]) for key in ("config", "manifest", "weights")}
-    values = {
-        place: _taken(found["config"], place.split(".")) for place in record.get("places", ())
-    }
+    values = {}
+    for place in record.get("places", ()):
+        try:
+            values[place] = _taken(found["config"], place.split("."))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(
+                f"run.json was changed after the run began: it says that {place!r} is a place, and "
+                "its config has no such key; restore it"
+            ) from error
     for name in record.get("rounding", ()):
         found["config"].pop(name, None)
     weights: dict[str, str] = {}

@@ -183,12 +183,12 @@ def _take(run_uri: str, if_busy: IfBusy) -> tuple[int, Driver]:
     since = 0.0
     while True:
         number, driver = found = _last(run_uri)
+        is_free = driver is None or bool(driver.ended) or driver.has_died() or if_busy == "take"
         if found != watched:
-            if watched is not None and watched[0] == number and if_busy == "refuse":
-                raise _refusal(run_uri, driver)
+            if watched and watched[0] == number and not is_free and if_busy == "refuse":
+                raise _refusal(run_uri, driver)  # it has shown a sign of life
             watched, since = found, time.monotonic()
-        is_stale = time.monotonic() - since > STALE_S
-        if driver is None or driver.ended or driver.has_died() or is_stale or if_busy == "take":
+        if is_free or time.monotonic() - since > STALE_S:
             mine = _myself()
             if create_bytes(_place(run_uri, number + 1), _to_json(mine)):
                 if driver is not None and not driver.ended:

@@ -183,11 +183,14 @@ def create_run(
                 found["code_version"],
                 code_version,
             )
-        if all(found[key] == value for key, value in identity.items()):
+        if all(found.get(key) == value for key, value in identity.items()):
             return handle
         record = found  # something has moved
-    text = json.dumps({**record, **identity}, indent=1, sort_keys=True)
-    write_bytes(uri, text.encode() + b"\n")
+    text = json.dumps({**record, **identity}, indent=1, sort_keys=True).encode() + b"\n"
+    if found is not None:
+        write_bytes(uri, text)
+    elif not create_bytes(uri, text):  # another driver was faster: is it the same run?
+        return create_run(run_uri, job, manifest_info, hashes, code_version, declared)
     return handle
 
 
@@ -653,6 +656,23 @@ def read_seal(run_uri: str) -> Seal | None:
     return None if data is None else parse(SEAL, data, uri, newest=1, advice=advice)
 
 
+def read_finished(run_uri: str) -> Commits:
+    """All commits of a run that is to be worked on as a whole.
+
+    Raises:
+        LedgerError: it is not sealed, or a commit is damaged.
+    """
+    if read_seal(run_uri) is None:
+        raise LedgerError(
+            f"{run_uri}: the run is not finished, so its samples may still change; run its command "
+            "again, which finishes it"
+        )
+    commits = read_commits(run_uri, with_parts=True)
+    for error in commits.damaged.values():
+        raise error
+    return commits
+
+
 def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
     """Delete files in the part folders that no marker names nor will: what attempts left behind
     that were killed or came second. It may run at any time, beside attempts at work.
@@ -672,7 +692,7 @@ def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str
     places = {name: written for name, _, written in list_times(join(run_uri, "commits"))}
     beats = [written for _, _, written in list_times(join(run_uri, "drivers"))]
     now = max([*files.values(), *places.values(), *beats], default=0.0)
-    commits = read_commits(run_uri)
+    commits = read_commits(run_uri, with_parts=True)
     named = {part.path for marker in commits.markers.values() for part in marker.parts.values()}
     named |= _sealed_paths(run_uri)
     orphans = {path: written for path, written in files.items() if path not in named}
@@ -686,15 +706,17 @@ def remove_orphans(run_uri: str, older_than_s: float = ORPHAN_AGE_S) -> list[str
             return False
         shard, generation = int(match[1]), int(match[2] or 0)
         counted, is_old = commits.counted.get(shard, -1), now - written >= older_than_s
-        if generation > commits.last.get(shard, -1):
+        if generation > commits.last.get(
+            shard, -1
+        ):  # it may still be committed, until it is closed
             return is_old and (not can_close or _close(run_uri, shard, generation))
+        if generation <= counted and shard in commits.damaged:
+            return False  # what is lost may be restored, and need it
         over = commits.covered.get(shard, shard)
-        if over != shard or generation < counted:
+        if over != shard or generation < counted:  # somebody may be reading it
             by = f"{shard_name(over, commits.counted[over])}.json"
             return now - places.get(by, now) >= older_than_s
-        if generation == counted and shard in commits.damaged:
-            return False  # its marker may have named it, and may be restored
-        return can_close or is_old
+        return can_close or is_old  # it came second
 
     removed = [path for path, written in orphans.items() if is_over(path, written)]
     remove([join(run_uri, path) for path in removed])

@@ -9,11 +9,10 @@ from models.errors import ConfigError, LedgerError, ShardError
 from tasks.job import ShardSpec
 from tasks.run.ledger import (
     is_whole,
-    read_commits,
     read_declared,
+    read_finished,
     read_generations,
     read_run,
-    read_seal,
     shard_name,
 )
 from tasks.run.marker import Marker
@@ -50,14 +49,7 @@ def plan_source(source_uri: str, limit: int | None = None) -> Iterator[ShardSpec
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; expected at least 1, or none")
     read_run(source_uri)
-    if read_seal(source_uri) is None:
-        raise LedgerError(
-            f"{source_uri}: the run is not finished, so its samples may still change; run "
-            "its command again, which finishes it"
-        )
-    commits = read_commits(source_uri, with_parts=True)
-    for error in commits.damaged.values():
-        raise LedgerError(f"{source_uri}: a commit of this run is damaged: {error}")
+    commits = read_finished(source_uri)
     markers = [marker for marker in commits.markers.values() if marker.rows]
     if not markers:
         raise LedgerError(f"{source_uri}: no sample is committed in this run; nothing to work on")

@@ -19,8 +19,9 @@ from torch import Tensor
 from models.attributes import AttributeArchitecture, AttributeNetwork, AttributeScorer
 from models.checkpoints.bundled import asset_path
 from models.encoders.checkpoint import save_encoder
-from models.errors import AssetError, ConfigError
+from models.errors import AssetError
 from models.losses.trunk import load_trunk
+from models.settings import Count, NotNegative, Positive, Share
 from tasks.training.blocks import card_settings, descend, rounded_scores, settle
 from tasks.training.labels import LabelledPictures, draw_weights, load_labelled
 from tasks.training.schedules import annealed
@@ -34,36 +35,27 @@ class FitAttributesConfig(TrainingConfig):
 
     data: tuple[str, ...]
     """Parquet files with `image`, `age`, `gender` and `smile_prob`."""
-    images: int = 90_000
-    batch: int = 32
-    resolution: int = 64
+    images: Count = 90_000
+    batch: Count = 32
+    resolution: Count = 64
     """Side that the network sees, px."""
-    hidden: int = 96
-    dropout: float = 0.3
+    hidden: Count = 96
+    dropout: Share = 0.3
     start_from: str | None = "bundled"
     """Perceptual trunk whose layers it starts from: "bundled", a trunk.safetensors, or None."""
 
-    learning_rate: float = 1e-3
-    trunk_rate: float = 0.5
+    learning_rate: Positive = 1e-3
+    trunk_rate: Share = 0.5
     """Factor of the rate for the trunk's layers."""
-    weight_decay: float = 0.05
-    anneal: float = 0.8
+    weight_decay: NotNegative = 0.05
+    anneal: Share = 0.8
     """Share of the run, at its end, in which the rate falls to 0 along a cosine."""
-    age_spread: float = 4.0
+    age_spread: Positive = 4.0
     """Standard deviation of the distribution around an age label, years."""
-    age_balance: float = 0.5
+    age_balance: Share = 0.5
     """How evenly the decades are drawn, see `draw_weights`."""
     terms: str = "as the pictures'"
     """For the card: on what terms the weights may be used."""
-
-    def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        for name in ("learning_rate", "age_spread", "hidden"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("dropout", "trunk_rate", "anneal", "age_balance"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
 
 
 def fit(config: FitAttributesConfig) -> Path:

@@ -21,50 +21,32 @@ from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import load_network
 from models.encoders.clcae import FEATURE_LAYER, ClcaeArchitecture, ClcaeEncoder
 from models.encoders.contrastive import TOWERS, ContrastiveTowers, info_nce
-from models.errors import AssetError, ConfigError
+from models.errors import AssetError
 from models.inversion.base import Inversion
-from models.optim import Ranger
-from models.statistics import statistics_for
-from models.stylegan2.generator import Generator, weights_hash
-from tasks.training.blocks import (
-    LOSS_SIZE,
-    card_settings,
-    descend,
-    example_edit,
-    for_losses,
-    prepared,
-    rounded_scores,
-    save_with_page,
-    settle,
-    started_from,
-)
+from models.settings import Count, CountOrNone, NotNegative, Several, Share
+from models.stylegan2.generator import Generator
+from tasks.training.blocks import descend, example_edit, for_losses
 from tasks.training.clcae_align import adopt, encoder_state
-from tasks.training.losses import PictureLosses
-from tasks.training.schedules import annealed
-from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
+from tasks.training.network import InverterConfig, InverterObjective
+from tasks.training.trainer import set_up, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitClcaeConfig(TrainingConfig):
-    """Settings of one CLCAE training run. The defaults suit a 64 px generator on a CPU."""
+class FitClcaeConfig(InverterConfig):
+    """Settings of one CLCAE training run.
 
-    generator: str
-    """A bundled name or a checkpoint file; it stays as it is."""
+    `start_from` takes an e4e encoder or the towers of stage 1 (published: stage 1's tower): trunk,
+    pyramid and every head whose shape agrees. At the `head_width` 64 an e4e encoder of our own can
+    be taken over.
+    """
 
-    width: int = 24
-    """Channels of the first stage, 64 in the published encoder."""
-    units: tuple[int, int, int, int] = (2, 2, 2, 2)
-    """Residual units of the stages, (3, 4, 14, 3) in the published encoder."""
-    head_width: int = 64
-    """Channels inside the style heads, 512 in the published encoder. At 64, as in the e4e encoder
-    of our own, its heads can be taken over."""
-    stem_stride: int = 2
-    """1 in the published encoder; 2 saves the convolutions at full size."""
-    hidden: int = 8
+    batch: Several = 16
+
+    hidden: Count = 8
     """Width inside the rows' blocks, 1024 in the published encoder."""
-    feature_hidden: int = 48
+    feature_hidden: Count = 48
     """The same inside the map's block."""
-    feature_width: int = 64
+    feature_width: Count = 64
     """Channels between the convolutions that make f, 512 in the published encoder."""
     attention: Literal["one", "folded", "all"] = "folded"
     """See `ClcaeArchitecture`: "all" is real attention."""
@@ -76,57 +58,27 @@ class FitClcaeConfig(TrainingConfig):
     is_centred: bool = True
     """Take the picture of the mean code off the input, as published. Choose False for a run that
     starts from an e4e encoder, which saw whole pictures."""
-    start_from: str | None = None
-    """File of an e4e encoder or of the towers of stage 1: trunk, pyramid and every head whose shape
-    agrees are taken from it. Published: the stage 1 tower."""
-
-    learning_rate: float = 3e-3
-    """Ranger's; 1e-4 as published, for a run many times as long."""
-    anneal: float = 0.4
-    """Share of the run, at its end, in which the rate falls to 0 along a cosine."""
-    feature_ramp: float = 0.1
+    feature_ramp: Share = 0.1
     """Share of the run over which f takes the activation's place; the published ramp starts again
     with every epoch."""
 
-    mse_weight: float = 1.0
-    perceptual_weight: float = 0.2
-    perceptual: str = "auto"
-    """Name for `load_perceptual`, or "none"."""
-    identity: str | None = None
-    """File of ArcFace weights for the identity loss."""
-    identity_weight: float = 0.1
-    feature_weight: float = 0.01
+    perceptual_weight: NotNegative = 0.2
+    feature_weight: NotNegative = 0.01
     """Of the squared distance of f to the generator's own activation."""
-    w_share: float = 1.0
+    w_share: Share = 1.0
     """Share of each batch for which G(w) is rendered too; 1 as published, less is quicker."""
 
     align: str | None = None
     """File of the towers of stage 1; without it there is no alignment loss."""
-    align_weight: float = 0.1
+    align_weight: NotNegative = 0.1
     align_target: Literal["input", "render"] = "input"
     """What w is aligned with: "input" as in the paper, the picture itself; "render" as in the
     released code, G(w), among the pictures of the batch alone."""
-    align_memory: int = 256
+    align_memory: CountOrNone = 256
     """Pairs kept from earlier steps as further negatives."""
 
-    terms: str = "as the training data's"
-    """For the card: on what terms the weights may be used."""
-
     def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        for name in ("anneal", "feature_ramp", "w_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        if self.align_target not in ("input", "render"):
-            raise ConfigError(
-                f'align_target: expected "input" or "render", found {self.align_target!r}'
-            )
-        if self.batch < 2:
-            raise ConfigError(f"batch must be >= 2, got {self.batch}")
-        if self.align_memory < 0:
-            raise ConfigError(f"align_memory must be >= 0, got {self.align_memory}")
+        super().__post_init__()
 
 
 def fit(config: FitClcaeConfig) -> Path:
@@ -174,60 +126,30 @@ class PairMemory:
         return joined[max(len(joined) - self.size, 0) :]
 
 
-class ClcaeObjective(Objective):
+class ClcaeObjective(InverterObjective[FitClcaeConfig]):
     """The encoder, its optimiser, and the memory of negatives."""
 
+    paths = (*InverterObjective.paths, "align")
+
     def __init__(self, config: FitClcaeConfig, generator: Generator) -> None:
-        self.config, self.dtype = config, PRECISIONS[config.precision]
-        self.generator_hash = weights_hash(generator)
-        statistics = statistics_for(generator)
+        super().__init__(config, generator)
         self.edit = example_edit(generator)
-        self.generator = prepared(generator, config.device, self.dtype)
-        self.resolution = min(generator.resolution, LOSS_SIZE)
-        self.average = for_losses(statistics.average_image[None])[0].to(config.device)
-        self.architecture = ClcaeArchitecture(
-            num_ws=generator.num_ws,
-            w_dim=generator.w_dim,
-            input_size=self.resolution,
-            width=config.width,
-            units=config.units,
-            head_width=config.head_width,
-            stem_stride=config.stem_stride,
-            hidden=config.hidden,
-            feature_hidden=config.feature_hidden,
-            feature_width=config.feature_width,
+        self.average = for_losses(self.statistics.average_image[None])[0].to(config.device)
+        self.architecture = self.sized(
+            ClcaeArchitecture,
             feature_channels=generator.conv(FEATURE_LAYER - 1).conv.weight.shape[1],
-            feature_slope=config.feature_slope,
-            attention=config.attention,
-            form=config.form,
-            is_centred=config.is_centred,
         )
-        encoder = ClcaeEncoder(self.architecture)
+        network = ClcaeEncoder(self.architecture)
         if config.start_from:
-            adopt(encoder, _own_names(encoder_state(config.start_from)), config.start_from)
-        self.encoder = encoder.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = Ranger(self.encoder.parameters(), lr=config.learning_rate)
+            adopt(network, _own_names(encoder_state(config.start_from)), config.start_from)
         self.towers = _load_towers(config, self.generator_hash)
         self.memory = PairMemory(config.align_memory)
-        self.losses = PictureLosses.of(config, self.dtype)
-        self.parts = {
-            "encoder": self.encoder,
-            "optimizer": self.optimizer,
-            "memory": self.memory,
-        }
-        self.identity = {
-            "architecture": self.architecture.to_dict(),
-            "generator_hash": self.generator_hash,
-            "batch": config.batch,
-        }
+        self.trains(network, parts={"memory": self.memory})
 
     # ------------------------------------------------------------------ one update
 
     def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
-        config = self.config
-        share = shown / config.images
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * annealed(share, config.anneal)
+        config, share = self.config, self.set_rate(shown)
         w, w_plus, features = self._encode(pictures)
         renders, activation = self._renders(w, w_plus, features, share)
         total, logged = self._picture_losses(renders, pictures)
@@ -237,7 +159,7 @@ class ClcaeObjective(Objective):
             aligned = self._align(pictures, w, renders["w"])
             logged["align"] = aligned
             total = total + config.align_weight * aligned.mean()
-        descend(total, list(self.encoder.parameters()), self.optimizer)
+        descend(total, list(self.network.parameters()), self.optimizer)
         return logged
 
     def _renders(
@@ -288,9 +210,9 @@ class ClcaeObjective(Objective):
 
     def _encode(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[Tensor, Tensor, Tensor]:
         """w [N D] and w+ [N L D], absolute, and f."""
-        with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast():
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-            base, rows, features = self.encoder(pictures, self.average)
+            base, rows, features = self.network(pictures, self.average)
         average = self.generator.latent_avg
         return average + base, average + rows, features.float()
 
@@ -304,9 +226,9 @@ class ClcaeObjective(Objective):
     @torch.no_grad()
     def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The columns are G(w+, f), G(w+) and an edit."""
-        self.encoder.eval()
+        self.network.eval()
         w, w_plus, features = self._encode(pictures)
-        self.encoder.train()
+        self.network.train()
         found = Inversion(w_plus=w_plus, features={FEATURE_LAYER: features})
         edited = found.edited(self.generator, w_plus + self.edit.to(w_plus))
         render, plain, moved = (
@@ -318,26 +240,8 @@ class ClcaeObjective(Objective):
             scores[name] = (images - pictures).square().mean((1, 2, 3))
         return scores, [render, plain, moved]
 
-    def settle(self) -> None:
-        self.dtype = self.losses.dtype = self.generator.compute_dtype = None
-        settle(self.encoder)
-
     def export(self, scores: Mapping[str, float], shown: int) -> Path:
-        config = self.config
-        card = {
-            "generator_hash": self.generator_hash,
-            "terms": config.terms,
-            "provenance": {
-                "method": "CLCAE (arXiv 2211.11448), tasks.training.clcae",
-                "generator": Path(config.generator).stem,
-                "images_shown": shown,
-                "perceptual": self.losses.perceptual_name,
-                **started_from(config.start_from),
-                "settings": card_settings(config, ("generator", "identity", "start_from", "align")),
-            },
-            "scores": rounded_scores(scores),
-        }
-        return save_with_page(self.encoder, Path(config.out) / "clcae.safetensors", card)
+        return self.write("clcae", "CLCAE (arXiv 2211.11448), tasks.training.clcae", scores, shown)
 
 
 def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

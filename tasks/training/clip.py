@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.errors import AssetError, ConfigError
 from models.losses.clip import Clip, load_clip
 from models.losses.torchvision_shim import ensure_torchvision
+from models.settings import Count, NotNegative, Positive, Several, Share
 from tasks.training.blocks import descend
 from tasks.training.captions import DRAWS, Subject, said, subject, vocabulary, wording
 from tasks.training.clip_files import MEAN, STD, build_tokenizer, save_clip
@@ -48,53 +49,44 @@ class FitClipConfig(TrainingConfig):
     data: tuple[str, ...]
     """Parquet files of faces (age, gender, smile_prob) and of portraits (style); one portrait in
     five, chosen by its id, is never trained on and scores with `validation`."""
-    images: int = 110_000
-    batch: int = 64
+    images: Count = 110_000
+    batch: Several = 64
     """Pairs of a step: each is told apart from batch - 1 others."""
-    portraits: float = 0.35
+    portraits: Share = 0.35
     """Share of a batch that is painted or drawn, from the files."""
-    filtered: float = 0.5
+    filtered: Share = 0.5
     """Share of the photographs that a filter draws or paints (tasks/training/clip_media.py)."""
-    zoomed: float = 0.3
+    zoomed: Share = 0.3
     """Share of the pictures of which a part is shown alone."""
-    age_balance: float = 0.5
+    age_balance: Share = 0.5
     """How evenly decades of age are drawn, see `draw_weights`."""
 
-    resolution: int = 64
+    resolution: Count = 64
     """Side that the vision tower sees, px."""
-    patch: int = 8
+    patch: Count = 8
     """Side of its patches, px."""
-    width: int = 128
+    width: Count = 128
     """Of both towers."""
-    layers: int = 4
+    layers: Count = 4
     """Of the vision tower."""
-    text_layers: int = 2
-    heads: int = 4
-    embedding: int = 128
+    text_layers: Count = 2
+    heads: Count = 4
+    embedding: Count = 128
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
+    learning_rate: Positive = 1e-3
+    weight_decay: NotNegative = 0.05
     start: str = ""
     """A CLIP of this training (a folder or "refinery") whose weights and words this one begins
     with; the sizes must be the same."""
-    warm_up: float = 0.03
+    warm_up: Share = 0.03
     """Share of the run in which the rate rises to `learning_rate`."""
-    anneal: float = 0.9
+    anneal: Share = 0.9
     """Share of the run, at its end, in which the rate falls to 0 along a cosine."""
     terms: str = "as the pictures'"
     """For the card: on what terms the weights may be used."""
 
     def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        sizes = ("resolution", "patch", "width", "layers", "text_layers", "heads", "embedding")
-        for name in ("learning_rate", *sizes):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("portraits", "filtered", "zoomed", "age_balance", "warm_up", "anneal"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        if self.batch < 2:
-            raise ConfigError(f"batch must be >= 2, got {self.batch}: one pair has no negatives")
+        super().__post_init__()
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} must be a multiple of heads, {self.heads}")
         if self.resolution % self.patch:

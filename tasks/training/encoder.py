@@ -28,30 +28,18 @@ from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, PyramidEncoder
 from models.errors import AssetError
 from models.losses.style_space import StyleSpace
-from models.optim import Ranger
-from models.statistics import statistics_for
-from models.stylegan2.generator import Generator, weights_hash
-from tasks.training.blocks import (
-    LOSS_SIZE,
-    card_settings,
-    descend,
-    example_edit,
-    for_losses,
-    prepared,
-    rounded_scores,
-    save_with_page,
-    settle,
-    started_from,
-)
+from models.stylegan2.generator import Generator
+from tasks.training.blocks import descend, example_edit, for_losses
 from tasks.training.encoder_config import FitCycleConfig as FitCycleConfig
 from tasks.training.encoder_config import FitEncoderConfig as FitEncoderConfig
 from tasks.training.encoder_config import FitLsapConfig as FitLsapConfig
 from tasks.training.encoder_config import FitPspConfig as FitPspConfig
 from tasks.training.encoder_config import FitRestyleConfig as FitRestyleConfig
 from tasks.training.encoder_config import FitWEncoderConfig as FitWEncoderConfig
-from tasks.training.losses import PictureLosses, code_distance, delta_penalty
-from tasks.training.schedules import annealed, progress
-from tasks.training.trainer import PRECISIONS, Objective, set_up, train
+from tasks.training.losses import code_distance, delta_penalty
+from tasks.training.network import InverterObjective
+from tasks.training.schedules import progress
+from tasks.training.trainer import set_up, train
 
 
 def fit(config: FitEncoderConfig) -> Path:
@@ -68,66 +56,47 @@ def fit(config: FitEncoderConfig) -> Path:
     return train(EncoderObjective(config, load_generator(config.generator)), config)
 
 
-class EncoderObjective(Objective):
+class EncoderObjective(InverterObjective[FitEncoderConfig]):
     """Encoder, latent discriminator, their optimisers and pools."""
 
     def __init__(self, config: FitEncoderConfig, generator: Generator) -> None:
-        self.config, self.dtype = config, PRECISIONS[config.precision]
-        self.generator_hash = weights_hash(generator)
-        self.spread, self.edit = statistics_for(generator).w_std, example_edit(generator)
-        self.generator = prepared(generator, config.device, self.dtype)
-        self.resolution = min(generator.resolution, LOSS_SIZE)
-        self.architecture = EncoderArchitecture(
-            num_ws=generator.num_ws,
-            w_dim=generator.w_dim,
-            input_size=self.resolution,
-            width=config.width,
-            units=config.units,
-            head_width=config.head_width,
-            stem_stride=config.stem_stride,
-            kind=config.kind,
-            in_channels=3 if config.iterations == 1 else 6,
+        super().__init__(config, generator)
+        self.spread, self.edit = self.statistics.w_std, example_edit(generator)
+        in_channels = 3 if config.iterations == 1 else 6
+        self.architecture = self.sized(
+            EncoderArchitecture, kind=config.kind, in_channels=in_channels
         )
-        encoder = build_encoder(self.architecture)
+        network = build_encoder(self.architecture)
         if config.start_from:
-            _start_from(encoder, config.start_from)
-        self.style_space = StyleSpace(generator, statistics_for(generator).style_anchor)
-        self.encoder = encoder.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = Ranger(self.encoder.parameters(), lr=config.learning_rate)
+            _start_from(network, config.start_from)
+        self.style_space = StyleSpace(generator, self.statistics.style_anchor)
         self.discriminator = LatentDiscriminator(generator.w_dim).to(config.device)
         self.optimizer_d = torch.optim.Adam(
             self.discriminator.parameters(), lr=config.discriminator_learning_rate
         )
         self.pool_real, self.pool_fake = CodePool(config.pool), CodePool(config.pool)
-        self.losses = PictureLosses.of(config, self.dtype)
-        self.parts = {
-            "encoder": self.encoder,
-            "optimizer": self.optimizer,
-            "discriminator": self.discriminator,
-            "optimizer_d": self.optimizer_d,
-            "pool_real": self.pool_real,
-            "pool_fake": self.pool_fake,
-        }
-        self.identity = {
-            "architecture": self.architecture.to_dict(),
-            "generator_hash": self.generator_hash,
-            "batch": config.batch,
-        }
+        self.trains(
+            network,
+            parts={
+                "discriminator": self.discriminator,
+                "optimizer_d": self.optimizer_d,
+                "pool_real": self.pool_real,
+                "pool_fake": self.pool_fake,
+            },
+        )
 
     # ------------------------------------------------------------------ one update
 
     def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
-        share = shown / self.config.images
+        share = self.set_rate(shown)
         stage = self._set_stage(share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * annealed(share, self.config.anneal)
         known, drawn = self._draw(self.config.num_synthetic)
         seen = torch.cat([drawn, pictures[len(drawn) :]]) if len(drawn) else pictures
         total, logged, codes = torch.zeros(()), {}, None
         for _ in range(self.config.iterations):
             loss, logged, codes = self._losses(seen, known, codes, share, stage)
             total = total + loss
-        descend(total, list(self.encoder.parameters()), self.optimizer)
+        descend(total, list(self.network.parameters()), self.optimizer)
         if self.config.adversarial_weight:
             assert codes is not None
             logged |= self._discriminator_step(codes[:, : stage + 1], shown // self.config.batch)
@@ -174,10 +143,10 @@ class EncoderObjective(Objective):
 
     def _set_stage(self, share: float) -> int:
         """Open the offsets of this moment; how many there are."""
-        if not isinstance(self.encoder, Encoder4Editing):
+        if not isinstance(self.network, Encoder4Editing):
             return self.architecture.num_ws - 1
-        self.encoder.stage = self.config.open_offsets(share, self.architecture.num_ws)
-        return self.encoder.stage
+        self.network.stage = self.config.open_offsets(share, self.architecture.num_ws)
+        return self.network.stage
 
     def _discriminator_step(self, codes: Float[Tensor, "N S D"], step: int) -> dict[str, Tensor]:
         """One update of the latent discriminator on one open row of every picture."""
@@ -221,11 +190,11 @@ class EncoderObjective(Objective):
                 pictures = torch.cat(
                     [pictures, self._render(start if guess is None else guess, "const")], 1
                 )
-        with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast():
             x = pictures.contiguous(memory_format=torch.channels_last)
-            if isinstance(self.encoder, Encoder4Editing):
-                return self.encoder.split(x)
-            codes = self.encoder(x)
+            if isinstance(self.network, Encoder4Editing):
+                return self.network.split(x)
+            codes = self.network(x)
             # pSp has no offsets; relative to its first row its codes read as if it had.
             return codes[:, 0], codes[:, 1:] - codes[:, :1]
 
@@ -236,14 +205,14 @@ class EncoderObjective(Objective):
 
     @torch.no_grad()
     def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        self.encoder.eval()
+        self.network.eval()
         w_plus = None
         for _ in range(self.config.iterations):
             w_plus = absolute_codes(*self._encode(pictures, w_plus), self.generator, w_plus)
         assert w_plus is not None
         renders = self._render(w_plus, "const")
         edited = self._render(w_plus + self.edit.to(w_plus), "const")
-        self.encoder.train()
+        self.network.train()
         scores = self.losses.scores(renders, pictures)
         offsets = (w_plus - w_plus[:, :1]).square().sum(2).sqrt().mean(1)
         scores["offset_norm"] = offsets / self.spread
@@ -252,27 +221,13 @@ class EncoderObjective(Objective):
 
     def settle(self) -> None:
         self._set_stage(1.0)
-        self.dtype = self.losses.dtype = self.generator.compute_dtype = None
-        settle(self.encoder)
+        super().settle()
 
     def export(self, scores: Mapping[str, float], shown: int) -> Path:
-        config = self.config
-        card = {
-            "kind": config.kind,
-            "space": "w" if config.is_in_w else "w_plus",
-            "generator_hash": self.generator_hash,
-            "terms": config.terms,
-            "provenance": {
-                "method": f"refinery train {config.method}",
-                "generator": Path(config.generator).stem,
-                "images_shown": shown,
-                "perceptual": self.losses.perceptual_name,
-                **started_from(config.start_from),
-                "settings": card_settings(config, ("generator", "identity", "start_from")),
-            },
-            "scores": rounded_scores(scores),
-        }
-        return save_with_page(self.encoder, Path(config.out) / f"{config.method}.safetensors", card)
+        method = self.config.method
+        space = "w" if self.config.is_in_w else "w_plus"
+        kind = self.config.kind
+        return self.write(method, f"refinery train {method}", scores, shown, kind=kind, space=space)
 
 
 def absolute_codes(

@@ -4,110 +4,81 @@ Legend: L num_ws.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from models.errors import ConfigError
+from models.settings import Bounds, Count, CountOrNone, NotNegative, Positive, Share
+from tasks.training.network import InverterConfig
 from tasks.training.schedules import closed_offsets, open_offsets
-from tasks.training.trainer import TrainingConfig
+
+Decay = Annotated[float, Bounds(0, 1, is_open=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitEncoderConfig(TrainingConfig):
+class FitEncoderConfig(InverterConfig):
     """Settings of one e4e training run. The defaults suit a 64 px generator on a CPU."""
 
     method: ClassVar[str] = "e4e"
     """What the network is for; the exported file's name."""
     kind: ClassVar[Literal["e4e", "psp"]] = "e4e"
 
-    generator: str
-    """A bundled name or a checkpoint file; it stays as it is."""
-
-    width: int = 24
-    """Channels of the first stage, 64 in the published encoder."""
-    units: tuple[int, int, int, int] = (2, 2, 2, 2)
-    """Residual units of the stages, (3, 4, 14, 3) in the published encoder."""
-    head_width: int = 64
-    """Channels inside the style heads, 512 in the published encoder."""
-    stem_stride: int = 2
-    """1 in the published encoder; 2 saves the convolutions at full size."""
     start_from: str | None = None
     """Encoder file of the same sizes whose weights the run starts from, for example one that was
     trained with an earlier state of the generator. Of a file of the other kind the trunk and the
     pyramid are taken, and the style heads start afresh."""
 
-    learning_rate: float = 3e-3
-    """Ranger's; 1e-4 as published, for 2.4 million pictures."""
-    anneal: float = 0.4
-    """Share of the run, at its end, in which the rate falls to 0 along a cosine; 0 as published."""
-    open_start: float = 20 / 300
+    open_start: Share = 20 / 300
     """Share of the run after which the first offset opens (step 20,000 of 300,000)."""
-    open_end: float = 52 / 300
+    open_end: Share = 52 / 300
     """Share of the run after which the last offset opens; the others at equal distances between."""
 
-    close_start: float = 1.0
+    close_start: Share = 1.0
     """Share of the run after which the offsets close again, the last row first; 1 never."""
-    close_end: float = 1.0
+    close_end: Share = 1.0
     """Share of the run after which only w is left; the run and its codes end in W."""
-    shrink_start: float = 1.0
+    shrink_start: Share = 1.0
     """Share of the run after which the offsets are driven to zero; 1 never."""
-    shrink_end: float = 1.0
+    shrink_end: Share = 1.0
     """Share of the run in which the offsets' weight has grown by `delta_growth`, and the
     adversarial one has fallen by `adversarial_decay`; the latter goes on falling."""
-    delta_growth: float = 1.0
-    adversarial_decay: float = 1.0
+    delta_growth: Positive = 1.0
+    adversarial_decay: Decay = 1.0
 
-    iterations: int = 1
+    iterations: Count = 1
     """Passes for each batch: after the first the encoder sees the picture and the render of its
     codes so far (6 channels), and adds to them."""
 
-    mse_weight: float = 1.0
-    perceptual_weight: float = 0.8
-    perceptual: str = "auto"
-    """Name for `load_perceptual`, or "none"."""
-    identity: str | None = None
-    """File of ArcFace weights for the identity loss."""
-    identity_weight: float = 0.1
-    delta_weight: float = 0.03
+    delta_weight: NotNegative = 0.03
     """Of the mean norm of the offsets in units of W's spread; 0.03 is the published 2e-4 of their
     sum (`delta_penalty`), whatever L and D."""
-    adversarial_weight: float = 0.1
+    adversarial_weight: NotNegative = 0.1
     """Of the latent discriminator's verdict on the codes; 0 trains without it."""
-    discriminator_learning_rate: float = 2e-4
+    discriminator_learning_rate: Positive = 2e-4
     """Adam's; 2e-5 as published, for a run about ten times as long."""
-    r1_gamma: float = 10.0
-    r1_interval: int = 16
-    pool: int = 50
+    r1_gamma: NotNegative = 10.0
+    r1_interval: CountOrNone = 16
+    pool: CountOrNone = 50
     """Codes in each replay pool of the latent discriminator."""
-    nscd_weight: float = 0.0
+    nscd_weight: NotNegative = 0.0
     """Of LSAP's alignment: minus the summed similarity of the normalised styles to the anchors."""
     align_open_rows: bool = False
     """Align the open rows alone, as the released LSAP training does: one layer in its first 20,000
     steps. False aligns all layers from the first step."""
 
-    synthetic_fraction: float = 0.0
+    synthetic_fraction: Share = 0.0
     """Share of each batch that is drawn from the generator: learned by its code, not rendered. It
     costs real pictures: at 8,000 shown (32 px) a share of 0.25 raised the held-out MSE by 16 %."""
-    code_weight: float = 0.5
+    code_weight: NotNegative = 0.5
     """Of their squared code error, in units of the spread of W."""
 
-    terms: str = "as the training data's"
-    """For the card: on what terms the weights may be used."""
-
     def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
+        super().__post_init__()
         if not 0 <= self.open_start <= self.open_end <= 1:
             raise ConfigError(
                 f"open_start and open_end: expected 0 <= open_start <= open_end <= 1, "
                 f"got {self.open_start} and {self.open_end}"
             )
-        if self.iterations < 1:
-            raise ConfigError(f"iterations must be >= 1, got {self.iterations}")
         self._check_way_back()
-        for name in ("anneal", "synthetic_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.batch - self.num_synthetic < 2:
             raise ConfigError(
                 f"batch {self.batch} with synthetic_fraction {self.synthetic_fraction} leaves "
@@ -130,11 +101,6 @@ class FitEncoderConfig(TrainingConfig):
             raise ConfigError(
                 f"anneal: expected at most 1 - close_end = {1 - self.close_end:.3g}, got "
                 f"{self.anneal}: the rate must not fall before only w is left"
-            )
-        if not self.delta_growth > 0 or not 0 < self.adversarial_decay <= 1:
-            raise ConfigError(
-                f"delta_growth must be > 0 and adversarial_decay in (0, 1], got "
-                f"{self.delta_growth} and {self.adversarial_decay}"
             )
 
     @property
@@ -164,8 +130,8 @@ class FitPspConfig(FitEncoderConfig):
     method: ClassVar[str] = "psp"
     kind: ClassVar[Literal["e4e", "psp"]] = "psp"
 
-    delta_weight: float = 0.0
-    adversarial_weight: float = 0.0
+    delta_weight: NotNegative = 0.0
+    adversarial_weight: NotNegative = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +140,8 @@ class FitWEncoderConfig(FitEncoderConfig):
 
     method: ClassVar[str] = "w-encoder"
 
-    open_start: float = 1.0
-    open_end: float = 1.0
+    open_start: Share = 1.0
+    open_end: Share = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +150,7 @@ class FitRestyleConfig(FitEncoderConfig):
 
     method: ClassVar[str] = "restyle"
 
-    iterations: int = 5
+    iterations: Count = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +159,8 @@ class FitLsapConfig(FitEncoderConfig):
 
     method: ClassVar[str] = "lsap"
 
-    nscd_weight: float = 0.5
-    adversarial_weight: float = 0.0
+    nscd_weight: NotNegative = 0.5
+    adversarial_weight: NotNegative = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +174,12 @@ class FitCycleConfig(FitEncoderConfig):
 
     method: ClassVar[str] = "cycle"
 
-    open_start: float = 20 / 750
-    open_end: float = 52 / 750
-    shrink_start: float = 500 / 750
-    shrink_end: float = 650 / 750
-    delta_growth: float = 1.2**15
-    adversarial_decay: float = 0.5**15
-    close_start: float = 646 / 750
-    close_end: float = 714 / 750
-    anneal: float = 1 - 714 / 750
+    open_start: Share = 20 / 750
+    open_end: Share = 52 / 750
+    shrink_start: Share = 500 / 750
+    shrink_end: Share = 650 / 750
+    delta_growth: Positive = 1.2**15
+    adversarial_decay: Decay = 0.5**15
+    close_start: Share = 646 / 750
+    close_end: Share = 714 / 750
+    anneal: Share = 1 - 714 / 750

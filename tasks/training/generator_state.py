@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import AssetError, ConfigError
+from models.settings import Count, CountOrNone, NotNegative, Positive, Share, check_fields
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture
-
-LOSSES = ("logistic", "relativistic")
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+from tasks.training.trainer import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,55 +33,50 @@ class FitGeneratorConfig:
     """Parquet files with an `image` column; every picture is resized to `resolution`."""
     out: str
     """Folder for checkpoint, log and sample grids."""
-    images: int = 1_500_000
+    images: Count = 1_500_000
     """Stop after so many images shown, over all phases."""
-    resolution: int = 64
+    resolution: Count = 64
     widths: dict[int, int] = field(
         default_factory=lambda: {4: 256, 8: 256, 16: 256, 32: 128, 64: 64}
     )
-    z_dim: int = 128
-    w_dim: int = 128
-    mapping_layers: int = 4
-    batch: int = 16
-    learning_rate: float = 2e-3
-    r1_gamma: float = 2.0
-    r1_interval: int = 16
-    path_length_weight: float = 2.0
-    path_length_interval: int = 4
-    mixing_probability: float = 0.9
+    z_dim: Count = 128
+    w_dim: Count = 128
+    mapping_layers: Count = 4
+    batch: Count = 16
+    learning_rate: Positive = 2e-3
+    r1_gamma: NotNegative = 2.0
+    r1_interval: Count = 16
+    path_length_weight: NotNegative = 2.0
+    path_length_interval: Count = 4
+    mixing_probability: Share = 0.9
     loss: Literal["logistic", "relativistic"] = "logistic"
     """"logistic" is StyleGAN2's non-saturating loss with R1. "relativistic" compares each fake with
     a real picture of the batch, with R1 and R2 (R3GAN, arXiv 2501.05441)."""
     has_noise: bool = True
     """Feed noise to the 3x3 layers. Where it is off their strengths stay 0, and "const", "random"
     and "none" render alike, as in StyleGAN3; at small sizes noise becomes grain."""
-    ema_half_life: int = 10_000
+    ema_half_life: Count = 10_000
     """Images after which an old weight counts half in the average that is shipped."""
-    ada_target: float = 0.6
-    ada_images: int = 200_000
+    ada_target: Share = 0.6
+    ada_images: CountOrNone = 200_000
     """Images in which the augmentation strength can go from 0 to 1; 0 turns augmentation off."""
-    precision: str = "bfloat16"
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "cpu"
-    threads: int = 0
+    threads: CountOrNone = 0
     """CPU threads; 0 keeps torch's choice."""
     seed: int = 0
     grow_from: str | None = None
     """Checkpoint of a run at half the resolution to go on from (progressive growing)."""
-    checkpoint_images: int = 10_000
+    checkpoint_images: Count = 10_000
     """Images between checkpoints, sample grids and Frechet distances."""
-    log_images: int = 1_000
-    frechet_images: int = 2_000
+    log_images: Count = 1_000
+    frechet_images: CountOrNone = 2_000
     """Samples for the Frechet trunk distance to the training pictures; 0 leaves it out."""
-    time_limit_s: float = math.inf
+    time_limit_s: NotNegative = math.inf
     """Write a checkpoint and return after so many seconds; run again to go on."""
 
     def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            raise ConfigError(
-                f"precision: expected one of {sorted(DTYPES)}, found {self.precision!r}"
-            )
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss: expected one of {sorted(LOSSES)}, found {self.loss!r}")
+        check_fields(self)
         if self.batch % 4 and self.batch > 4:
             raise ConfigError(
                 "batch: expected a multiple of 4 (minibatch standard deviation), "
@@ -109,7 +103,7 @@ class GeneratorState:
         memory_format = torch.channels_last
         for module in (self.g, self.d, self.ema):
             module.to(config.device)
-            module.compute_dtype = DTYPES[config.precision]
+            module.compute_dtype = PRECISIONS[config.precision]
             module.memory_format = memory_format
         self.ema.requires_grad_(False)
         self.optimizer_g = _adam(self.g, config.learning_rate, config.path_length_interval)

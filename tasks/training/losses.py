@@ -4,7 +4,7 @@ Legend: N batch, H W image, L num_ws, D w_dim, S open offsets.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,23 +12,6 @@ from torch import Tensor
 
 from models.losses.identity import load_identity
 from models.losses.perceptual import load_perceptual
-
-
-class PictureLossSettings(Protocol):
-    """The fields of a training's config that decide its picture losses."""
-
-    @property
-    def mse_weight(self) -> float: ...
-    @property
-    def perceptual_weight(self) -> float: ...
-    @property
-    def perceptual(self) -> str: ...
-    @property
-    def identity(self) -> str | None: ...
-    @property
-    def identity_weight(self) -> float: ...
-    @property
-    def device(self) -> str: ...
 
 
 class PictureLosses:
@@ -63,16 +46,6 @@ class PictureLosses:
             self.networks["identity"] = load_identity(identity)
         for network in self.networks.values():
             network.to(device, memory_format=torch.channels_last)
-
-    @staticmethod
-    def of(config: "PictureLossSettings", dtype: torch.dtype | None) -> "PictureLosses":
-        """The table that a training's settings ask for."""
-        weights = {
-            "mse": config.mse_weight,
-            "perceptual": config.perceptual_weight,
-            "identity": config.identity_weight,
-        }
-        return PictureLosses(weights, config.perceptual, config.identity, config.device, dtype)
 
     @property
     def perceptual_name(self) -> str:

@@ -7,9 +7,9 @@ public (arXiv 2410.06104); what is chosen here is said in docs/methods.md.
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,25 +24,14 @@ from models.errors import AssetError, ConfigError
 from models.inversion.base import SampleRng
 from models.inversion.e4e import E4e, E4eConfig
 from models.optim import Ranger
-from models.statistics import statistics_for
-from models.stylegan2.generator import Generator, weights_hash
+from models.settings import Count, NotNegative, Share
+from models.stylegan2.generator import Generator
 from models.stylegan2.residual import Residual
 from models.stylegan2.tokens import Factorization, kernel_channels, relative_energy
-from tasks.training.blocks import (
-    LOSS_SIZE,
-    card_settings,
-    descend,
-    example_edit,
-    for_losses,
-    prepared,
-    rounded_scores,
-    save_with_page,
-    settle,
-    started_from,
-)
-from tasks.training.losses import PictureLosses, delta_penalty
-from tasks.training.schedules import annealed
-from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
+from tasks.training.blocks import descend, example_edit, for_losses
+from tasks.training.losses import delta_penalty
+from tasks.training.network import InverterConfig, InverterObjective
+from tasks.training.trainer import set_up, train
 
 BETAS = (0.95, 0.99)
 """Ranger's, published with 0.999: RAdam's rectification then holds the rate down for most of a
@@ -50,82 +39,46 @@ short run (at a third of it after 500 updates); with 0.99 it is at three quarter
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRefineConfig(TrainingConfig):
+class FitRefineConfig(InverterConfig):
     """Settings of one run of `refinery train refine`. The defaults suit a 64 px generator."""
 
-    generator: str
-    """A bundled name or a checkpoint file; it stays as it is."""
     stages: Literal["two", "one"] = "two"
     """"two" learns tokens alone, for the codes of a frozen encoder; "one" learns codes and tokens
     in one network."""
     first_stage: str | None = None
     """Encoder file (e4e, lsap, psp) whose codes the two-stage form refines; without it, the bundled
     e4e of the generator."""
-    start_from: str | None = None
-    """Encoder file whose trunk and pyramid the run starts from where shapes match; the channels of
-    the first stage's error start at zero."""
-
     factorization: Factorization = "shared"
     """How two token sets become a kernel: "shared", "per_tap" or "conv_lora"."""
-    rank: int = 4
+    rank: Count = 4
     """Tokens of each set ("per_tap": for each tap of the kernel)."""
     layers: tuple[int, ...] = ()
     """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
     grouping: Grouping = "resolution"
     """Which tokens attend to each other: "resolution", "layer" or "pq"."""
-    token_width: int = 128
+    token_width: Count = 128
     """Width of the tokens inside the blocks."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
-    feed_forward: int = 256
+    feed_forward: Count = 256
     """Hidden width of the blocks' feed-forward layers."""
-    depth: int = 1
+    depth: Count = 1
     """Blocks of each group."""
-    width: int = 24
-    """Channels of the trunk's first stage, 64 in the published trunk."""
-    units: tuple[int, int, int, int] = (2, 2, 2, 2)
-    """Residual units of the trunk's stages, (3, 4, 14, 3) in the published trunk."""
-    stem_stride: int = 2
-    """1 in the published trunk; 2 saves the convolutions at full size."""
-    head_width: int = 32
+    head_width: Count = 32
     """Channels inside the style heads of the one-stage form."""
-
-    learning_rate: float = 3e-3
-    """Ranger's."""
-    anneal: float = 0.5
-    """Share of the run, at its end, in which the rate falls to 0 along a cosine."""
-    token_start: float = 0.1
+    anneal: Share = 0.5
+    token_start: Share = 0.1
     """Gain of the tokens at the start of a one-stage run, so that the codes learn first."""
-    token_warm_up: float = 0.1
+    token_warm_up: Share = 0.1
     """Share of a one-stage run after which that gain has grown to 1."""
 
-    mse_weight: float = 1.0
-    """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: float = 0.8
-    """Weight of the perceptual distance."""
-    perceptual: str = "auto"
-    """Name for `load_perceptual`, or "none"."""
-    identity: str | None = None
-    """File of ArcFace weights for the identity loss."""
-    identity_weight: float = 0.1
-    """Weight of the identity loss."""
-    token_weight: float = 1e-4
+    token_weight: NotNegative = 1e-4
     """Of the residual's mean square relative to the modulated kernel's; keeps edits stable."""
-    delta_weight: float = 0.03
+    delta_weight: NotNegative = 0.03
     """Of the mean norm of the offsets in units of W's spread, in the one-stage form."""
 
-    terms: str = "as the training data's"
-    """For the card: on what terms the weights may be used."""
-
     def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        if self.stages not in ("two", "one"):
-            raise ConfigError(f'stages: expected "two" or "one", found {self.stages!r}')
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        for name in ("anneal", "token_start", "token_warm_up"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.stages == "one" and self.first_stage is not None:
             raise ConfigError('first_stage: stages = "one" has none; leave it out or choose "two"')
 
@@ -144,39 +97,33 @@ def fit(config: FitRefineConfig) -> Path:
     return train(RefineObjective(config, load_generator(config.generator)), config)
 
 
-class RefineObjective(Objective):
+class RefineObjective(InverterObjective[FitRefineConfig]):
     """The token network, its optimiser and the frozen first stage."""
 
+    paths = (*InverterObjective.paths, "first_stage")
+
     def __init__(self, config: FitRefineConfig, generator: Generator) -> None:
-        self.config, self.dtype = config, PRECISIONS[config.precision]
-        self.generator_hash = weights_hash(generator)
-        self.spread, self.edit = statistics_for(generator).w_std, example_edit(generator)
+        super().__init__(config, generator)
+        self.spread, self.edit = self.statistics.w_std, example_edit(generator)
         self.first: E4e | None = None
         if config.stages == "two":
             self.first = E4e(generator, E4eConfig(checkpoint=config.first_stage))
-        self.generator = prepared(generator, config.device, self.dtype)
-        self.resolution = min(generator.resolution, LOSS_SIZE)
-        self.architecture = _architecture(config, generator, self.resolution)
+        self.architecture = self.sized(
+            TokenArchitecture, channels=tuple(kernel_channels(generator))
+        )
         network = TokenNetwork(self.architecture)
         if config.start_from:
             adopt_trunk(network, config.start_from)
-        self.network = network.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = Ranger(self.network.parameters(), lr=config.learning_rate, betas=BETAS)
-        self.losses = PictureLosses.of(config, self.dtype)
-        self.parts = {"network": self.network, "optimizer": self.optimizer}
-        self.identity = {
-            "architecture": self.architecture.to_dict(),
-            "generator_hash": self.generator_hash,
-            "first_stage": self.first and self.first.hashes()["e4e"],
-            "batch": config.batch,
-        }
+        self.trains(
+            network,
+            partial(Ranger, betas=BETAS),
+            first_stage=self.first and self.first.hashes()["e4e"],
+        )
 
     # ------------------------------------------------------------------ one update
 
     def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
-        config, share = self.config, shown / self.config.images
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * annealed(share, config.anneal)
+        config, share = self.config, self.set_rate(shown)
         self.network.token_gain = self._token_gain(share)
         w_plus, residual, logged = self._invert(pictures)
         # The stored noise: it is what refined pictures are rendered with.
@@ -200,7 +147,7 @@ class RefineObjective(Objective):
     ) -> tuple[Float[Tensor, "N L D"], Residual, dict[str, Tensor]]:
         """Codes, residual and what else is to be penalised."""
         first = self._first_stage(pictures)
-        with torch.autocast(pictures.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast():
             found = self.network(pictures, first and first[1])
         if first is not None:
             return first[0], found.residual, {}
@@ -244,44 +191,17 @@ class RefineObjective(Objective):
         return scores, [renders, plain, edited]
 
     def settle(self) -> None:
-        self.dtype = self.losses.dtype = self.generator.compute_dtype = None
         self.network.token_gain = 1.0
-        settle(self.network)
+        super().settle()
 
     def export(self, scores: Mapping[str, float], shown: int) -> Path:
-        config = self.config
-        card = {
-            "generator_hash": self.generator_hash,
-            "first_stage_sha256": self.identity["first_stage"],
-            "terms": config.terms,
-            "provenance": {
-                "method": "refine (arXiv 2410.06104), tasks.training.refine",
-                "generator": Path(config.generator).stem,
-                "images_shown": shown,
-                "perceptual": self.losses.perceptual_name,
-                **started_from(config.start_from),
-                "settings": card_settings(
-                    config, ("generator", "identity", "start_from", "first_stage")
-                ),
-            },
-            "scores": rounded_scores(scores),
-        }
-        name = "refine" if config.stages == "two" else "refine_one_stage"
-        return save_with_page(self.network, Path(config.out) / f"{name}.safetensors", card)
-
-
-def _architecture(
-    config: FitRefineConfig, generator: Generator, input_size: int
-) -> TokenArchitecture:
-    names = {f.name for f in dataclasses.fields(TokenArchitecture)}
-    sizes = {k: v for k, v in vars(config).items() if k in names}
-    return TokenArchitecture(
-        num_ws=generator.num_ws,
-        w_dim=generator.w_dim,
-        channels=tuple(kernel_channels(generator)),
-        input_size=input_size,
-        **sizes,
-    )
+        return self.write(
+            "refine" if self.config.stages == "two" else "refine_one_stage",
+            "refine (arXiv 2410.06104), tasks.training.refine",
+            scores,
+            shown,
+            first_stage_sha256=self.identity["first_stage"],
+        )
 
 
 def adopt_trunk(network: TokenNetwork, path: str) -> int:

@@ -15,16 +15,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from models.errors import AssetError, ConfigError
+from models.settings import Count, CountOrNone, NotNegative, Share, check_fields
 from tasks.training.data import load_pictures
 from tasks.training.distributed import is_main_process
 from tasks.training.grids import save_grid
+from tasks.training.views import disturb
 
 logger = logging.getLogger(__name__)
 
@@ -43,38 +45,35 @@ class TrainingConfig:
     """Folder for checkpoint, log, grids and the finished weights."""
     validation: tuple[str, ...] = ()
     """Parquet files with pictures that are never trained on; empty skips validation."""
-    validation_last: int = 0
+    validation_last: CountOrNone = 0
     """Instead of `validation`: so many pictures at the end of `data` that are never trained on.
     Where the files are sorted, by age say, the last are not like the rest."""
-    images: int = 120_000
+    images: Count = 120_000
     """Budget: stop after so many pictures shown. Schedules are shares of it."""
-    batch: int = 16
-    precision: str = "float32"
+    batch: Count = 16
+    precision: Literal["float32", "bfloat16"] = "float32"
     """Of the convolutions while training: "float32" or "bfloat16"."""
     device: str = "cpu"
-    threads: int = 0
+    threads: CountOrNone = 0
     """CPU threads; 0 keeps torch's choice."""
     seed: int = 0
-    log_images: int = 1_000
-    checkpoint_images: int = 20_000
+    log_images: Count = 1_000
+    checkpoint_images: Count = 20_000
     """Checkpoint and validate after so many pictures."""
-    validation_images: int = 128
+    disturbed: Share = 0.0
+    """Share of the pictures shown that are moved, turned, scaled and recoloured a little; a few
+    thousand pictures are otherwise known by heart after some ten passes."""
+    validation_images: Count = 128
     """Pictures of `validation` that are scored on the way; the end scores all of them."""
-    time_limit_s: float = math.inf
+    time_limit_s: NotNegative = math.inf
     """Write a checkpoint and return after so many seconds; run again to go on."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "log_images", "checkpoint_images", "validation_images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.validation_last < 0 or (self.validation_last and self.validation):
+        check_fields(self)
+        if self.validation_last and self.validation:
             raise ConfigError(
                 f"validation_last: expected 0, or pictures of `data` where `validation` is empty; "
                 f"got {self.validation_last} with {len(self.validation)} files of validation"
-            )
-        if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
             )
 
 
@@ -145,7 +144,8 @@ def train(objective: Objective, config: TrainingConfig) -> Path:
         logger.info("resumed %s at %d images", checkpoint, shown)
     progress = _Progress(out, config, shown)
     while shown < config.images:
-        losses = objective.step(draw(pictures, config.batch, config.device), shown)
+        images = draw(pictures, config.batch, config.device)
+        losses = objective.step(disturb(images, config.disturbed), shown)
         before, shown = shown, shown + config.batch
         progress.add(losses, shown)
         if not is_main_process():

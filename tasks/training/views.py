@@ -68,6 +68,21 @@ def views(pictures: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
     return images.clamp_(-1, 1)
 
 
+def disturb(images: Float[Tensor, "N 3 H W"], share: float) -> Float[Tensor, "N 3 H W"]:
+    """A share of the pictures moved, turned and scaled (at most half of what `shift` does) and
+    recoloured (at most a quarter of what `colour` does), in [-1, 1]; 0 returns the input itself and
+    draws no random number."""
+    if not share:
+        return images
+    rows = (torch.rand(len(images)) < share).nonzero()[:, 0].to(images.device)
+    strength, rng = torch.rand(2, len(rows)), torch.default_generator
+    moved = shift(images[rows].cpu(), 0.5 * strength[0], rng)
+    moved = colour(moved, 0.25 * strength[1], rng)
+    found = images.clone()
+    found[rows] = moved.clamp_(-1, 1).to(found)
+    return found
+
+
 def zoomed(images: Float[Tensor, "N 3 H W"], share: float) -> Float[Tensor, "N 3 H W"]:
     """A share of the pictures replaced by a part of them, half the side to all of it, enlarged."""
     draw = torch.rand(len(images), 3)

@@ -27,6 +27,7 @@ from tasks.run.ledger import (
 )
 from tasks.run.manifest import describe_manifest, read_manifest
 from tasks.run.marker import Marker
+from tasks.run.records import DamagedError
 from tasks.storage.files import join, list_files
 from tasks.verify.shard import ShardCheck, check_shard, examples
 
@@ -98,11 +99,14 @@ def verify(run_uri: str, deep: bool = True) -> VerifyReport:
 
 
 def _check_identity(run_uri: str, record: dict[str, Any], report: VerifyReport) -> None:
-    if identity_digest(record) != record["run_id"]:
-        report.problems.append(
-            f"run.json was changed after the run began: its settings no longer hash to the run id "
-            f"{record['run_id']}; restore it"
-        )
+    try:
+        if identity_digest(record) != record["run_id"]:
+            report.problems.append(
+                "run.json was changed after the run began: its settings no longer hash to the run "
+                f"id {record['run_id']}; restore it"
+            )
+    except DamagedError as error:
+        report.problems.append(str(error))
     try:
         found = describe_manifest(run_uri)
     except LedgerError as error:

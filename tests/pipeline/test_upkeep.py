@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said(
     assert run_app(["compact", run, "--target-mb", "0"]) == 2
     Path(run, "_SEALED.json").unlink()
     assert run_app(["compact", run]) == 2
-    assert "not sealed" in capsys.readouterr().err
+    assert "the run is not finished" in capsys.readouterr().err
 
 
 def test_work_planned_before_is_refused_when_its_parts_are_gone(run: str) -> None:

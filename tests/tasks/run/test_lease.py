@@ -80,6 +80,16 @@ def test_another_is_refused_and_told_who(run: str) -> None:
         mine.check()
 
 
+def test_one_that_ends_while_it_is_watched_refuses_nobody(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 1e9)
+    put(run, 1, ELSEWHERE)
+    looks = iter([ELSEWHERE, dataclasses.replace(ELSEWHERE, ended=ELSEWHERE.since)])
+    monkeypatch.setattr(lease, "_last", lambda _: (1, next(looks)))
+    assert lease._take(run, "refuse")[0] == 2
+
+
 def test_force_takes_it_and_the_first_notices(run: str) -> None:
     with hold(run) as mine:
         other_driver(run, if_busy="take")

@@ -80,7 +80,7 @@ def test_alignment_needs_no_pictures_and_learns(
     assert card["scores"]["top1_picture_of_code"] >= 3 / 16
     assert not list((tmp_path / "align").glob("*.png"))
     objective = AlignObjective(config, tiny_generator)
-    objective.towers.load_state_dict(towers.state_dict())
+    objective.network.load_state_dict(towers.state_dict())
     scores, _ = objective.score(torch.empty(0, 3, 32, 32))
     assert float(scores["align"].mean()) == pytest.approx(card["scores"]["align"], abs=1e-4)
 
@@ -94,7 +94,7 @@ def test_alignment_starts_from_an_encoder(tmp_path: Path, generator_file: str) -
     path = str(save_encoder(encoder, tmp_path / "e4e.safetensors", {}))
     generator = load_generator(generator_file)
     config = align_config(tmp_path, generator_file, start_from=path)
-    tower = AlignObjective(config, generator).towers.image
+    tower = AlignObjective(config, generator).network.image
     for name, value in tower.state_dict().items():
         want = encoder.state_dict()[name]
         assert torch.equal(value, want.half().float() if want.ndim > 1 else want), name
@@ -131,7 +131,7 @@ def test_a_run_writes_weights_that_the_method_takes(
 
 def _settled(config: FitClcaeConfig, generator: Generator, encoder: ClcaeEncoder) -> ClcaeObjective:
     objective = ClcaeObjective(dataclasses.replace(config, align=None), generator)
-    objective.encoder.load_state_dict(encoder.state_dict())
+    objective.network.load_state_dict(encoder.state_dict())
     return objective
 
 
@@ -169,10 +169,10 @@ def test_the_map_takes_the_activations_place_along_the_ramp(
 
 def test_one_update_reaches_every_part(config: FitClcaeConfig, tiny_generator: Generator) -> None:
     objective = ClcaeObjective(config, tiny_generator)
-    before = {k: v.clone() for k, v in objective.encoder.state_dict().items()}
+    before = {k: v.clone() for k, v in objective.network.state_dict().items()}
     pictures = torch.rand(8, 3, 32, 32) * 2 - 1
     objective.step(pictures, 8)
-    after = objective.encoder.state_dict()
+    after = objective.network.state_dict()
     for name in (
         "styles.0.linear.weight",
         "styles_others.0.linear.weight",
@@ -205,7 +205,7 @@ def test_an_e4e_encoder_gives_its_heads(
     objective = ClcaeObjective(config, tiny_generator)
     pictures = torch.rand(2, 3, 32, 32) * 2 - 1
     e4e, _, _ = load_network(path, {"e4e": (EncoderArchitecture, build_encoder)})
-    objective.encoder.eval()
+    objective.network.eval()
     _, w_plus, _ = objective._encode(pictures)
     torch.testing.assert_close(w_plus, tiny_generator.latent_avg + e4e(pictures))
 
@@ -254,7 +254,7 @@ def test_the_default_file_is_small_enough_to_ship() -> None:
     """Half precision, faces64's sizes: below 8 MiB."""
     config = FitClcaeConfig(generator="faces64", data=(), out="x", perceptual="none")
     objective = ClcaeObjective(config, load_generator("faces64"))
-    state = objective.encoder.state_dict().values()
+    state = objective.network.state_dict().values()
     size = sum(t.numel() * (2 if t.ndim > 1 and t.is_floating_point() else 4) for t in state)
     assert 7e6 < size < 8 * 2**20
 
@@ -264,7 +264,7 @@ def test_the_default_file_is_small_enough_to_ship() -> None:
     [
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
         ({"feature_ramp": 1.5}, "feature_ramp must be in 0..1"),
-        ({"align_target": "both"}, 'expected "input" or "render"'),
+        ({"align_target": "both"}, "align_target: expected one of input, render"),
         ({"batch": 1}, "batch must be >= 2"),
         ({"align_memory": -1}, "align_memory must be >= 0"),
     ],
@@ -277,8 +277,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimiser": "sgd"}, 'expected "adam" or "ranger"'),
-        ({"batch": 1}, "one pair has no negatives"),
+        ({"optimiser": "sgd"}, "optimiser: expected one of adam, ranger"),
+        ({"batch": 1}, "batch must be >= 2, got 1"),
         ({"balance": 2.0}, "balance must be in 0..1"),
     ],
 )

@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_encoder_is_not_resumed(config: FitEncoderConfig
 def test_a_run_can_start_from_an_earlier_encoder(config: FitEncoderConfig, tmp_path: Path) -> None:
     path = fit(config)
     again = dataclasses.replace(config, start_from=str(path), out=str(tmp_path / "again"))
-    encoder = EncoderObjective(again, load(config)).encoder
+    encoder = EncoderObjective(again, load(config)).network
     want = load_encoder(path, 8, 16).encoder.state_dict()
     assert all(torch.equal(value, want[name]) for name, value in encoder.state_dict().items())
     card = json.loads(fit(again).with_suffix(".json").read_text())
@@ -228,13 +228,13 @@ def test_the_generator_takes_no_gradient_and_stays(config: FitEncoderConfig) -> 
     before = weights_hash(generator)
     objective = EncoderObjective(config, generator)
     pictures = held_out(config)
-    start = {name: p.detach().clone() for name, p in objective.encoder.named_parameters()}
+    start = {name: p.detach().clone() for name, p in objective.network.named_parameters()}
     for shown in (0, 8, 32):
         logged = objective.step(pictures, shown)
         assert all(value.isfinite().all() for value in logged.values())
     assert weights_hash(generator) == before
     assert all(p.grad is None for p in generator.parameters())
-    still = [n for n, p in objective.encoder.named_parameters() if torch.equal(p, start[n])]
+    still = [n for n, p in objective.network.named_parameters() if torch.equal(p, start[n])]
     # Every row is open by now, so every head learns (a gate's ReLU may be dead at these widths).
     assert not [name for name in still if ".fc" not in name]
 
@@ -365,7 +365,7 @@ def test_psp_starts_from_an_e4e_trunk(config: FitEncoderConfig, tmp_path: Path) 
     settings = {"start_from": str(e4e), "out": str(tmp_path / "psp")}
     objective = EncoderObjective(preset(FitPspConfig, config, **settings), load(config))
     want = load_encoder(e4e, 8, 16).encoder.state_dict()
-    for name, value in objective.encoder.state_dict().items():
+    for name, value in objective.network.state_dict().items():
         assert torch.equal(value, want[name]) != name.startswith("styles."), name
     path = fit(preset(FitPspConfig, config, **settings))
     assert load_encoder(path, 8, 16).encoder.architecture.kind == "psp"
@@ -377,7 +377,7 @@ def test_restyle_adds_to_what_it_rendered(config: FitEncoderConfig, tmp_path: Pa
     settings = {"start_from": str(e4e), "out": str(tmp_path / "restyle"), "iterations": 3}
     fit_config = preset(FitRestyleConfig, config, **settings)
     objective = EncoderObjective(fit_config, load(config))
-    objective.encoder.eval()
+    objective.network.eval()
     pictures = held_out(config)
     with torch.no_grad():
         first = absolute_codes(*objective._encode(pictures), objective.generator)
@@ -400,9 +400,9 @@ def test_restyle_adds_to_what_it_rendered(config: FitEncoderConfig, tmp_path: Pa
     [
         ({"iterations": 0}, "iterations must be >= 1"),
         ({"close_start": 0.9, "close_end": 0.8}, "close_start and close_end"),
-        ({"shrink_start": -0.1, "shrink_end": 0.8}, "shrink_start and shrink_end"),
+        ({"shrink_start": -0.1, "shrink_end": 0.8}, r"shrink_start must be in 0\.\.1, got -0\.1"),
         ({"close_start": 0.1, "close_end": 0.2}, "close_start: expected at least open_end"),
-        ({"adversarial_decay": 0.0}, "adversarial_decay in"),
+        ({"adversarial_decay": 0.0}, "adversarial_decay must be > 0 and <= 1, got 0"),
     ],
 )
 def test_an_impossible_way_back_is_refused(
@@ -432,6 +432,19 @@ def test_the_last_pictures_are_held_out(config: FitEncoderConfig) -> None:
         dataclasses.replace(config, validation_last=3)
     with pytest.raises(ConfigError, match="leave none"):
         trainer._pictures(dataclasses.replace(wanted, validation_last=10**6), 32)
+
+
+def test_disturbed_pictures_train_another_network(config: FitEncoderConfig, tmp_path: Path) -> None:
+    def heads(share: float) -> torch.Tensor:
+        out = str(tmp_path / f"share-{share}")
+        file = fit(dataclasses.replace(config, disturbed=share, out=out, images=16))
+        state = load_encoder(file, 8, 16).encoder.state_dict()
+        return torch.cat([v.float().flatten() for v in state.values()])
+
+    assert torch.equal(heads(0.0), heads(0.0))
+    assert not torch.equal(heads(0.0), heads(1.0))
+    with pytest.raises(ConfigError, match=r"disturbed must be in 0\.\.1, got 1\.5"):
+        dataclasses.replace(config, disturbed=1.5)
 
 
 def test_a_page_says_what_the_network_is_and_went_on_from(config: FitEncoderConfig) -> None:

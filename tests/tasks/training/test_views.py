@@ -3,7 +3,7 @@
 import torch
 
 from tasks.training import views as module
-from tasks.training.views import block_rounding, views
+from tasks.training.views import block_rounding, disturb, views
 
 
 def pictures(count: int = 64) -> torch.Tensor:
@@ -60,3 +60,14 @@ def test_the_transform_is_orthonormal_and_weak_rounding_changes_little() -> None
     images = torch.rand(2, 3, 16, 16)
     found = block_rounding(images, torch.zeros(2), torch.default_generator)
     torch.testing.assert_close(found, images, atol=5e-3, rtol=0)
+
+
+def test_disturbed_is_the_share_and_the_rest_stays() -> None:
+    clean = pictures().float() / 127.5 - 1
+    torch.manual_seed(0)
+    found = disturb(clean, 0.5)
+    is_same = (found == clean).flatten(1).all(1)
+    assert 20 <= int(is_same.sum()) <= 44
+    assert float((found - clean)[~is_same].square().mean()) > 1e-3
+    assert float(found.abs().max()) <= 1
+    assert disturb(clean, 0.0) is clean

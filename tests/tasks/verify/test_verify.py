@@ -234,6 +234,9 @@ def test_changed_run_json(small: SmallRun) -> None:
     record["config"]["seed"] = 7
     path.write_text(json.dumps(record))
     assert "run.json was changed after the run began" in problems(small)
+    record["places"] = ["input.0.x"]
+    path.write_text(json.dumps(record))
+    assert "it says that 'input.0.x' is a place" in problems(small)
 
 
 def test_changed_manifest(small: SmallRun) -> None:
