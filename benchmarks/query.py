@@ -299,7 +299,27 @@ def page(found: dict[str, Any]) -> str:
         f"{s['metadata_bytes'] / s['rows']:.0f} | {s['metadata_s']:.1f} | {s['load']:.0f} |"
         for s in found["sizes"].values()
     ]
-    return "\n".join(lines) + "\n"
+    return (
+        "\n".join([*lines, *_goals(max(found["sizes"].values(), key=lambda s: s["rows"]))]) + "\n"
+    )
+
+
+def _goals(size: dict[str, Any]) -> list[str]:
+    """What was wanted of the largest run, beside what was measured on it."""
+    times, store = size["seconds"], size["store"]
+    wanted = (
+        ("key with its code, opened in Python, local", "< 50 ms", times["open_run(...).code(key)"]),
+        ("filter and aggregate, local", "< 300 ms", times["filter and aggregate"]),
+        ("the command itself", "< 700 ms", times["the command"]),
+    )
+    lines = ["", f"| goal at {size['rows']:,} rows | wanted | ms: clock (least; processors) |"]
+    lines += ["|---|---|---|", *(f"| {name} | {goal} | {_ms(t)} |" for name, goal, t in wanted)]
+    lines += [
+        f"| {name}, requests on S3 | <= {most} | {store[name]['requests']} |"
+        for name, most in (("key with its code", 12), ("filter and aggregate", 15))
+        if store
+    ]
+    return lines
 
 
 def _ms(times: dict[str, float]) -> str:

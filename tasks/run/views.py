@@ -217,7 +217,7 @@ class Session:
                 metrics.setdefault(variant, []).append(metric)
         selects = []
         for variant, found in metrics.items():
-            having = [n for n, s in enumerate(self._snapshots) if variant in s.declared.variants]
+            having = [n for n, s in enumerate(self._snapshots) if _has_variant(s, variant)]
             listed = ", ".join(f"{quoted(f'{m}@{variant}')} AS {quoted(m)}" for m in found)
             selects.append(
                 f"SELECT sample_key, {_text(variant)} AS variant, {listed}, run FROM _rows "
@@ -297,6 +297,13 @@ def open_session(
         yield session
     finally:
         session.close()
+
+
+def _has_variant(snapshot: Snapshot, variant: str) -> bool:
+    """Whether a run holds pictures or scores of a variant."""
+    declared = snapshot.declared
+    scored = {name.rpartition("@")[2] for name in declared.metrics if "@" in name}
+    return variant in declared.variants or variant in scored
 
 
 def _text(value: str) -> str:

@@ -25,7 +25,7 @@ def edited(calm: dict[str, str]) -> str:
 
 def test_what_an_edit_run_holds(edited: str) -> None:
     names = query(edited, "SELECT * FROM images LIMIT 0").column_names
-    assert names == ["sample_key", "input", "inversion", "turn-1", "turn+1", "oil~0.7"]
+    assert names == ["sample_key", "input", "inversion", "turn-1", "turn+1", "oil~0.7", "run"]
     counts = query(edited, "SELECT variant, count(*) AS n FROM edits GROUP BY 1 ORDER BY 1")
     assert counts.to_pylist() == [{"variant": v, "n": 11} for v in ("oil~0.7", "turn+1", "turn-1")]
     failed = query(edited, "SELECT error_kind FROM latents WHERE status = 'failed'").to_pylist()

@@ -194,7 +194,7 @@ def test_a_night_of_restyling(adaptation: str, undisturbed: str, tmp_path: Path)
     summary = nightly_domains(adaptation, undisturbed, out, 0.5, sets)
     assert (summary.outcome.rows, summary.outcome.failed) == (12, 1)
     names = query(summary.outcome.run_uri, "SELECT * FROM images LIMIT 0").column_names
-    assert names == ["sample_key", "input", "inversion", "Oil-1~0.5"]
+    assert names == ["sample_key", "input", "inversion", "Oil-1~0.5", "run"]
     assert Path(tmp_path / "domains" / "Oil 1" / "tokens.safetensors").is_file()
 
     mine = [

@@ -31,7 +31,7 @@ def test_the_same_scores_again(undisturbed: str, rescored: str) -> None:
     assert query(rescored, sql).equals(query(undisturbed, sql))
     assert read_declared(rescored).metrics == SCORES
     assert {kind for m in read_markers(rescored).values() for kind in m.parts} == {"latents"}
-    commits = query(rescored, "SELECT * FROM commits")
+    commits = query(rescored, "SELECT * FROM shards")
     assert {"read_s", "decode_s", "score_s", "write_s"} <= set(commits.column_names)
     assert "invert_s" not in commits.column_names
 

@@ -200,7 +200,7 @@ def test_query_prints_and_exports(
     ]
     assert "2 rows written" in capsys.readouterr().out
     assert run_app(["query", run, "SELEC 1"]) == 2
-    assert "views: commits, latents, images" in capsys.readouterr().err
+    assert "Views: images, latents, runs, samples, shards" in capsys.readouterr().err
 
 
 def test_wide_results_are_shown_one_value_a_line(

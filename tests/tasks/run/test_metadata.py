@@ -13,6 +13,7 @@ import pytest
 from models.stylegan2.generator import Generator
 from tasks.job import OutputConfig
 from tasks.run import metadata
+from tasks.run.compact import compact
 from tasks.run.ledger import read_marker, seal
 from tasks.run.metadata import read_snapshot, refresh_metadata, segment_rows, write_metadata
 from tasks.run.query import query
@@ -188,6 +189,23 @@ def test_a_reader_keeps_what_a_run_has_not_written(
     assert kept.fresh is None
     assert kept.segments[0].uri.startswith(str(tmp_path / "cache"))
     assert query(run.uri, COUNT).to_pylist() == expected
+
+
+def test_shards_that_share_parts_answer_as_before(start: Begin) -> None:
+    run = start(latents="float16").finish()
+    seal(run.uri)
+    write_metadata(run.uri)
+    sql = "SELECT * EXCLUDE (shard) FROM latents ORDER BY sample_key"
+    pictures = "SELECT * FROM images ORDER BY sample_key"
+    before = query(run.uri, sql), query(run.uri, pictures)
+    compact(run.uri)
+    assert query(run.uri, "SELECT count(*) AS n FROM shards").to_pylist() == [{"n": 1}]
+    for is_written in (False, True):
+        if is_written:
+            seal(run.uri)
+            write_metadata(run.uri)
+        assert query(run.uri, sql).equals(before[0])
+        assert query(run.uri, pictures).equals(before[1])
 
 
 def test_a_foreign_file_is_named_and_left_out(
