@@ -146,6 +146,6 @@ def fingerprint(run_uri: str) -> dict[int, dict[str, str]]:
 
 
 def rows(run_uri: str, without: str = "") -> pa.Table:
-    """All committed rows of latents in order of keys."""
-    excluded = f"run, {without}" if without else "run"  # the run's name
+    """All committed rows of latents in order of keys, whatever the run's folder is called."""
+    excluded = ", ".join(filter(None, ["run", without]))
     return query(run_uri, f"SELECT * EXCLUDE ({excluded}) FROM latents ORDER BY sample_key")
