@@ -4,37 +4,29 @@ Legend: N batch.
 """
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import AssetError, ConfigError
-from models.settings import Count, CountOrNone, NotNegative, Positive, Share, check_fields
+from models.settings import Count, CountOrNone, NotNegative, Positive, Share
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture
-from tasks.training.trainer import PRECISIONS
+from tasks.training.trainer import PRECISIONS, DeviceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitGeneratorConfig:
+class FitGeneratorConfig(DeviceConfig):
     """Settings of one training run. Images are counted as shown to the discriminator as real.
 
     With several processes `batch` is that of each, and gradients are averaged.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    data: tuple[str, ...]
-    """Parquet files with an `image` column; every picture is resized to `resolution`."""
-    out: str
-    """Folder for checkpoint, log and sample grids."""
     images: Count = 1_500_000
-    """Stop after so many images shown, over all phases."""
     resolution: Count = 64
     widths: dict[int, int] = field(
         default_factory=lambda: {4: 256, 8: 256, 16: 256, 32: 128, 64: 64}
@@ -42,7 +34,6 @@ class FitGeneratorConfig:
     z_dim: Count = 128
     w_dim: Count = 128
     mapping_layers: Count = 4
-    batch: Count = 16
     learning_rate: Positive = 2e-3
     r1_gamma: NotNegative = 2.0
     r1_interval: Count = 16
@@ -61,22 +52,15 @@ class FitGeneratorConfig:
     ada_images: CountOrNone = 200_000
     """Images in which the augmentation strength can go from 0 to 1; 0 turns augmentation off."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    device: str = "cpu"
-    threads: CountOrNone = 0
-    """CPU threads; 0 keeps torch's choice."""
-    seed: int = 0
     grow_from: str | None = None
     """Checkpoint of a run at half the resolution to go on from (progressive growing)."""
     checkpoint_images: Count = 10_000
     """Images between checkpoints, sample grids and Frechet distances."""
-    log_images: Count = 1_000
     frechet_images: CountOrNone = 2_000
     """Samples for the Frechet trunk distance to the training pictures; 0 leaves it out."""
-    time_limit_s: NotNegative = math.inf
-    """Write a checkpoint and return after so many seconds; run again to go on."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.batch % 4 and self.batch > 4:
             raise ConfigError(
                 "batch: expected a multiple of 4 (minibatch standard deviation), "

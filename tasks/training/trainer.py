@@ -34,42 +34,58 @@ PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of the loop, part of every encoder's config."""
+class BudgetConfig:
+    """Settings of every training: what it reads and writes, for how long, on what."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     data: tuple[str, ...]
-    """Parquet files with an `image` column; pictures are resized to the generator's resolution."""
+    """Parquet files with an `image` column; pictures are resized to the network's resolution."""
     out: str
     """Folder for checkpoint, log, grids and the finished weights."""
-    validation: tuple[str, ...] = ()
-    """Parquet files with pictures that are never trained on; empty skips validation."""
-    validation_last: CountOrNone = 0
-    """Instead of `validation`: so many pictures at the end of `data` that are never trained on.
-    Where the files are sorted, by age say, the last are not like the rest."""
-    images: Count = 120_000
+    images: Count
     """Budget: stop after so many pictures shown. Schedules are shares of it."""
     batch: Count = 16
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the convolutions while training: "float32" or "bfloat16"."""
-    device: str = "cpu"
     threads: CountOrNone = 0
     """CPU threads; 0 keeps torch's choice."""
     seed: int = 0
-    log_images: Count = 1_000
     checkpoint_images: Count = 20_000
     """Checkpoint and validate after so many pictures."""
-    disturbed: Share = 0.0
-    """Share of the pictures shown that are moved, turned, scaled and recoloured a little; a few
-    thousand pictures are otherwise known by heart after some ten passes."""
-    validation_images: Count = 128
-    """Pictures of `validation` that are scored on the way; the end scores all of them."""
     time_limit_s: NotNegative = math.inf
     """Write a checkpoint and return after so many seconds; run again to go on."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig(BudgetConfig):
+    """Settings of a training that runs on a GPU as well."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions while training."""
+    device: str = "cpu"
+    log_images: Count = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(DeviceConfig):
+    """Settings of the loop, part of every encoder's config."""
+
+    images: Count = 120_000
+    validation: tuple[str, ...] = ()
+    """Parquet files with pictures that are never trained on; empty skips validation."""
+    validation_last: CountOrNone = 0
+    """Instead of `validation`: so many pictures at the end of `data` that are never trained on.
+    Where the files are sorted, by age say, the last are not like the rest."""
+    disturbed: Share = 0.0
+    """Share of the pictures shown that are moved, turned, scaled and recoloured a little; a few
+    thousand pictures are otherwise known by heart after some ten passes."""
+    validation_images: Count = 128
+    """Pictures of `validation` that are scored on the way; the end scores all of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.validation_last and self.validation:
             raise ConfigError(
                 f"validation_last: expected 0, or pictures of `data` where `validation` is empty; "

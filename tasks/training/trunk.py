@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from models.errors import AssetError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
+from models.settings import Count, NotNegative, Positive
 from tasks.training.data import load_pictures
 from tasks.training.distortions import Distorter
+from tasks.training.trainer import BudgetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,33 +45,22 @@ SIZES = (64, 64, 64, 64, 32, 48, 96, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitTrunkConfig:
+class FitTrunkConfig(BudgetConfig):
     """Settings of one training run. Every pair counts as two images shown."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
-    data: tuple[str, ...]
-    """Parquet files with an `image` column, read at 64 px."""
     validation: tuple[str, ...]
     """Parquet files of held-out pictures, for the scores only."""
     teacher: str
     """safetensors file of SqueezeNet v1.1 features in torchvision's names (Caffe input scaling)."""
-    out: str
-    """Folder for checkpoint, log, trunk.safetensors and trunk.json."""
     data_large: tuple[str, ...] = ()
     """Parquet files read at 128 px, for steps at 96 and 128 px; without them `data` is enlarged."""
-    images: int = 45_000
-    batch: int = 8
+    images: Count = 45_000
+    batch: Count = 8
     """Pairs per step at 64 px; larger pictures come in smaller batches."""
-    learning_rate: float = 2e-3
-    feature_weight: float = 1.0
-    distance_weight: float = 1.0
-    threads: int = 0
-    """CPU threads; 0 keeps torch's choice."""
-    seed: int = 0
-    checkpoint_images: int = 4_000
-    time_limit_s: float = math.inf
-    """Write a checkpoint and return after so many seconds; run again to go on."""
+    learning_rate: Positive = 2e-3
+    feature_weight: NotNegative = 1.0
+    distance_weight: NotNegative = 1.0
+    checkpoint_images: Count = 4_000
 
 
 class Teacher(nn.Module):
