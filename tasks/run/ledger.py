@@ -103,6 +103,7 @@ class Declared:
         metrics, pictures: columns of latents/ and of images/.
         variants: those pictures that are edits of "inversion".
         faces: whether latents/ says where in their photographs the samples are.
+        shape: (L, D) of the codes; None in runs of before it was said.
     """
 
     kind: str
@@ -113,6 +114,7 @@ class Declared:
     pictures: tuple[str, ...]
     variants: tuple[str, ...] = ()
     faces: bool = False
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

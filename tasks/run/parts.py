@@ -43,6 +43,8 @@ from tasks.storage.files import join, write_bytes
 
 ENDINGS = {"vectors": "arrow", "exact": "npy"}
 """Of the names of parts that are not Parquet."""
+SHAPE_KEY = "w_plus_shape"
+"""In the footer of latents/: "[L, D]", for readers that do not look into Arrow's schema."""
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -105,7 +107,7 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
         (pa.field("seed", pa.int64(), nullable=False), [r.seed for r in rows]),
         (pa.field("run_id", text, nullable=False), [run_id] * len(rows)),
     ]
-    return _table(columns)
+    return _table(columns, {SHAPE_KEY: json.dumps(list(layout.shape))})
 
 
 def _face_columns(rows: Sequence[Row]) -> list[tuple[pa.Field, Any]]:
@@ -286,6 +288,7 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
         write_statistics=with_statistics,  # type: ignore[arg-type]  # columns are allowed too
         write_page_index=True,
         store_schema=True,
+        sorting_columns=[pq.SortingColumn(table.schema.get_field_index("sample_key"))],
     )
     return buffer.getvalue()
 

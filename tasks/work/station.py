@@ -211,6 +211,7 @@ class Station(ABC):
             pictures=layout.pictures,
             variants=layout.variants,
             faces=layout.faces,
+            shape=layout.shape,
         )
 
     @property

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow.dataset import dataset
 
 from models.errors import ShardError
 from tasks.job import OutputConfig
@@ -124,6 +125,36 @@ def test_encodings(files: dict[str, str]) -> None:
     noise = column("residuals", "noise_0.list.element")
     assert noise.compression == "ZSTD"
     assert "BYTE_STREAM_SPLIT" not in noise.encodings
+
+
+def test_the_footer_says_order_and_shape(files: dict[str, str]) -> None:
+    footer = pq.ParquetFile(files["latents"]).metadata
+    assert json.loads(footer.metadata[b"w_plus_shape"]) == [6, 16]
+    for kind in ("latents", "images", "residuals"):
+        footer = pq.ParquetFile(files[kind]).metadata
+        order = footer.row_group(0).sorting_columns
+        assert [footer.schema.column(each.column_index).path for each in order] == ["sample_key"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_readers_of_folders_open_latents_as_it_is(
+    files: dict[str, str], handle: RunHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(3)
+    for row in rows:
+        row.sample_key = f"m{row.sample_key}"
+    write_parts(rows, make_layout(), handle, 4, "def")
+    keys = ["k0", "k1", "k2", "k3", "k4", "mk0", "mk1", "mk2"]
+    folder = str(Path(files["latents"]).parent)
+    found = dataset(folder, format="parquet").to_table().sort_by("sample_key")
+    assert found["sample_key"].to_pylist() == keys
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    cache = f"{handle.uri}/hf"
+    loaded = datasets.load_dataset(folder, split="train", cache_dir=cache)
+    assert sorted(loaded["sample_key"]) == keys
+    assert loaded.features["w_plus"] == datasets.List(datasets.Value("float32"), length=96)
 
 
 def test_half_precision_codes(tmp_path: Path, handle: RunHandle) -> None:
@@ -254,7 +285,7 @@ def test_tables_hold_no_trace_of_the_attempt() -> None:
     ]
     for table, kind in zip(tables, ("latents", "images", "residuals"), strict=True):
         keys = set(pq.ParquetFile(io.BytesIO(to_parquet(table, kind))).metadata.metadata or {})
-        assert keys <= {b"huggingface", b"ARROW:schema"}
+        assert keys <= {b"huggingface", b"ARROW:schema", b"w_plus_shape"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
