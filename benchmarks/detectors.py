@@ -63,7 +63,7 @@ def facenet() -> Find:
     ) -> torch.Tensor:
         return cascade.batched_nms_numpy(boxes, scores, rows, most, "Union")
 
-    cascade.batched_nms = suppress
+    cascade.batched_nms = suppress  # pyright: ignore[reportAttributeAccessIssue]
     network = importlib.import_module("facenet_pytorch").MTCNN(keep_all=True, min_face_size=40)
 
     def find(photo: Image.Image) -> list[np.ndarray]:

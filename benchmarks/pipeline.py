@@ -18,8 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from tasks.input.plan import plan_shards
 from tasks.input.read import RawSample, read_shard
 from tasks.job import ShardSpec
 from tasks.run.ledger import read_markers
-from tasks.work.invert import Inverter, decode_row
+from tasks.work.invert import Inverter
 from tasks.work.station import Batch, fill_row
 
 ENGINES = ("inline", "ray")
@@ -65,12 +64,11 @@ def _bare_loop(shards: Sequence[ShardSpec], config: InvertConfig, start: Any, fo
     """Puts pictures done, when it began and ended, and CPU seconds."""
     job = config.job
     inverter = Inverter(job, "cpu", threads=1)
-    decoded = partial(decode_row, job=job, resolution=inverter.generator.resolution)
     start.wait()
     done, started, spent = 0, time.monotonic(), time.process_time()
     for shard in shards:
         for samples in _batches(read_shard(shard, job.input), job.batch):
-            pairs = map(decoded, samples)
+            pairs = chain.from_iterable(map(inverter.decode, samples))
             good = [(row, picture) for row, picture in pairs if picture is not None]
             batch = Batch(
                 keys=[row.sample_key for row, _ in good],

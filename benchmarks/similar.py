@@ -223,7 +223,7 @@ def _faiss_ivf(codes: Codes, folder: Path) -> Callable[[Any], Search]:
     index.add(codes.projected)
 
     def at(knob: int) -> Search:
-        index.nprobe = knob
+        index.nprobe = knob  # pyright: ignore[reportAttributeAccessIssue]
         return lambda asked: list(index.search(asked, RERANKED)[1])
 
     return at
@@ -269,7 +269,7 @@ def _lancedb(codes: Codes, folder: Path) -> Callable[[Any], Search]:
         def search(asked: np.ndarray) -> list[np.ndarray]:
             return [
                 table.search(each)
-                .nprobes(knob)
+                .nprobes(knob)  # pyright: ignore[reportAttributeAccessIssue]
                 .limit(RERANKED)
                 .select(["row"])
                 .to_arrow()["row"]
@@ -299,7 +299,8 @@ def _duckdb(codes: Codes, folder: Path) -> Callable[[Any], Search]:
     )
 
     def search(asked: np.ndarray) -> list[np.ndarray]:
-        return [connection.execute(sql, [each.tolist()]).fetchnumpy()["number"] for each in asked]
+        answers = (connection.execute(sql, [each.tolist()]).fetchnumpy() for each in asked)
+        return [np.asarray(answer["number"]) for answer in answers]
 
     return lambda knob: search
 
@@ -379,6 +380,7 @@ def theirs(name: str, codes: Codes, folder: Path, rounds: int) -> dict[str, Any]
     built_s = time.perf_counter() - started
     asked = codes.index.projection.project(codes.asked)
     result: dict[str, Any] = {}
+    search = at(library.knob[0])
     for knob in library.knob:
         search = at(knob)
         recall = codes.recall(codes.reranked(search(asked)))
@@ -393,7 +395,7 @@ def theirs(name: str, codes: Codes, folder: Path, rounds: int) -> dict[str, Any]
     turn = iter(np.arange(10 * rounds) % QUESTIONS)
 
     def one() -> None:
-        at = next(turn)
+        at = int(next(turn))
         answer(at, at + 1)
 
     batch = timed(lambda: answer(0, QUESTIONS), max(1, rounds // 10))

@@ -65,14 +65,14 @@ class S3Proxy:
         data = answer.read()
         upstream.close()
         is_listing = "list-type=" in handler.path
-        whats = [what for what in self.breaks_off if what in handler.path] if data else []
+        named = [what for what in self.breaks_off if what in handler.path] if data else []
         is_object = handler.command == "GET" and not is_listing
         with self._lock:
             self.requests["LIST" if is_listing else handler.command] += 1
             self.bytes += len(data)
             self.paths.append(f"{handler.command} {handler.path} {handler.headers.get('Range')}")
-            is_broken = is_object and any(self.breaks_off[what] > 0 for what in whats)
-            self.breaks_off.subtract(whats if is_broken else ())
+            is_broken = is_object and any(self.breaks_off[what] > 0 for what in named)
+            self.breaks_off.subtract(named if is_broken else ())
         handler.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):

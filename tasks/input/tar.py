@@ -180,12 +180,14 @@ def _open(
             file = cast(IO[bytes], stack.enter_context(fs.open(path, "rb", **options)))
         end: float = file.seek(0, os.SEEK_END)
         file.seek(0)
-        stream, reason = cast(Any, file), "unexpected end of data"
+        stream, reason = file, "unexpected end of data"
         if not uri.lower().endswith(".tar"):
             unzipped = stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))
             end = FREE_BYTES + config.max_expansion * end
             reason = f"unpacks to more than {end:.0f} bytes, as input.max_expansion allows"
-            stream = Unpacked(cast(IO[bytes], unzipped), file, config.max_expansion, uri)
+            # Read forwards alone, a stream needs no more than `read`.
+            bounded = Unpacked(cast(IO[bytes], unzipped), file, config.max_expansion, uri)
+            stream = cast(IO[bytes], bounded)
         archive = tarfile.open(  # noqa: SIM115
             fileobj=stream, mode="r|", tarinfo=_StrictMember, errors="backslashreplace"
         )

@@ -171,11 +171,9 @@ def _check_photos(run_uri: str, marker: Marker, check: ShardCheck) -> None:
         named = {path: sha for path, sha in zip(*table.values(), strict=True) if path is not None}
         for path, digest in sorted(named.items()):
             if file_info(join(run_uri, path)) is None:
-                check.complain(f"{path} is missing. {_redo(check.shard)}")
+                check.complain(f"{path} is missing. {_redo(marker)}")
             elif _sha256(join(run_uri, path)) != digest:
-                check.complain(
-                    f"{path} was changed: its sha256 is not the row's. {_redo(check.shard)}"
-                )
+                check.complain(f"{path} was changed: its sha256 is not the row's. {_redo(marker)}")
 
 
 def _stored_keys(spec: ShardSpec, config: InputConfig) -> list[str]:
