@@ -17,11 +17,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from models.errors import ConfigError
+from tasks.input.detect import finds_several
 from tasks.input.footers import Footer, bytes_between, check_unique, read_footer, row_ranges
 from tasks.input.parquet import PARQUET_SUFFIXES
 from tasks.input.sample import IMAGE_SUFFIXES, CorruptFileError
@@ -102,9 +103,12 @@ class PlannedShards(Iterator[ShardSpec]):
     def __init__(self, plan: "_Planner", root: str, entries: Iterable[Entry]) -> None:
         self.skipped = plan.skipped
         self._shards = plan.shards(root, entries)
+        self._is_open = finds_several(plan.input)
 
     def __next__(self) -> ShardSpec:
-        return next(self._shards)
+        spec = next(self._shards)
+        # How many faces there are only looking tells.
+        return replace(spec, num_samples=-1) if self._is_open else spec
 
 
 def _single_file(uri: str) -> Entry | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from tasks.run.records import Count, Moment, PartPath, Sha256, ShardId, parse
+from tasks.run.records import Count, DamagedError, Moment, PartPath, Sha256, ShardId, parse
 
 VERSION = 1
 _Version = Annotated[int, Field(ge=1, le=VERSION)]
@@ -115,7 +115,10 @@ class Marker:
         """
         kind: TypeAdapter[Marker | Closed] = _CLOSED if b'"closed"' in data else _MARKER
         advice = "run the run's command again, which redoes its shard"
-        return parse(kind, data, where, newest=VERSION, advice=advice)
+        found = parse(kind, data, where, newest=VERSION, advice=advice)
+        if isinstance(found, Marker) and found.rows and "latents" not in found.parts:
+            raise DamagedError(f"{where}: damaged, {found.rows} rows and no part of them; {advice}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,8 @@ def read_snapshot(run_uri: str) -> Snapshot:
         found.sort(key=lambda file: file[0].rsplit("/", 1)[-1], reverse=True)
         segments, known = _known(found, tags)
         commits = ledger.read_commits(run_uri, names=names, known=known)
+        for error in commits.damaged.values():
+            logger.warning("left out: %s", error)
         left = dict(commits.markers)
         for number, segment in enumerate(segments):
             # By what they say: a run that was copied has other times on its files.

@@ -25,7 +25,6 @@ from tasks.input.decode import decode_all
 from tasks.input.detect import (
     MTCNN,
     face_square,
-    finds_several,
     has_mtcnn,
     load_mtcnn,
     shows_face,
@@ -64,9 +63,7 @@ class Inverter(Station):
     def plan(
         cls, job: JobConfig, source: str, shard_size: int, limit: int | None
     ) -> Iterator[ShardSpec]:
-        for spec in plan_shards(source, shard_size, limit, job.input):
-            # How many faces there are only looking tells.
-            yield replace(spec, num_samples=-1) if finds_several(job.input) else spec
+        return plan_shards(source, shard_size, limit, job.input)
 
     def check(self, job: JobConfig) -> None:
         if not job.methods:

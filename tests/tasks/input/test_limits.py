@@ -316,4 +316,4 @@ def test_a_broken_file_of_points_is_one_failed_row(tmp_path: Path) -> None:
         with pytest.raises(SampleError) as caught:
             decode(sample, InputConfig(fit="align"), 16)
         assert caught.value.kind == "align", sample.key
-    assert decode(found[-1], InputConfig(fit="align"), 16).shape == (16, 16, 3)
+    assert decode(found[-1], InputConfig(fit="align", template="face"), 16).shape == (16, 16, 3)

@@ -231,12 +231,12 @@ def test_it_may_begin_with_a_trained_one(files: tuple[str, str], tmp_path: Path)
 
 def test_settings_that_make_no_sense(files: tuple[str, str], tmp_path: Path) -> None:
     for settings, message in (
-        ({"batch": 1}, "one pair has no negatives"),
+        ({"batch": 1}, "batch must be >= 2, got 1"),
         ({"width": 18, "heads": 4}, "multiple of heads"),
         ({"resolution": 30, "patch": 8}, "multiple of patch"),
         ({"portraits": 1.5}, r"portraits must be in 0\.\.1"),
-        ({"layers": 0}, "layers must be > 0"),
-        ({"heads": 0}, "heads must be > 0"),
+        ({"layers": 0}, "layers must be >= 1, got 0"),
+        ({"heads": 0}, "heads must be >= 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             config(files, tmp_path, **settings)
