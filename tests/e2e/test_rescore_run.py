@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from models.errors import LedgerError
 from models.losses.perceptual import load_perceptual
 from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
@@ -99,6 +100,9 @@ def test_a_damaged_source_is_quarantined_and_retried(undisturbed: str, tmp_path:
     part = source / read_markers(str(source))[1].parts["images"].path
     data = part.read_bytes()
     part.write_bytes(data[:100])
+    with pytest.raises(LedgerError, match=f"{part.name}: of 100 bytes, not {len(data)}"):
+        rescore_inline(str(source), out)
+    part.write_bytes(bytes(len(data)))  # its size is as committed
     summary = rescore_inline(str(source), out)
     assert list(summary.outcome.quarantined) == [1]
     assert any(problem.startswith("shard 00001: given up") for problem in summary.problems)

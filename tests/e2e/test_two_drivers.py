@@ -103,8 +103,9 @@ def test_force_takes_it_from_a_living_one(drivers: Drivers, undisturbed: str) ->
         drivers.gate.touch()
         assert f"process {second.process.pid}, since 20" in first.ended(2)
         assert "what is committed stays" in first.said
-    # The shard that both did is committed once; what the other attempt wrote names no marker.
-    assert len(remove_orphans(drivers.run)) == 2
+    # The shard that both did is committed once; no marker names what the other attempt wrote, where
+    # it came so far.
+    assert len(remove_orphans(drivers.run)) in (0, 2)
     check(drivers, undisturbed)
 
 

@@ -116,7 +116,7 @@ def test_training_configs_are_read_the_same_way(tmp_path: Path) -> None:
         load_dataclass(FitGeneratorConfig, str(path), ["batchh=8"])
     with pytest.raises(ConfigError, match="out: missing; set it in the config file or with --set"):
         load_dataclass(FitGeneratorConfig, None, ['data=["a"]'])
-    with pytest.raises(ConfigError, match="^precision: expected 'float32' or .* found 'float8'"):
+    with pytest.raises(ConfigError, match=r"^precision: expected 'float32' or .* found 'float8'"):
         load_dataclass(FitGeneratorConfig, str(path), ["precision=float8"])
 
 
