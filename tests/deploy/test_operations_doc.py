@@ -32,7 +32,7 @@ def test_command_parses(command: str) -> None:
 
 def test_all_commands_of_daily_work_are_shown() -> None:
     assert {c.split()[1] for c in COMMANDS} == {
-        *("plan", "invert", "status", "verify", "query", "report"),
+        *("plan", "invert", "retry", "status", "verify", "query", "report"),
     }
 
 
