@@ -10,7 +10,7 @@
 #   make bench    the figures of the README
 #   make bench-gpu  speed of synthesis, searches and encoders on a GPU, else on the CPU
 #
-# Settings: PYTHON (an interpreter, 3.11 or newer), VENV (where to install), TORCH_INDEX (URL of an index
+# Settings: JOBS (processes that share the tests, 2), PYTHON (an interpreter, 3.11 or newer), VENV (where to install), TORCH_INDEX (URL of an index
 # with PyTorch's CPU wheels, for a machine without a GPU whose own index has only the CUDA build).
 
 SHELL := /bin/bash
@@ -20,6 +20,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 # The pins were exercised on 3.11, so it is tried first. The version is asked for, not read from the
 # name: a pyenv shim called python3.12 may exist and still refuse to start.
@@ -61,7 +62,7 @@ demo: $(STAMP)
 	@$(BIN)/refinery demo $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 chaos: $(STAMP)
 	@$(BIN)/python -m tests.chaos $(ARGS)

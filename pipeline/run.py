@@ -257,10 +257,11 @@ def seal(run_uri: str) -> str:
         LedgerError: a shard is neither committed nor quarantined.
     """
     with hold(run_uri):
+        is_again = ledger.is_sealed(run_uri)  # then somebody may be reading what was there
         uri = ledger.seal(run_uri)
         ledger.remove_orphans(run_uri)
         try:
-            write_metadata(run_uri)
+            write_metadata(run_uri, keep_earlier=is_again)
         except LedgerError as error:  # answers do not need it; verification says what is wrong
             logger.warning("%s: its metadata are not in one file: %s", run_uri, error)
     return uri

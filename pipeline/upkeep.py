@@ -6,6 +6,7 @@ from tasks.run import ledger
 from tasks.run.compact import Compacted
 from tasks.run.compact import compact as compact_parts
 from tasks.run.lease import hold
+from tasks.run.metadata import remove_superseded
 
 
 def compact(run_uri: str, target_bytes: int) -> Compacted:
@@ -26,7 +27,7 @@ def compact(run_uri: str, target_bytes: int) -> Compacted:
 
 
 def collect(run_uri: str, older_than_s: float) -> list[str]:
-    """Remove what no commit names.
+    """Remove what no commit names, and metadata that later ones stand for.
 
     Returns:
         The removed paths, relative to the run.
@@ -39,4 +40,5 @@ def collect(run_uri: str, older_than_s: float) -> list[str]:
         raise ConfigError(f"older-than is {older_than_s / 3600:g} hours; expected 0 or more")
     ledger.read_run(run_uri)
     with hold(run_uri):
-        return ledger.remove_orphans(run_uri, older_than_s)
+        removed = ledger.remove_orphans(run_uri, older_than_s)
+        return [*removed, *remove_superseded(run_uri, older_than_s)]

@@ -38,7 +38,7 @@ from models.cache import cache_folder
 from models.errors import LedgerError
 from tasks.run import ledger
 from tasks.run.marker import Marker
-from tasks.storage.files import file_info, join, list_files, open_write, remove
+from tasks.storage.files import file_info, join, list_files, list_times, open_write, remove
 from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
 
 logger = logging.getLogger(__name__)
@@ -343,8 +343,11 @@ def _code_offsets(file: pq.ParquetFile, is_ok: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------- writing
 
 
-def write_metadata(run_uri: str) -> str | None:
+def write_metadata(run_uri: str, keep_earlier: bool = False) -> str | None:
     """One file of all rows that are committed, in order of shards; earlier ones are removed.
+
+    Args:
+        keep_earlier: they stay for who is reading them, until `remove_superseded`.
 
     Returns:
         Its URI, or None where no row is committed.
@@ -369,7 +372,26 @@ def write_metadata(run_uri: str) -> str | None:
                 some = waiting[at : at + 2 * READERS]
                 yield from pool.map(lambda marker: part_rows(run_uri, marker), some)
 
-    return _replace_segments(snapshot, join(run_uri, FOLDER), tables(), markers)
+    folder = join(run_uri, FOLDER)
+    earlier = list_files(folder, LedgerError) if keep_earlier else ()
+    kept = [name for name, _, _ in earlier]
+    return _replace_segments(snapshot, folder, tables(), markers, kept)
+
+
+def remove_superseded(run_uri: str, older_than_s: float) -> list[str]:
+    """Delete all files of metadata but the latest.
+
+    Args:
+        older_than_s: those written less than so long before it stay, by the store's clock.
+
+    Returns:
+        The removed paths, relative to the run.
+    """
+    files = sorted((written, name) for name, _, written in list_times(join(run_uri, FOLDER)))
+    now = files[-1][0] if files else 0.0
+    old = [f"{FOLDER}/{name}" for written, name in files[:-1] if now - written >= older_than_s]
+    remove([join(run_uri, path) for path in old])
+    return old
 
 
 def refresh_metadata(run_uri: str) -> None:
