@@ -1,7 +1,7 @@
 # Each target builds .venv through constraints.txt when it is missing or older than what it is made from.
 #
 #   make demo     plan, invert, query and report on the bundled sample shard
-#   make test     the tests; ARGS are passed on: make test ARGS="tests/tasks -x"
+#   make test     the tests but the slow ones (ARGS="-m slow"); ARGS are passed on: make test ARGS="tests/tasks -x"
 #   make chaos    trials of kills and faults: make chaos ARGS="--trials 300 --seed 1 --out chaos.json"
 #   make test-prefect  nights against real Prefect servers that are killed (SQLite, PostgreSQL)
 #   make test-s3  the tests of storage and runs against Ceph's gateway, where its programs are installed
@@ -62,7 +62,7 @@ demo: $(STAMP)
 	@$(BIN)/refinery demo $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 chaos: $(STAMP)
 	@$(BIN)/python -m tests.chaos $(ARGS)

@@ -15,6 +15,8 @@ from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
+os.environ["COLUMNS"] = "300"  # no line of a command's answer breaks where a test's folder is long
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

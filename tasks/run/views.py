@@ -114,9 +114,9 @@ class Session:
         return self._connection.extract_statements(sql)
 
     def concerns_a_file(self, message: str) -> bool:
-        """Whether DuckDB complains of a file of the runs: of one that is gone it says that it may
-        not be opened."""
-        return any(f'"{url}"' in message for url in self._urls)
+        """Whether DuckDB complains of a file of the runs: of one that is gone it says that it, or
+        what would be a folder of that name, may not be opened."""
+        return any(f'"{url}' in message for url in self._urls)
 
     def columns(self) -> dict[str, list[str]]:
         """Names of columns by view."""

@@ -27,8 +27,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     os.environ.update(before)
 
 
+LONG = ("driver-stopped", "s3-503-burst", "s3-outage", "s3-slow", "s3-truncated")
+
+
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("fault", [*QUICK, *DISKS])
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f in LONG)) for f in (*QUICK, *DISKS)],
+)
 def test_a_trial(fault: str, site: Site) -> None:
     if fault in DISKS and not can_mount():
         pytest.skip("this user may not mount a small disk")

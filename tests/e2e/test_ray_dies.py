@@ -63,6 +63,7 @@ def driver(dataset: Dataset, tmp_path: Path) -> Iterator[Driver]:
     found.end()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_raylet_killed_then_driver(
     driver: Driver, dataset: Dataset, slow_run: str, tmp_path: Path
@@ -70,7 +71,7 @@ def test_raylet_killed_then_driver(
     pid = driver.process.pid
     driver.wait_for_commits(1)
     send(named(pid, "raylet"), signal.SIGKILL)
-    wait_for(lambda: "starting Ray again" in driver.said, 30, "the loss is noticed")
+    wait_for(lambda: "starting Ray again" in driver.said, 90, "the loss is noticed")
     assert "Ray's raylet (pid " in driver.said
     driver.wait_for_commits(3)  # the next Ray works
 

@@ -16,7 +16,7 @@ from tasks.run import ledger
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import write_dataset
 
-SEED, MUTATIONS, SHARD = 20261126, 300, 2
+SEED, MUTATIONS, SHARD = 20261126, 150, 2
 FILES = (
     f"commits/{SHARD:05d}.json",
     f"commits/{SHARD:05d}.json",
