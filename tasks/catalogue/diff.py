@@ -103,8 +103,11 @@ _ONE_SIDED = ("only in A", "only in B")
 
 
 def _metrics(session: Session) -> list[str]:
-    columns = session.columns().get("samples", [])
-    return [name for name in columns if name not in (*FIRST, *LAST)]
+    if "samples" not in session.columns():
+        return []
+    schema = ask(session, "SELECT * FROM samples LIMIT 0").schema
+    known = (field.name for field in schema if pa.types.is_floating(field.type))
+    return [name for name in known if name not in (*FIRST, *LAST)]
 
 
 def _pairs(metrics: Sequence[str]) -> str:

@@ -116,7 +116,7 @@ class Session:
     def concerns_a_file(self, message: str) -> bool:
         """Whether DuckDB complains of a file of the runs: of one that is gone it says that it, or
         what would be a folder of that name, may not be opened."""
-        return any(f'"{url}' in message for url in self._urls)
+        return any(f'"{url}"' in message or f'"{url}/**' in message for url in self._urls)
 
     def columns(self) -> dict[str, list[str]]:
         """Names of columns by view."""

@@ -122,9 +122,9 @@ def test_mutations(
             codes[name, verb, code] = codes.get((name, verb, code), 0) + 1
         shutil.copy(pristine / name, run / name)
     # Each file was found damaged and found good, and never took the rest with it.
-    assert codes["run.json", "status", 2] > 10
-    assert codes[FILES[0], "query", 0] > 10
-    assert codes["_SEALED.json", "verify", 1] > 10
+    assert codes["run.json", "status", 2] > 5
+    assert codes[FILES[0], "query", 0] > 5
+    assert codes["_SEALED.json", "verify", 1] > 5
 
 
 def check(name: str, verb: str, code: int, text: str, said: str) -> None:

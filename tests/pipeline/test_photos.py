@@ -342,6 +342,7 @@ def test_compose_needs_a_run_that_knows_its_faces(
     assert run_app(["invert", photos, str(run), "--config", config, *INLINE]) == 0
     assert "1 of 1 pictures do not look aligned" in " ".join(capsys.readouterr().out.split())
     assert "do not look aligned" in (run / "report.html").read_text()
+    assert run_app(["diff", str(run), str(run)]) == 0  # a flag is no metric that could drift
     assert query(str(run), "SELECT looks_aligned FROM latents")["looks_aligned"].to_pylist() == [
         False
     ]
