@@ -165,7 +165,9 @@ def measure(source: str, limit: int, stops: Sequence[float]) -> dict[str, Any]:
         batch = images[at : at + BATCH]
         for row in table:
             row.keep(judges(row.find(generator, batch, at), batch))
-    command = "python -m benchmarks.equal_distance " + shlex.join(sys.argv[1:])
+    command = "python -m benchmarks.equal_distance " + shlex.join(
+        Path(each).name if Path(each).is_file() else each for each in sys.argv[1:]
+    )
     summaries = [row.summary(len(images)) for row in table]
     for summary in summaries:
         summary["rate / pti"] = summary["images_per_hour"] / summaries[0]["images_per_hour"]
