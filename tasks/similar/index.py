@@ -20,12 +20,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32
 
 from models.errors import ConfigError, LedgerError
 from tasks.run.ledger import read_markers, read_run
 from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_vectors
-from tasks.similar.scan import Stretch, scan
+from tasks.similar.scan import Stretch, scan, squared_distances
 from tasks.storage.files import exists, join
 
 RERANKED = 200
@@ -191,8 +191,7 @@ class Index:
 
     def take(self, rows: np.ndarray) -> Float32[np.ndarray, "M E"]:
         """The exact vectors of rows."""
-        parts = np.searchsorted(self._starts, rows, "right") - 1
-        return self.exact.take(parts, rows - self._starts[parts])
+        return self._exact(rows).astype(np.float32)
 
     def samples(self, rows: np.ndarray) -> pa.Table:
         """sample_key and scores of rows."""
@@ -210,6 +209,10 @@ class Index:
         return np.concatenate(parts)
 
     # ------------------------------------------------------------------ inside
+
+    def _exact(self, rows: np.ndarray) -> Float16[np.ndarray, "M E"]:
+        parts = np.searchsorted(self._starts, rows, "right") - 1
+        return self.exact.take(parts, rows - self._starts[parts])
 
     def _checked(self, vectors: np.ndarray, k: int) -> np.ndarray:
         vectors = np.asarray(vectors, np.float32)
@@ -266,11 +269,12 @@ class Index:
 
     def _ranked(self, query: np.ndarray, rows: np.ndarray, k: int, leave_out: set[str]) -> pa.Table:
         rows = np.sort(rows)
-        apart = self.take(rows) - query
-        distances = np.sqrt(np.einsum("re,re->r", apart, apart))
+        distances = np.sqrt(squared_distances(self._exact(rows), query))
         order = np.argsort(distances, kind="stable")[: k + len(leave_out)]
         found = self.samples(rows[order])
-        found = found.add_column(1, "distance", pa.array(distances[order], pa.float32()))
+        buffers = [None, pa.py_buffer(distances[order])]  # `pa.array` would load pandas
+        apart = pa.Array.from_buffers(pa.float32(), len(order), buffers)
+        found = found.add_column(1, "distance", apart)
         if leave_out:
             keys = found["sample_key"].to_pylist()
             found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))
