@@ -31,6 +31,8 @@ from tasks.storage.files import exists, join
 RERANKED = 200
 """Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
 RERANKED_EACH = 10
+TOGETHER = 16
+"""Questions whose candidates are read at once."""
 READERS = 16
 """Parts that are fetched side by side."""
 
@@ -176,10 +178,13 @@ class Index:
         _, rows = scan(stretches, self.projection.project(vectors), keep)
         if kept is not None and len(kept):
             rows = np.where(rows < 0, -1, kept[rows.clip(0)])
-        return [
-            self._ranked(query, found[found >= 0], k, set(leave_out))
-            for query, found in zip(vectors, rows, strict=True)
-        ]
+        answers: list[pa.Table] = []
+        for at in range(0, len(vectors), TOGETHER):
+            some = [np.sort(found[found >= 0]) for found in rows[at : at + TOGETHER]]
+            exact = np.split(self._exact(np.concatenate(some)), np.cumsum([*map(len, some)])[:-1])
+            for query, *candidates in zip(vectors[at : at + TOGETHER], some, exact, strict=True):
+                answers.append(self._ranked(query, *candidates, k, set(leave_out)))
+        return answers
 
     def vectors(self, sample_keys: Sequence[str]) -> Float32[np.ndarray, "Q E"]:
         """The exact vectors of samples.
@@ -267,9 +272,10 @@ class Index:
         labels = [] if self._labels is None else self._labels.column_names
         return list(dict.fromkeys([*self._rows[0].column_names, *labels]))
 
-    def _ranked(self, query: np.ndarray, rows: np.ndarray, k: int, leave_out: set[str]) -> pa.Table:
-        rows = np.sort(rows)
-        distances = np.sqrt(squared_distances(self._exact(rows), query))
+    def _ranked(
+        self, query: np.ndarray, rows: np.ndarray, exact: np.ndarray, k: int, leave_out: set[str]
+    ) -> pa.Table:
+        distances = np.sqrt(squared_distances(exact, query))
         order = np.argsort(distances, kind="stable")[: k + len(leave_out)]
         found = self.samples(rows[order])
         buffers = [None, pa.py_buffer(distances[order])]  # `pa.array` would load pandas

@@ -14,20 +14,22 @@ Legend: N codes, P bytes of one, Q queries, R rows that are kept of each.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import faiss
 import numpy as np
 from jaxtyping import Float16, Float32, Int64, UInt8
+from threadpoolctl import ThreadpoolController
 
 from tasks.run.vectors import ZERO
 
 STRETCH = 1 << 20
 """Bytes of codes that are compared with all queries in one go: they fit the second-level cache."""
-MANY = 64
+MANY = 32
 """Queries from which on the matrix product is faster."""
 BLOCK = 2048
 """Codes in one product: they and the distances fit the second-level cache."""
@@ -38,7 +40,7 @@ _HALF = faiss.ScalarQuantizer.QT_fp16
 _PLACE = (1 << 32) - 1
 _THREADS = os.cpu_count() or 1
 _kept = threading.local()
-_making = threading.Lock()
+_making, _batches = threading.Lock(), threading.Lock()
 
 Stretch = tuple[int, UInt8[np.ndarray, "N P"]]
 """Number of its first row, codes."""
@@ -69,10 +71,23 @@ def scan(
         kind = _INSIDE if is_inside else _BEYOND
         return _nearest(pieces[at::threads], queries, keep, kind)
 
-    parts = pool.map(nearest, range(threads))
+    with _products() if is_many else nullcontext():
+        parts = list(pool.map(nearest, range(threads)))
     found, rows = (np.concatenate(each, 1) for each in zip(*parts, strict=True))
     order = np.argsort(found, 1, kind="stable")[:, :keep]
     return np.take_along_axis(found, order, 1), np.take_along_axis(rows, order, 1)
+
+
+@contextmanager
+def _products() -> Iterator[None]:
+    """The threads here share the cores: those that a product would start are in their way."""
+    with _batches, _libraries().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _cut(first: int, codes: np.ndarray, size: int) -> list[Stretch]:
