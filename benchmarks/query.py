@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.sections import write_section
 from models.checkpoints.load import load_generator
+from models.stylegan2.generator import weights_hash
 from tasks.benchmark.machine import describe_machine
 from tasks.catalogue.opened import open_run
 from tasks.job import JobConfig, MethodConfig, OutputConfig
@@ -78,7 +79,7 @@ def make_run(uri: str, rows: int, shard_rows: int) -> None:
     )
     shards = -(-rows // shard_rows)
     info = ManifestInfo(num_shards=shards, num_samples=rows, num_bytes=0, sha256="0" * 64)
-    run = create_run(uri, job, info, {"generator": "0" * 64}, "benchmark", declared)
+    run = create_run(uri, job, info, {"generator": weights_hash(generator)}, "benchmark", declared)
     draw = np.random.default_rng(0)
     for shard in range(shards):
         first = shard * shard_rows

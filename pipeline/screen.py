@@ -1,4 +1,5 @@
-"""What the command line prints: short tables, nothing that a log file cannot hold."""
+"""What the command line prints: short tables, nothing that a log file cannot hold. What reads
+pictures waits inside: a question needs none of it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import duration
-from tasks.input.plan import in_words
-from tasks.run.manifest import read_skipped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +37,9 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
 
 def show_summary(console: Console, summary: "Summary") -> None:
     """The end of `invert`."""
+    from tasks.input.plan import in_words
+    from tasks.run.manifest import read_skipped
+
     outcome = summary.outcome
     values: dict[str, Any] = {
         "run": outcome.run_uri,
@@ -61,6 +63,8 @@ def show_summary(console: Console, summary: "Summary") -> None:
 
 def show_status(console: Console, status: "Status") -> None:
     """The answer of `status`."""
+    from tasks.input.plan import in_words
+
     state = "sealed" if status.is_sealed else "open"
     total = "" if status.rows_total is None else f" of {status.rows_total}"
     shards = f"{status.num_committed} of {status.num_shards} committed"

@@ -25,7 +25,7 @@ from models.stylegan2.generator import Generator, weights_hash
 from tasks.run.ledger import read_markers, read_run, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import PartFile, part_errors, read_range
 
 _CODES = ["sample_key", "status", "w_plus"]
 
@@ -170,13 +170,17 @@ def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> I
     uri = join(run_uri, part.path)
     with part_errors(uri):
         file = pq.ParquetFile(PartFile(uri, part.bytes))
+    in_place = _in_place(file, columns)
     waiting: list[pa.Table] = []
     for group in range(file.num_row_groups):
         with part_errors(uri):
-            table = file.read_row_group(group, columns)
+            table = file.read_row_group(group, [c for c in columns or [] if c != in_place] or None)
         if "status" in table.column_names:
             is_ok = [status == "ok" for status in table["status"].to_pylist()]
             table = table.filter(pa.array(is_ok))
+        if in_place is not None:
+            codes = _codes(file, uri, group, table.num_rows)
+            table = table.append_column(file.schema_arrow.field(in_place), codes)
         rest = pa.concat_tables([*waiting, table])
         while rest.num_rows >= size:
             yield rest.slice(0, size)
@@ -184,6 +188,28 @@ def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> I
         waiting = [rest]
     if waiting and waiting[0].num_rows:
         yield waiting[0]
+
+
+def _in_place(file: pq.ParquetFile, columns: list[str] | None) -> str | None:
+    """The wanted column whose rows are the last bytes of their chunks, if there is one."""
+    wanted = [file.schema_arrow.field(name) for name in columns or [] if name == "w_plus"]
+    return next((f.name for f in wanted if (f.metadata or {}).get(b"layout") == b"rows"), None)
+
+
+def _codes(file: pq.ParquetFile, uri: str, group: int, count: int) -> pa.Array:
+    """The codes of a row group's inverted rows as they lie there: the Parquet decoder, which goes
+    through them value by value, takes twenty times as long."""
+    kind, chunks = file.schema_arrow.field("w_plus").type, file.metadata.row_group(group)
+    (chunk,) = (
+        found
+        for found in map(chunks.column, range(chunks.num_columns))
+        if found.path_in_schema.split(".")[0] == "w_plus"
+    )
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    size = count * kind.list_size
+    data = read_range(uri, end - size * kind.value_type.bit_width // 8, end) if size else b""
+    values = pa.Array.from_buffers(kind.value_type, size, [None, pa.py_buffer(data)])
+    return pa.FixedSizeListArray.from_arrays(values, type=kind)
 
 
 def _tensors(table: pa.Table) -> dict[str, Tensor]:

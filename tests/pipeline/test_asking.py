@@ -221,7 +221,11 @@ def test_nothing_heavy_is_loaded(root: Path) -> None:
         "import sys; from pipeline.cli import run_app\n"
         f"assert run_app(['query', {a!r}, 'SELECT * FROM samples LIMIT 1']) == 0\n"
         f"assert run_app(['runs', {str(root)!r}]) == 0\n"
-        "assert 'pandas' not in sys.modules\n"
+        "grouped = 'SELECT status, count(*) FROM samples GROUP BY ALL'\n"
+        f"assert run_app(['query', {a!r}, grouped]) == 0\n"
+        f"assert run_app(['query', {a!r}, 'SELECT w_plus FROM latents LIMIT 1']) == 0\n"
+        "assert not {'pandas', 'PIL'} & sys.modules.keys()\n"
+        "import pyarrow; assert pyarrow.table({'a': [1]}).to_pandas().shape == (1, 1)\n"
         f"assert run_app(['diff', {a!r}, {b!r}]) == 0\n"
         "assert not {'torch', 'ray', 'prefect'} & sys.modules.keys()"
     )

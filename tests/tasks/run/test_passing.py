@@ -108,6 +108,15 @@ def test_only_what_is_used_comes_from_the_parts() -> None:
     assert used(f"{sql} l.w_plus[1] > 0") == {"w_plus"}
 
 
+def test_questions_of_small_views_leave_the_parts_alone(snapshots: dict[str, Snapshot]) -> None:
+    session = Session(snapshots)
+    grouped = "SELECT status, count(*) FROM {} GROUP BY ALL"
+    assert session._used(grouped.format("samples")) == set()
+    assert session._used(grouped.format("Latents")) == {"latents", "images"}
+    assert session._used("SELECT * FROM query_table('latents')") == {"latents", "images"}
+    session.close()
+
+
 @pytest.mark.parametrize("sql", [*PASSING, *USING])
 def test_answers_are_those_of_the_parts(
     sql: str, snapshots: dict[str, Snapshot], monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.run.vectors import ZERO, Projection
 from tasks.similar import scan as scan_module
-from tasks.similar.scan import scan
+from tasks.similar.scan import scan, squared_distances
 
 
 @pytest.fixture
@@ -31,6 +31,38 @@ def test_the_nearest_over_all_stretches(
     assert np.array_equal(found, np.sort(wanted, 1)[:, :20])
     assert np.array_equal(np.take_along_axis(wanted, rows, 1), found)
     assert all(len(set(each)) == 20 for each in rows.tolist())
+
+
+@pytest.mark.parametrize("reach", [127, 400])
+@pytest.mark.parametrize("keep", [3, 20, 900])
+def test_many_queries_at_once(
+    codes: np.ndarray, keep: int, reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one matrix product for each block of codes."""
+    monkeypatch.setattr(scan_module, "BLOCK", 64)
+    rng = np.random.default_rng(4)
+    queries = rng.normal(0, 40, (scan_module.MANY, 12)).astype(np.float32).clip(-127, 127)
+    queries[0, 0] = reach
+    found, rows = scan([(0, codes[:123]), (123, codes[123:])], queries, keep)
+    wanted = plainly(codes, np.rint(queries) if reach == 127 else queries)
+    there = min(keep, 700)
+    assert np.all(rows[:, there:] == -1)
+    assert np.isinf(found[:, there:]).all()
+    assert all(len(set(each)) == there for each in rows[:, :there].tolist())
+    nearest = np.sort(wanted, 1)[:, :there]
+    tolerance = 0 if reach == 127 else 1e-4
+    assert found[:, :there] == pytest.approx(nearest, rel=tolerance, abs=0.1 * bool(tolerance))
+    of_rows = np.take_along_axis(wanted, rows[:, :there], 1)
+    assert of_rows == pytest.approx(nearest, rel=tolerance, abs=0.1 * bool(tolerance))
+
+
+def test_exact_distances_are_those_of_single_precision() -> None:
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(0, 3, (50, 37)).astype(np.float16)
+    query = rng.normal(0, 3, 37).astype(np.float32)
+    wanted = ((vectors.astype(np.float64) - query) ** 2).sum(1)
+    assert squared_distances(vectors, query) == pytest.approx(wanted, rel=1e-5)
+    assert squared_distances(vectors[:0], query).shape == (0,)
 
 
 def test_queries_beyond_the_codes_are_not_cut(codes: np.ndarray) -> None:
