@@ -1,17 +1,21 @@
 """The demo's road, with a tiny generator and one step in a loop instead of Ray."""
 
 import io
+import re
+import shlex
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from pipeline.cli import run_app
 from pipeline.demo import run_demo
-from tests.conftest import make_tiny_generator
+from tests.conftest import ROOT, make_tiny_generator
 from tests.e2e.small_dataset import write_dataset
 
 
-def test_the_demo_ends_with_the_table_and_the_report(
-    tmp_path: Path, face_bytes: list[bytes]
+def test_the_demo_ends_with_the_table_and_the_report_and_can_be_asked(
+    tmp_path: Path, face_bytes: list[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_dataset(tmp_path, make_tiny_generator(), face_bytes)
     config = tmp_path / "demo.toml"
@@ -31,3 +35,28 @@ def test_the_demo_ends_with_the_table_and_the_report(
     assert "28 in 1 shards, 3 failed" in text
     assert "1/1 shards, 28 images, 3 failed" in progress.getvalue()
     assert (folder / "pictures" / "TERMS.md").exists()
+    ask_as_the_readme_does(folder, capsys)
+
+
+def ask_as_the_readme_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its lines on the demo's runs, as they stand there."""
+    (block,) = re.findall(
+        r"```sh\ndemo=[^\n]*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    shown = {}
+    for line in block.splitlines():
+        _, name, *rest = shlex.split(line.replace("$demo", str(folder)), comments=True)
+        engine = ["--engine", "inline", "--no-flow"] if name in ("index", "invert") else []
+        capsys.readouterr()
+        assert run_app([name, *rest, *engine]) == 0, (line, capsys.readouterr())
+        shown[name] = capsys.readouterr().out
+    for kind, run in (("invert", "run"), ("edit", "edits")):
+        assert re.search(rf"│ {run} +│ {kind} ", shown["runs"])
+    assert shown["query"].count("│ demo-000000.tar:") == 3
+    assert shown["similar"].count("│ demo-000000.tar:drawn-") == 3
+    assert "astronaut" not in shown["similar"]
+    assert shown["reproduce"].count("same bytes") > 3
+    assert "in both       28" in shown["diff"]
+    assert list(shown) == [
+        *("runs", "query", "index", "similar", "duplicates", "reproduce", "invert", "diff")
+    ]
