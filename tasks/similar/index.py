@@ -10,7 +10,9 @@ committed when it is opened is what is searched.
 Legend: Q queries, E values of a vector, P bytes of a code.
 """
 
+import difflib
 import itertools
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -182,8 +184,8 @@ class Index:
         for at in range(0, len(vectors), TOGETHER):
             some = [np.sort(found[found >= 0]) for found in rows[at : at + TOGETHER]]
             exact = np.split(self._exact(np.concatenate(some)), np.cumsum([*map(len, some)])[:-1])
-            for query, *candidates in zip(vectors[at : at + TOGETHER], some, exact, strict=True):
-                answers.append(self._ranked(query, *candidates, k, set(leave_out)))
+            candidates = zip(vectors[at : at + TOGETHER], some, exact, strict=True)
+            answers += [self._ranked(*found, k=k, leave_out=set(leave_out)) for found in candidates]
         return answers
 
     def vectors(self, sample_keys: Sequence[str]) -> Float32[np.ndarray, "Q E"]:
@@ -252,8 +254,11 @@ class Index:
         try:
             found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
         except duckdb.Error as error:
+            unknown = re.search(r'column "([^"]+)"', str(error))
+            near = difflib.get_close_matches(unknown[1] if unknown else "", self._columns, 1, 0.5)
             raise ConfigError(
-                f"where {where!r}: {str(error).splitlines()[0]}; columns: "
+                f"where {where!r}: {str(error).splitlines()[0].rstrip('!')}; "
+                f"{f'did you mean {near[0]!r}? ' if near else ''}columns: "
                 f"{', '.join(self._columns)}"
             ) from error
         return found["row number"].to_numpy()
@@ -294,7 +299,7 @@ class Index:
                 return int(start) + at
         near = self._sql(
             "SELECT sample_key FROM samples "
-            "ORDER BY jaro_winkler_similarity(sample_key, ?) DESC, sample_key LIMIT 1",
+            "ORDER BY levenshtein(sample_key, ?), sample_key LIMIT 1",
             key,
         )
         raise ConfigError(

@@ -257,6 +257,8 @@ def test_bad_questions_are_one_line(
     broken = f"{dataset.source}/zz-broken.png"
     for command, wanted in (
         ([*common, "--key", "face-3.png"], "did you mean 'face-03.png'?"),
+        ([*common, "--key", "05.png"], "did you mean 'face-05.png'?"),
+        ([*common, "--key", "face-03.png", "--where", "psnrr > 3"], "did you mean 'psnr'?"),
         ([*common, "--key", "zz-broken.png"], "has no sample 'zz-broken.png' with a vector"),
         ([*common], "expected one of --image, --key, --text, --vector, found none"),
         ([*common, "--key", "a", "--text", "b"], "found --key and --text"),

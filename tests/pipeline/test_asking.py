@@ -246,3 +246,10 @@ def test_a_table_of_any_kind(root: Path, tmp_path: Path) -> None:
         wishes = ("--table", f"t={tmp_path / name}", "--out", out)
         assert ask("query", root / "monday", "FROM t", *wishes) == 0
         assert out.read_text() == "file,age\nface-00.png,71\n"
+
+
+def test_a_run_that_is_not_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("query", root / "munday", "SELECT 1") == 2
+    printed = capsys.readouterr().err
+    assert f"did you mean {root}/monday?" in printed
+    assert printed.count("\n") == 1
