@@ -113,6 +113,26 @@ def test_batches_and_inputs(
     assert next(read_inversions(run.uri, tiny_generator)).inputs is None
 
 
+@pytest.mark.parametrize("latents", ["float16", "float32"])
+def test_codes_are_those_of_the_parquet_decoder(
+    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes], latents: str
+) -> None:
+    run = make_run(tiny_generator, tmp_path, face_bytes, latents=latents)
+    found = {}
+    for batch in read_inversions(run.uri, tiny_generator, batch=2):
+        codes = batch.inversion.w_plus.flatten(1).numpy()
+        found |= dict(zip(batch.sample_keys, codes, strict=True))
+    want = {}
+    for part in sorted(Path(run.uri, "latents").glob("*")):
+        for row in pq.read_table(part).to_pylist():
+            if row["status"] == "ok":
+                want[row["sample_key"]] = np.array(row["w_plus"], np.float32)
+    assert list(found) == list(want)
+    assert len(found) == 5
+    for key, code in want.items():
+        np.testing.assert_array_equal(found[key], code)
+
+
 def test_only_committed_shards_are_read(
     tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
 ) -> None:
