@@ -90,7 +90,7 @@ def parquet_errors(uri: str) -> Iterator[None]:
     try:
         with storage_errors("read Parquet file", uri):
             yield
-    except pa.ArrowException as problem:
+    except (pa.ArrowException, UnicodeDecodeError) as problem:  # the latter of names and keys
         raise _corrupt(uri, problem) from problem
     except ShardError as problem:
         # pyarrow reports damaged pages as OSError without an errno.
@@ -153,7 +153,9 @@ def check_groups(file: pq.ParquetFile, columns: list[str], config: InputConfig, 
     """
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
-        for chunk in _chunks_of(group, columns):
+        with parquet_errors(uri):
+            chunks = list(_chunks_of(group, columns))
+        for chunk in chunks:
             packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
             is_picture = chunk.path_in_schema.split(".")[0] == config.image_column
             if (
@@ -217,7 +219,9 @@ def _rows(
             for batch in _batches(file, group, columns, uri):
                 skip = max(0, start - row)
                 kept = batch.slice(skip, max(0, min(batch.num_rows, stop - row) - skip))
-                for offset, values in enumerate(kept.to_pylist()):
+                with parquet_errors(uri):
+                    rows = kept.to_pylist()
+                for offset, values in enumerate(rows):
                     yield row + skip + offset, values
                 row += batch.num_rows
                 if row >= stop:
