@@ -110,7 +110,7 @@ def test_keys_that_are_not_utf8_are_a_corrupt_file(tmp_path: Path) -> None:
     offsets = pa.py_buffer(np.array([0, 1, 2], np.int32))
     keys = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a\xff")])
     path = write(tmp_path / "a.parquet", {"image": [b"x"] * 2, "id": keys})
-    with pytest.raises(CorruptFileError, match="a.parquet is corrupt"):
+    with pytest.raises(CorruptFileError, match=r"a\.parquet is corrupt"):
         read(path, key_column="id")
 
 
