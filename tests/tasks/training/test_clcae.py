@@ -17,9 +17,10 @@ from models.encoders.clcae import CLCAE, ClcaeEncoder, load_clcae
 from models.encoders.contrastive import TOWERS
 from models.encoders.psp import EncoderArchitecture
 from models.errors import AssetError, ConfigError
-from models.inversion.base import SampleRng
+from models.inversion.base import Inversion, SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.training import clcae
 from tasks.training.clcae import ClcaeObjective, FitClcaeConfig, PairMemory, fit
 from tasks.training.clcae_align import AlignObjective, FitClcaeAlignConfig
 from tasks.training.clcae_align import fit as fit_align
@@ -190,6 +191,41 @@ def test_w_can_be_rendered_for_a_share_of_the_batch(
     w_plus = tiny_generator.mapping(torch.randn(8, 16))
     renders, _ = objective._renders(w_plus[:, 0], w_plus, torch.zeros(8, 8, 16, 16), 1.0)
     assert {k: len(v) for k, v in renders.items()} == {"full": 8, "w_plus": 8, "w": 2}
+
+
+def test_pairs_of_edits_weigh_what_an_edit_should_have_made(
+    config: FitClcaeConfig, tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that finds codes and activation again has no loss; a map that holds the picture as
+    it was has the distance between the picture and its edit."""
+    objective = ClcaeObjective(dataclasses.replace(config, pair_weight=1.0), tiny_generator)
+    codes = tiny_generator.mapping(torch.randn(4, 16))
+    found = tiny_generator.activations(codes, 5, "const")
+    edits = []
+
+    def random_edits(*_: object) -> torch.Tensor:
+        edits.append(torch.randn(4, 16))
+        return edits[-1]
+
+    monkeypatch.setattr(clcae, "random_edits", random_edits)
+    for kept, is_found in ((found, True), (found + torch.randn_like(found), False)):
+        monkeypatch.setattr(objective, "_encode", lambda _, kept=kept: (codes[:, 0], codes, kept))
+        logged: dict[str, torch.Tensor] = {}
+        total = objective._pair_losses(codes, logged)
+        assert total.item() == pytest.approx(logged["mse_pair"].mean().item())
+        if is_found:
+            assert total.item() < 1e-9
+        moved = codes + edits[-1][:, None]
+        want = Inversion(w_plus=codes, features={5: kept}).edited(tiny_generator, moved)
+        after = tiny_generator.synthesis(moved)
+        expected = (want.render(tiny_generator) - after).square().mean((1, 2, 3))
+        torch.testing.assert_close(logged["mse_pair"], expected)
+        assert is_found or expected.min() > 1e-6
+
+
+def test_a_run_with_pairs_logs_them(config: FitClcaeConfig) -> None:
+    fit(dataclasses.replace(config, pair_weight=0.5))
+    assert {"mse_pair", "mse"} <= rows(config.out)[0].keys()
 
 
 def test_an_e4e_encoder_gives_its_heads(
