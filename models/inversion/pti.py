@@ -161,9 +161,7 @@ class Pti(Method):
         return config.mse_weight * mse + config.perceptual_weight * distance
 
     def _render(self, tuned: Parameters, pivot: Inversion) -> Float[Tensor, "1 3 H W"]:
-        noise = "const" if pivot.noise is None else list(pivot.noise)
-        doors: Any = (pivot.w_plus, noise, pivot.features, pivot.residual)
-        return torch.func.functional_call(self.generator, dict(tuned), doors)
+        return torch.func.functional_call(self.generator, dict(tuned), (), pivot.doors())
 
     def _compare(
         self, images: Float[Tensor, "S 3 H W"], wanted: Float[Tensor, "S 3 H W"], features: Any

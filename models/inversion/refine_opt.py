@@ -143,9 +143,8 @@ class _TokenSearch(RowSearch):
         first = min(self.layouts)
         if self.config.code_rate or not first:
             return None
-        noise = "const" if start.noise is None else list(start.noise)
         with torch.no_grad():
-            return self.generator.begin(start.w_plus, first, noise, start.features, start.residual)
+            return self.generator.begin(layer=first, **start.doors())
 
     def _codes(
         self, tensors: list[Tensor], start: Float[Tensor, "A L D"]
