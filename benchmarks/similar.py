@@ -409,7 +409,7 @@ def theirs(name: str, codes: Codes, folder: Path, rounds: int) -> dict[str, Any]
 
 def cold(folder: Path, codes: Codes) -> dict[str, float]:
     """A new process whose files are not in memory: from open to the first answer."""
-    for path in folder.glob("*.vectors"):
+    for path in (*folder.glob("*.vectors"), *folder.glob("*.exact")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.terminal import OK, UNCLEAN, Run, console
+from pipeline.commands.terminal import OK, UNCLEAN, Run, console, spare_pandas
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,6 +45,7 @@ def query(
         to_dataset: write it to a new folder that Hugging Face datasets opens.
         to_tensor: write its codes to a .npy or .safetensors file, the keys beside it.
     """
+    spare_pandas()
     from tasks.run import export
     from tasks.run.query import query as ask
 
@@ -77,6 +78,7 @@ def runs(root: Folder, /, *, out: str | None = None) -> int:
     Args:
         out: write all columns to a .csv, .json, .parquet or .arrow file.
     """
+    spare_pandas()
     from tasks.run.export import check_target, export
     from tasks.run.query import query as ask
 
@@ -106,6 +108,7 @@ def diff(
         out: write the rows that changed to a .csv, .json, .parquet or .arrow file.
         top: rows in the strip.
     """
+    spare_pandas()
     from pipeline.screen import show_diff
     from tasks.catalogue.diff import compare, write_strip
     from tasks.run.export import check_target, export

@@ -1,6 +1,5 @@
 """The command that shows runs in a web browser. Heavy imports wait inside."""
 
-import webbrowser
 from contextlib import suppress
 
 from pipeline.commands.terminal import OK, Run, console
@@ -15,6 +14,8 @@ def browse(place: Run, /, *, port: int = 8787, open_browser: bool = False) -> in
         port: to listen on, on loopback only; 0 for a free one.
         open_browser: show it in the default browser at once.
     """
+    import webbrowser
+
     from pipeline.browse import listen, serve
     from tasks.browse.library import Library
 

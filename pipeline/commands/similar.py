@@ -6,7 +6,7 @@ from cyclopts import Parameter
 
 from models.errors import ConfigError
 from pipeline.commands.jobs import run_job
-from pipeline.commands.terminal import DEFAULTS, OK, JobOptions, Run, console
+from pipeline.commands.terminal import DEFAULTS, OK, JobOptions, Run, console, spare_pandas
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,13 +119,15 @@ def duplicates(
         threshold: two samples are duplicates below this share of the median distance of two
             samples; 0.3, or 0.15 in the spaces clip and perceptual, without it.
     """
+    found = _open(run, index, space)
     from tasks.similar.duplicates import duplicates as find
 
-    return _show(find(_open(run, index, space), threshold), out)
+    return _show(find(found, threshold), out)
 
 
 def _open(run: str, index: str | None, space: str | None) -> "Index":
     """The index that is meant; RUN may be one itself."""
+    spare_pandas()
     from tasks.run.ledger import read_declared
     from tasks.run.vectors import default_index
     from tasks.similar import open_index

@@ -49,6 +49,18 @@ def used_columns(tree: Node, columns: Collection[str]) -> set[str] | None:
     return used | {name for alias, name in passed.items() if alias.lower() in names}
 
 
+def named_tables(tree: Node) -> set[str] | None:
+    """Tables and views that a statement names, in lower case; None where a function may name more.
+
+    Args:
+        tree: as of `used_columns`.
+    """
+    nodes = list(_nodes(tree))
+    if any(node.get("type") == "TABLE_FUNCTION" for node in nodes):
+        return None
+    return {node["table_name"].lower() for node in nodes if "table_name" in node}
+
+
 def _names(node: Mapping[str, Node]) -> Iterator[str]:
     """Names of columns that a node uses."""
     yield from node.get("column_names", ()) if node.get("type") == "COLUMN_REF" else ()

@@ -7,12 +7,12 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from tasks.input.face import Face
+if TYPE_CHECKING:
+    from tasks.input.face import Face
 
 SUFFIX = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 
@@ -47,7 +47,7 @@ class Row:
     pictures: dict[str, bytes] = field(default_factory=dict)
     doors: dict[str, np.ndarray] = field(default_factory=dict)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
-    face: Face | None = None
+    face: "Face | None" = None
     looks_aligned: bool | None = None
     texts: dict[str, str] = field(default_factory=dict)
 
@@ -66,6 +66,8 @@ class Row:
 
 def encode_picture(pixels: np.ndarray, picture_format: str) -> bytes:
     """Encode uint8 [H W 3]: png, webp without loss; jpeg at quality 95, chroma not subsampled."""
+    from PIL import Image
+
     buffer = io.BytesIO()
     options: Mapping[str, Any] = {
         "png": {"compress_level": 3},  # 3x faster than the default 6, 6-16 % larger

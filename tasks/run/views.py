@@ -26,7 +26,7 @@ import pyarrow as pa
 from models.errors import LedgerError
 from tasks.run.large import KINDS, LargeColumn, filled, find_large, holds_places, quoted
 from tasks.run.metadata import PLACES, Segment, Snapshot
-from tasks.run.passing import used_columns
+from tasks.run.passing import named_tables, used_columns
 from tasks.run.tables import runs_table, shards_table
 from tasks.storage.files import is_local, join, local_path
 from tasks.storage.part_files import Fetched, PartFiles
@@ -234,7 +234,11 @@ class Session:
         everything = {column.view for column in self._large}
         if tree["error"] or len(tree["statements"]) != 1:
             return everything
-        used = used_columns(tree["statements"][0], {column.name for column in self._large})
+        (statement,) = tree["statements"]
+        named = named_tables(statement)
+        if named is not None and not named & everything:
+            return set()
+        used = used_columns(statement, {column.name for column in self._large})
         return everything if used is None else {c.view for c in self._large if c.name in used}
 
     def _choose(self, from_parts: set[str]) -> None:

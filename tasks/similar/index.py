@@ -20,17 +20,19 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32
 
 from models.errors import ConfigError, LedgerError
 from tasks.run.ledger import read_markers, read_run
 from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_vectors
-from tasks.similar.scan import Stretch, scan
+from tasks.similar.scan import Stretch, scan, squared_distances
 from tasks.storage.files import exists, join
 
 RERANKED = 200
 """Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
 RERANKED_EACH = 10
+TOGETHER = 16
+"""Questions whose candidates are read at once."""
 READERS = 16
 """Parts that are fetched side by side."""
 
@@ -176,10 +178,13 @@ class Index:
         _, rows = scan(stretches, self.projection.project(vectors), keep)
         if kept is not None and len(kept):
             rows = np.where(rows < 0, -1, kept[rows.clip(0)])
-        return [
-            self._ranked(query, found[found >= 0], k, set(leave_out))
-            for query, found in zip(vectors, rows, strict=True)
-        ]
+        answers: list[pa.Table] = []
+        for at in range(0, len(vectors), TOGETHER):
+            some = [np.sort(found[found >= 0]) for found in rows[at : at + TOGETHER]]
+            exact = np.split(self._exact(np.concatenate(some)), np.cumsum([*map(len, some)])[:-1])
+            for query, *candidates in zip(vectors[at : at + TOGETHER], some, exact, strict=True):
+                answers.append(self._ranked(query, *candidates, k, set(leave_out)))
+        return answers
 
     def vectors(self, sample_keys: Sequence[str]) -> Float32[np.ndarray, "Q E"]:
         """The exact vectors of samples.
@@ -191,8 +196,7 @@ class Index:
 
     def take(self, rows: np.ndarray) -> Float32[np.ndarray, "M E"]:
         """The exact vectors of rows."""
-        parts = np.searchsorted(self._starts, rows, "right") - 1
-        return self.exact.take(parts, rows - self._starts[parts])
+        return self._exact(rows).astype(np.float32)
 
     def samples(self, rows: np.ndarray) -> pa.Table:
         """sample_key and scores of rows."""
@@ -210,6 +214,10 @@ class Index:
         return np.concatenate(parts)
 
     # ------------------------------------------------------------------ inside
+
+    def _exact(self, rows: np.ndarray) -> Float16[np.ndarray, "M E"]:
+        parts = np.searchsorted(self._starts, rows, "right") - 1
+        return self.exact.take(parts, rows - self._starts[parts])
 
     def _checked(self, vectors: np.ndarray, k: int) -> np.ndarray:
         vectors = np.asarray(vectors, np.float32)
@@ -264,13 +272,15 @@ class Index:
         labels = [] if self._labels is None else self._labels.column_names
         return list(dict.fromkeys([*self._rows[0].column_names, *labels]))
 
-    def _ranked(self, query: np.ndarray, rows: np.ndarray, k: int, leave_out: set[str]) -> pa.Table:
-        rows = np.sort(rows)
-        apart = self.take(rows) - query
-        distances = np.sqrt(np.einsum("re,re->r", apart, apart))
+    def _ranked(
+        self, query: np.ndarray, rows: np.ndarray, exact: np.ndarray, k: int, leave_out: set[str]
+    ) -> pa.Table:
+        distances = np.sqrt(squared_distances(exact, query))
         order = np.argsort(distances, kind="stable")[: k + len(leave_out)]
         found = self.samples(rows[order])
-        found = found.add_column(1, "distance", pa.array(distances[order], pa.float32()))
+        buffers = [None, pa.py_buffer(distances[order])]  # `pa.array` would load pandas
+        apart = pa.Array.from_buffers(pa.float32(), len(order), buffers)
+        found = found.add_column(1, "distance", apart)
         if leave_out:
             keys = found["sample_key"].to_pylist()
             found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))
