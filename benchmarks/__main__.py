@@ -94,10 +94,10 @@ def _peers_table(p: dict[str, Any]) -> str:
     commits = ", ".join(f"{name} {commit}" for name, commit in p["commits"].items())
     lines = [
         *_heading("Beside other programs", p["machine"]),
-        f"The same weights in both, CPU milliseconds in turn, {p['rounds']} rounds, one thread, "
-        "their CUDA extensions replaced by their own fallbacks. The difference is the largest of the "
-        "outputs (of the gradient of the codes for a W+ step) over the largest value; of PTI, what "
-        f"it is of the change by tuning. {commits}.",
+        f"The same weights in both, CPU milliseconds in turn, {p['rounds']} rounds, one thread; "
+        "their CUDA extensions give way to their own fallbacks. The difference is the largest of "
+        "the outputs (of the gradient of the codes for a W+ step) over the largest value; of PTI, "
+        f"what it is of the change by tuning. {commits}.",
         "",
         "| what | ours | theirs | ms | ms | theirs / ours | wanted | difference |",
         "|---|---|---|---:|---:|---:|---|---:|",
