@@ -1,6 +1,6 @@
 """Other people's programs beside ours: the same weights, equal outputs, then CPU time in turn.
 
-Run: python -m benchmarks.peers --peers FOLDER [--resolution 256] [--batches 1 2] [--rounds 3]
+Run: python -m benchmarks.peers --peers FOLDER [--resolution 256] [--batches 1] [--rounds 3]
 
 FOLDER holds checkouts by the names of their repositories, of which any may be missing:
 NVlabs/stylegan2-ada-pytorch, rosinality/stylegan2-pytorch, danielroich/PTI,
@@ -47,7 +47,7 @@ TUNED_TOLERANCE = 0.02
 """RMS difference of two tuned pictures over what tuning changed: Adam turns rounding of a gradient
 near zero into whole steps."""
 PTI_STEPS = 4
-BATCHES = (1, 2)
+BATCHES = (1,)
 Row = dict[str, Any]
 Task = Callable[[], Tensor]
 
