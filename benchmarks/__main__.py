@@ -1,7 +1,8 @@
 """`make bench`: every figure of the README, measured here and printed as one table.
 
-Writes benchmarks/results.json and benchmarks/results.md beside this file. `--only synthesis` or
-`--only pipeline` measures one part and keeps the other as it was last measured.
+Writes benchmarks/results.json and benchmarks/results.md beside this file. `--only PART` measures
+one part and keeps the others as they were last measured. `--peers FOLDER` adds other people's
+programs; `benchmarks.peers` says their names.
 """
 
 import argparse
@@ -10,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pipeline, synthesis
+from benchmarks import peers, pipeline, synthesis
 
 HERE = Path(__file__).parent
-PARTS = ("pipeline", "synthesis")
+PARTS = ("pipeline", "synthesis", "peers")
 WANTED_S = {"inline": 6, "ray": 10}
 """Wall time of a small run, on an idle machine."""
 
@@ -25,6 +26,8 @@ def table(found: dict[str, Any]) -> str:
         text += _pipeline_table(found["pipeline"])
     if found.get("synthesis"):
         text += _synthesis_table(found["synthesis"])
+    if found.get("peers"):
+        text += _peers_table(found["peers"])
     return text
 
 
@@ -87,8 +90,32 @@ def _synthesis_table(s: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(part: str, rounds: int, resolution: int) -> dict[str, Any] | None:
+def _peers_table(p: dict[str, Any]) -> str:
+    commits = ", ".join(f"{name} {commit}" for name, commit in p["commits"].items())
+    lines = [
+        *_heading("Beside other programs", p["machine"]),
+        f"The same weights in both, CPU milliseconds in turn, {p['rounds']} rounds, one thread; "
+        "their CUDA extensions give way to their own fallbacks. The difference is the largest of "
+        "the outputs (of the gradient of the codes for a W+ step) over the largest value; of PTI, "
+        f"what it is of the change by tuning. {commits}.",
+        "",
+        "| what | ours | theirs | ms | ms | theirs / ours | wanted | difference |",
+        "|---|---|---|---:|---:|---:|---|---:|",
+    ]
+    lines += [
+        f"| {row['what']} | {row['form']} | {row['peer']} | {row['ours_ms']:.0f} | "
+        f"{row['theirs_ms']:.0f} | {row['ratio']:.2f} | > 1 | {row['difference']:.0e} |"
+        for row in p["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measure(
+    part: str, rounds: int, resolution: int, checkouts: Path | None
+) -> dict[str, Any] | None:
     """One part's figures; None where its data is absent."""
+    if part == "peers":
+        return checkouts and peers.compare(checkouts, resolution, peers.BATCHES, rounds)
     if part == "synthesis":
         return synthesis.run(resolution, 8, 4, rounds)
     if not any(pipeline.default_data().glob("train64-*.parquet")):
@@ -106,11 +133,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--peers", type=Path, help="folder of checkouts (see benchmarks.peers)")
     args = parser.parse_args()
     path = HERE / "results.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part in [args.only] if args.only else PARTS:
-        found[part] = measure(part, args.rounds, args.resolution) or found.get(part)
+        found[part] = measure(part, args.rounds, args.resolution, args.peers) or found.get(part)
         path.write_text(json.dumps(found, indent=2) + "\n")
     text = table(found)
     (HERE / "results.md").write_text(text)

@@ -62,18 +62,6 @@ def check_fields(config: Any, where: str = "") -> None:
             rule.check(where + name, value)
 
 
-def check_loss_weights(config: Any) -> None:
-    """Refuse a loss that nothing can lower.
-
-    Raises:
-        ConfigError: neither the MSE nor a perceptual distance has a weight.
-    """
-    if not config.mse_weight and (not config.perceptual_weight or config.perceptual == "none"):
-        raise ConfigError(
-            "mse_weight and perceptual_weight must not both be 0: nothing to minimise"
-        )
-
-
 class _Rule(NamedTuple):
     check: Callable[[str, Any], None]
     is_optional: bool

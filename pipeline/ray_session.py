@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,40 @@ class RayLost(RefineryError):
 
 
 _stopped_since: dict[int, float] = {}
+_coming: list[Future[None]] = []
+"""A local Ray that starts in the background, for the next `ray_session`."""
+
+
+@contextmanager
+def ray_on_its_way(address: str = "") -> Iterator[None]:
+    """A local Ray starts while the block does something else, for the `ray_session` in it: Ray's
+    processes need seconds to come up. One that no session asks for is ended with the block. Does
+    nothing where a cluster is wanted or this process has a Ray."""
+    _quieten()
+    import ray
+
+    if address or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        yield
+        return
+    logging.getLogger("ray._private.worker").addFilter(_is_news)
+    with ThreadPoolExecutor(1, "ray") as thread:
+        _coming.append(thread.submit(_start, None))
+        try:
+            yield
+        finally:
+            while _coming:
+                _coming.pop().exception()
+                ray.shutdown()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a thread leaves this process's answer to SIGTERM alone."""
+    return "SIGTERM handler is not set" not in record.getMessage()
+
+
+def _quieten() -> None:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -59,17 +94,19 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
     Raises:
         ConfigError: the cluster does not answer, or a local Ray does not start.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    _quieten()
     import ray
 
     logging.getLogger("ray").setLevel(logging.WARNING)
-    if ray.is_initialized():
+    if _coming:
+        _coming.pop().result()
+    elif ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS", "")
-    with _own_sigterm():
-        _connect(address) if address else _start(num_cpus)
+    else:
+        address = address or os.environ.get("RAY_ADDRESS", "")
+        with _own_sigterm():
+            _connect(address) if address else _start(num_cpus)
     with _no_agent_left():
         try:
             yield

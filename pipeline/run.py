@@ -5,10 +5,13 @@ same ones; each stage starts from what the one before it left in storage, so eac
 """
 
 import gc
+import importlib
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, LedgerError
@@ -24,6 +27,7 @@ from tasks.run import ledger, manifest
 from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
 from tasks.run.update import check_settings, plan_update
+from tasks.storage.files import exists, join
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
@@ -237,6 +241,8 @@ def _work(
         logger.warning("%s is a local path: every node of the cluster must see it", handle.uri)
     from pipeline.pool import run_on_ray
 
+    # This process waits for its workers: it loads meanwhile what the report is made with.
+    Thread(target=importlib.import_module, args=("tasks.report",)).start()
     run_on_ray(order, engine, tally)
 
 
@@ -314,9 +320,18 @@ def carry_out(
     Raises:
         RefineryError: as the stages.
     """
-    with hold(run_uri, config.engine.if_busy):
+    with hold(run_uri, config.engine.if_busy), _engine_on_its_way(config.engine, run_uri):
         plan(source, run_uri, config, limit=limit, update=update)
         return finish(run_uri, config.engine, on_progress)
+
+
+def _engine_on_its_way(engine: EngineConfig, run_uri: str) -> AbstractContextManager[None]:
+    """Ray, where a new run will need it: it comes up while the run is planned."""
+    if engine.kind == "inline" or exists(join(run_uri, "run.json")):
+        return nullcontext()
+    from pipeline.ray_session import ray_on_its_way
+
+    return ray_on_its_way(engine.address)
 
 
 def finish(

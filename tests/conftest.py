@@ -65,8 +65,15 @@ def make_picture(seed: int, size: int = 48) -> Image.Image:
 
 def make_picture_bytes(seed: int) -> bytes:
     """The same, encoded as PNG."""
+    return as_png(make_picture(seed))
+
+
+def as_png(picture: Image.Image | np.ndarray) -> bytes:
+    """Pixels may be anything that is cut off to 0..255."""
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture.clip(0, 255).astype("uint8"))
     buffer = io.BytesIO()
-    make_picture(seed).save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

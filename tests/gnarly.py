@@ -256,6 +256,10 @@ TABLES: dict[str, tuple[Maker, dict[str, str] | str]] = {
         lambda: parquet_of(repeated(encoded(), 5)),
         dict.fromkeys("01234", GOOD),
     ),
+    "column-name.parquet": (
+        lambda: parquet_of(pa.array([encoded()])).replace(b"\x05image", b"\x05imag\x85"),
+        QUARANTINED,
+    ),
     "rows.parquet": (lambda: parquet_of(repeated(b"x", 3 * 10**6)), QUARANTINED),
     "large.parquet": (
         lambda: parquet_of(pa.array([bytes(2**20 + 1), encoded()])),

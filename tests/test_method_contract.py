@@ -6,6 +6,7 @@ that a law that cannot fail is itself a failure.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import sys
@@ -18,114 +19,47 @@ import pytest
 import tomlkit
 import torch
 
-from models.encoders.checkpoint import build_encoder, save_encoder
-from models.encoders.clcae import ClcaeArchitecture, ClcaeEncoder
-from models.encoders.psp import EncoderArchitecture
-from models.encoders.token_network import TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng
+from models.inversion.e4e import E4e
 from models.inversion.registry import METHODS, load_method, method_class
 from models.stylegan2.generator import Generator, weights_hash
-from models.stylegan2.tokens import kernel_channels
+from tests.models.tiny_networks import save_network
 
 SEEDS = [11, 12, 13]
 Make = Callable[[], Method]
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_generator: Generator) -> Callable[[type], dict[str, Any]]:
-    """Quick settings and tiny assets for any method's Config, by field name."""
+def settings(tmp_path: Path, tiny_generator: Generator) -> Callable[[type[Method]], dict[str, Any]]:
+    """Quick settings and tiny assets for any method, by field name of its Config."""
 
-    def fill(config: type) -> dict[str, Any]:
-        names = {f.name for f in dataclasses.fields(config)}
+    def fill(method: type[Method]) -> dict[str, Any]:
+        names = {f.name for f in dataclasses.fields(method.Config)}
         found: dict[str, Any] = {}
         if "steps" in names:
             found["steps"] = 4
         if "perceptual" in names:
             found["perceptual"] = "refinery"
-        if "checkpoint" in names:
-            make = TINY_NETWORKS.get(config.__name__, tiny_encoder)
-            found["checkpoint"] = str(make(tmp_path, tiny_generator))
-        if "first_stage" in names:
-            found["first_stage"] = str(tiny_encoder(tmp_path, tiny_generator))
+        for name, owner in (("checkpoint", method), ("first_stage", E4e)):
+            if name in names:
+                path = tmp_path / f"{name}.safetensors"
+                found[name] = str(save_tiny_network(path, owner, tiny_generator))
         return found
 
     return fill
 
 
-def tiny_encoder(folder: Path, generator: Generator, in_channels: int = 3) -> Path:
-    """A small random encoder that belongs to the generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        architecture = EncoderArchitecture(
-            num_ws=generator.num_ws,
-            w_dim=generator.w_dim,
-            input_size=generator.resolution,
-            width=4,
-            units=(1, 1, 1, 1),
-            head_width=8,
-            in_channels=in_channels,
-        )
-        card = {"generator_hash": weights_hash(generator)}
-        return save_encoder(build_encoder(architecture), folder / "encoder.safetensors", card)
-
-
-def tiny_clcae(folder: Path, generator: Generator) -> Path:
-    """A small random CLCAE encoder that belongs to the generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        architecture = ClcaeArchitecture(
-            num_ws=generator.num_ws,
-            w_dim=generator.w_dim,
-            input_size=generator.resolution,
-            width=4,
-            units=(1, 1, 1, 1),
-            head_width=8,
-            hidden=8,
-            feature_hidden=8,
-            feature_width=8,
-            feature_channels=generator.architecture.widths[16],
-            attention="all",
-            form="residual",
-        )
-        card = {"generator_hash": weights_hash(generator)}
-        return save_encoder(ClcaeEncoder(architecture), folder / "clcae.safetensors", card)
-
-
-def tiny_refine(folder: Path, generator: Generator, **sizes: Any) -> Path:
-    """A small random token network that belongs to the generator and changes pictures."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        architecture = TokenArchitecture(
-            num_ws=generator.num_ws,
-            w_dim=generator.w_dim,
-            channels=tuple(kernel_channels(generator)),
-            **{"rank": 2, "token_width": 16, "heads": 2, "feed_forward": 16, **sizes},
-            input_size=generator.resolution,
-            width=4,
-            units=(1, 1, 1, 1),
-            head_width=8,
-        )
-        network = TokenNetwork(architecture)
-        for head in network.heads_q:
-            torch.nn.init.normal_(head.weight, std=0.1)  # type: ignore[union-attr]
-        card = {"generator_hash": weights_hash(generator)}
-        return save_encoder(network, folder / "refine.safetensors", card)
-
-
-TINY_NETWORKS: dict[str, Callable[..., Path]] = {
-    "ClcaeConfig": tiny_clcae,
-    "RefineConfig": tiny_refine,
-    "RestyleConfig": lambda folder, generator: tiny_encoder(folder, generator, in_channels=6),
-}
-"""What makes the file of `checkpoint`, by name of the Config; else `tiny_encoder`."""
+def save_tiny_network(path: Path, method: type[Method], generator: Generator) -> Path:
+    """A file for `checkpoint`."""
+    return save_network(path, generator, lambda: method.tiny_network(generator), seed=3)
 
 
 @pytest.fixture(params=sorted(METHODS))
 def make(request: pytest.FixtureRequest, settings: Any, tiny_generator: Generator) -> Make:
     """Builds a registered method on the tiny generator."""
     name = request.param
-    return lambda: load_method(name, tiny_generator, **settings(method_class(name).Config))
+    return lambda: load_method(name, tiny_generator, **settings(method_class(name)))
 
 
 def pictures() -> torch.Tensor:
@@ -308,7 +242,7 @@ def test_law(law: Callable[[Make], None], make: Make) -> None:
 def test_config_round_trip(name: str, settings: Any) -> None:
     """Defaults and settings survive TOML; a Config is frozen, keyword-only and documented."""
     cls = method_class(name)
-    for config in (cls.Config(), cls.Config(**settings(cls.Config))):
+    for config in (cls.Config(), cls.Config(**settings(cls))):
         values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
         text = tomlkit.dumps(values)
         assert cls.Config(**tomllib.loads(text)) == config
@@ -404,6 +338,82 @@ def test_a_new_method_is_one_file_and_one_line(
     torch.testing.assert_close(found.w_plus[1, 0], want)
     for law in LAWS:
         law(lambda: load_method("mean", tiny_generator, strength=2.0))
+
+
+NEW_NETWORK = """
+from dataclasses import dataclass
+from typing import ClassVar
+from torch import nn
+from models.encoders.checkpoint import load_network
+from models.encoders.psp import TrunkSizes
+from models.inversion.base import Inversion, Method
+from models.inversion.weights import weights_file
+
+@dataclass(frozen=True, kw_only=True)
+class TintArchitecture(TrunkSizes):
+    kind: str = "tint"
+    w_dim: int
+
+    @classmethod
+    def tiny(cls, generator):
+        return cls(w_dim=generator.w_dim)
+
+class Tint(nn.Module):
+    def __init__(self, architecture):
+        super().__init__()
+        self.architecture = architecture
+        self.linear = nn.Linear(3, architecture.w_dim)
+
+    def forward(self, images):
+        return self.linear(images.nan_to_num().mean((2, 3)))
+
+@dataclass(frozen=True, kw_only=True)
+class ColourConfig:
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    checkpoint: str | None = None
+
+class Colour(Method):
+    Config = ColourConfig
+    summary = "a code for the mean colour"
+
+    @classmethod
+    def tiny_network(cls, generator):
+        return Tint(TintArchitecture.tiny(generator))
+
+    def __init__(self, generator, config):
+        super().__init__(generator, config)
+        path = weights_file("colour", generator, config.checkpoint)
+        self.network, self.sha256, _ = load_network(path, {"tint": (TintArchitecture, Tint)})
+
+    def hashes(self):
+        return {"colour": self.sha256}
+
+    def invert(self, images, init, rng):
+        self.check_inputs(images, init, rng)
+        codes = self.generator.latent_avg.expand(len(images), self.generator.num_ws, -1)
+        return Inversion(w_plus=codes + self.network(images).detach()[:, None])
+"""
+
+
+def test_a_new_method_with_a_network_is_one_file_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_generator: Generator, settings: Any
+) -> None:
+    """Its tiny example and its file are found by the same fixture as those of all others."""
+    (tmp_path / "brand_new_tint.py").write_text(NEW_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "colour", "brand_new_tint:Colour")
+    with pytest.raises(AssetError, match="checkpoint"):
+        load_method("colour", tiny_generator)
+    filled = settings(method_class("colour"))
+    method = load_method("colour", tiny_generator, **filled)
+    with torch.no_grad():
+        tint = method.network(pictures())  # type: ignore[attr-defined]
+    want = tiny_generator.latent_avg + tint[1]
+    torch.testing.assert_close(invert(method).w_plus[1, 0], want)
+    digest = hashlib.sha256(Path(filled["checkpoint"]).read_bytes()).hexdigest()
+    assert method.hashes() == {"colour": digest}
+    for law in LAWS:
+        law(lambda: load_method("colour", tiny_generator, **filled))
 
 
 # ---------------------------------------------------------------------- the laws can fail

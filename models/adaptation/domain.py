@@ -17,9 +17,11 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -32,7 +34,7 @@ from models.encoders.checkpoint import file_sha256
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, check_made_for, weights_hash
-from models.stylegan2.residual import Residual
+from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.tokens import FACTORIZATIONS
 from models.stylegan2.weight_delta import TunedWeights, WeightDelta
 
@@ -247,9 +249,14 @@ def add_domains(inversion: Inversion, mixes: Sequence[Mix]) -> Inversion:
     if len(active) > 1 and all(mix == active[0] for mix in active):
         active = active[:1]
     changed = inversion
-    residuals = [[(d.residual, g) for d, g in mix if d.residual is not None] for mix in active]
-    if any(residuals):
-        added = mixed_residual(residuals, n, inversion.w_plus)
+    tokens = [tuple((d, g) for d, g in mix if d.residual is not None) for mix in active]
+    if any(tokens):
+        w_plus = inversion.w_plus
+        if len(tokens) == 1:
+            joined = _joined(tokens[0], w_plus.device, w_plus.dtype)
+            added = {layer: part.expand(n) for layer, part in joined.items()}
+        else:
+            added = mixed_residual([_residuals(mix) for mix in tokens], n, w_plus)
         changed = replace(changed, residual=summed(inversion.residual or {}, added))
     weights = [[(d.weights, g) for d, g in mix if d.weights is not None] for mix in active]
     if any(weights):
@@ -261,6 +268,20 @@ def add_domains(inversion: Inversion, mixes: Sequence[Mix]) -> Inversion:
             )
         changed = replace(changed, weights=mixed_weights(weights, n, device))
     return changed
+
+
+@lru_cache(maxsize=16)
+def _joined(
+    mix: tuple[tuple[Domain, float], ...], device: torch.device, dtype: torch.dtype
+) -> dict[int, LowRank]:
+    """One mix for all pictures, the same tensors each time: the layers keep what they compute of
+    them (`KernelNorms`)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return mixed_residual([_residuals(mix)], 1, torch.empty(0, device=device, dtype=dtype))
+
+
+def _residuals(mix: Sequence[tuple[Domain, float]]) -> list[tuple[Residual, float]]:
+    return [(domain.residual or {}, strength) for domain, strength in mix]
 
 
 def without_noise(w_plus: Float[Tensor, "N L D"], generator: Generator) -> Inversion:

@@ -13,7 +13,7 @@ Legend: N batch, L num_ws, D w_dim, T query tokens, K key tokens, E embedding, C
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,7 @@ from models.encoders.checkpoint import (
     read_official,
 )
 from models.encoders.contrastive import centred
-from models.encoders.irse import IR_SE_50
-from models.encoders.psp import PyramidEncoder
+from models.encoders.psp import PyramidEncoder, TrunkSizes
 from models.errors import AssetError
 from models.stylegan2.generator import Generator
 
@@ -42,13 +41,13 @@ FEATURE_SIZE = Generator.conv_resolution(FEATURE_LAYER - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClcaeArchitecture:
+class ClcaeArchitecture(TrunkSizes):
     """Sizes of the network. The defaults are the official ones but for `num_ws`.
 
     Attributes:
         num_ws: rows of w+, L.
         w_dim: dimension of w, D.
-        input_size, width, units, head_width, stem_stride: see `EncoderArchitecture`.
+        input_size, width, units, head_width, stem_stride: see `TrunkSizes`.
         hidden: width inside the feed-forward part of a row's block.
         feature_hidden: the same of the block of the map.
         feature_width: channels between the two convolutions that make f.
@@ -68,11 +67,6 @@ class ClcaeArchitecture:
     num_ws: int
     w_dim: int = 512
     kind: Literal["clcae"] = "clcae"
-    input_size: int = 256
-    width: int = 64
-    units: tuple[int, ...] = IR_SE_50
-    head_width: int = 512
-    stem_stride: int = 1
     hidden: int = 1024
     feature_hidden: int = 1024
     feature_width: int = 512
@@ -84,7 +78,7 @@ class ClcaeArchitecture:
     is_centred: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "units", tuple(int(count) for count in self.units))
+        super().__post_init__()
         if self.attention not in ("one", "folded", "all"):
             raise ValueError(
                 f'clcae attention: expected "one", "folded" or "all", found {self.attention!r}'
@@ -115,9 +109,19 @@ class ClcaeArchitecture:
         """Of the trunk's last stage and of the pyramid."""
         return 8 * self.width
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, for a card."""
-        return {**asdict(self), "units": list(self.units)}
+    @classmethod
+    def tiny(cls, generator: Generator, **changes: Any) -> "ClcaeArchitecture":
+        """The smallest example for a generator."""
+        sizes = {
+            **cls.tiny_sizes(generator),
+            "hidden": 8,
+            "feature_hidden": 8,
+            "feature_width": 8,
+            "feature_channels": generator.architecture.widths[FEATURE_SIZE],
+            "attention": "all",
+            "form": "residual",
+        }
+        return cls(**{**sizes, **changes})
 
 
 class OneKeyAttention(nn.Module):

@@ -12,7 +12,7 @@ Legend: N batch, D w_dim, M more negatives, C H W image.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,44 +21,34 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.checkpoint import Kinds
-from models.encoders.irse import IR_SE_50
-from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder
+from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, TrunkSizes
 
 TEMPERATURE = 0.07
 """At the start of training; it is learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveArchitecture:
+class ContrastiveArchitecture(TrunkSizes):
     """Sizes of both towers. The defaults are the published ones.
 
     Attributes:
         w_dim: dimension of w, D; of the embedding too.
         input_size, width, units, head_width, stem_stride: of the image tower's trunk and its one
-            style head, see `EncoderArchitecture`.
+            style head, see `TrunkSizes`.
         layers: transformer layers of the latent tower.
         hidden: width inside their feed-forward parts.
     """
 
     w_dim: int = 512
     kind: Literal["clcae_align"] = "clcae_align"
-    input_size: int = 256
-    width: int = 64
-    units: tuple[int, ...] = IR_SE_50
-    head_width: int = 512
-    stem_stride: int = 1
     layers: int = 3
     hidden: int = 1024
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "units", tuple(int(count) for count in self.units))
+        super().__post_init__()
         for name in ("layers", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"contrastive {name}: expected >= 1, found {getattr(self, name)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, for a card."""
-        return {**asdict(self), "units": list(self.units)}
 
     def trunk(self) -> EncoderArchitecture:
         """Of the image tower: an encoder with one row."""
@@ -66,11 +56,7 @@ class ContrastiveArchitecture:
             num_ws=1,
             w_dim=self.w_dim,
             kind="psp",
-            input_size=self.input_size,
-            width=self.width,
-            units=self.units,
-            head_width=self.head_width,
-            stem_stride=self.stem_stride,
+            **self.trunk_sizes(),
         )
 
 

@@ -6,8 +6,9 @@ head width and input size are settings, so that a small generator gets a small e
 Legend: N batch, L num_ws, D w_dim, C H W image or feature map.
 """
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.irse import IR_SE_50, IrSe
+from models.stylegan2.generator import Generator
 from models.stylegan2.layers import EqualLinear
 
 COARSE_ROWS, MIDDLE_ROWS = 3, 7
@@ -30,7 +32,49 @@ KINDS = ("e4e", "psp", "restyle-e4e", "restyle-psp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderArchitecture:
+class TrunkSizes:
+    """Sizes of an IR-SE trunk and the style heads on it. The defaults are the official ones.
+
+    Attributes:
+        input_size: height and width the network sees, px (a power of two, at least 32).
+        width: channels of the first stage; the last has 8 times as many, and so has the pyramid.
+        units: residual units of the four stages.
+        head_width: channels inside the style heads (they hold most of the official parameters).
+        stem_stride: 1 as published; 2 halves the size in the stem already (see `IrSe`).
+    """
+
+    input_size: int = 256
+    width: int = 64
+    units: tuple[int, ...] = IR_SE_50
+    head_width: int = 512
+    stem_stride: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "units", tuple(int(count) for count in self.units))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, for a card."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def trunk_sizes(self) -> dict[str, Any]:
+        """These sizes alone, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(TrunkSizes)}
+
+    @staticmethod
+    def tiny_sizes(generator: Generator) -> dict[str, Any]:
+        """Those of a network that costs milliseconds: what every `tiny` architecture is made of."""
+        return {
+            "num_ws": generator.num_ws,
+            "w_dim": generator.w_dim,
+            "input_size": generator.resolution,
+            "width": 4,
+            "units": (1, 1, 1, 1),
+            "head_width": 8,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderArchitecture(TrunkSizes):
     """Sizes of a pyramid encoder. The defaults are the official e4e and pSp ones but for `num_ws`.
 
     Attributes:
@@ -38,26 +82,16 @@ class EncoderArchitecture:
         w_dim: dimension of w, D.
         kind: "e4e" (a w and offsets to it) or "psp" (every row on its own); with "restyle-" before
             it, every head reads the trunk's last map, and there is no pyramid.
-        input_size: height and width the network sees, px (a power of two, at least 32).
-        width: channels of the first stage; the last has 8 times as many, and so has the pyramid.
-        units: residual units of the four stages.
-        head_width: channels inside the style heads (they hold most of the official parameters).
-        stem_stride: 1 as published; 2 halves the size in the stem already (see `IrSe`).
         in_channels: channels of the input; 6 for encoders that see a picture and a reconstruction.
     """
 
     num_ws: int
     w_dim: int = 512
     kind: Literal["e4e", "psp", "restyle-e4e", "restyle-psp"] = "e4e"
-    input_size: int = 256
-    width: int = 64
-    units: tuple[int, ...] = IR_SE_50
-    head_width: int = 512
     in_channels: int = 3
-    stem_stride: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "units", tuple(int(count) for count in self.units))
+        super().__post_init__()
         if self.kind not in KINDS:
             raise ValueError(
                 f"encoder kind: expected one of {', '.join(KINDS)}, found {self.kind!r}"
@@ -74,9 +108,10 @@ class EncoderArchitecture:
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder {name}: expected >= 1, found {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, for a card."""
-        return {**asdict(self), "units": list(self.units)}
+    @classmethod
+    def tiny(cls, generator: Generator, **changes: Any) -> "EncoderArchitecture":
+        """The smallest example for a generator."""
+        return cls(**{**cls.tiny_sizes(generator), **changes})
 
 
 class GradualStyleBlock(nn.Module):

@@ -11,7 +11,7 @@ Legend: N batch, L num_ws, D w_dim, T tokens of a set, G token sets of a group, 
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.e4e import Encoder4Editing
-from models.encoders.irse import IR_SE_50
-from models.encoders.psp import COARSE_ROWS, MIDDLE_ROWS, EncoderArchitecture
+from models.encoders.psp import COARSE_ROWS, MIDDLE_ROWS, EncoderArchitecture, TrunkSizes
 from models.errors import ConfigError
+from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank
-from models.stylegan2.tokens import Factorization, token_layouts
+from models.stylegan2.tokens import Factorization, kernel_channels, token_layouts
 
 Stages = Literal["two", "one"]
 Grouping = Literal["resolution", "layer", "pq"]
@@ -37,7 +37,7 @@ GLANCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenArchitecture:
+class TokenArchitecture(TrunkSizes):
     """Sizes of a token network.
 
     Attributes:
@@ -51,7 +51,7 @@ class TokenArchitecture:
             one map), "layer" (P and Q of one layer), "pq" (as resolution, P and Q apart).
         token_width: d. A multiple of 4 and of `heads`.
         heads, feed_forward, depth: of the transformer blocks.
-        input_size, width, units, stem_stride: of the trunk, see `EncoderArchitecture`.
+        input_size, width, units, stem_stride: of the trunk, see `TrunkSizes`.
         head_width: channels inside the style heads of the one-stage form.
     """
 
@@ -68,17 +68,12 @@ class TokenArchitecture:
     heads: int = 4
     feed_forward: int = 1024
     depth: int = 1
-    input_size: int = 256
-    width: int = 64
-    units: tuple[int, ...] = IR_SE_50
-    stem_stride: int = 1
-    head_width: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         channels = tuple((int(o), int(i)) for o, i in self.channels)
         object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
-        object.__setattr__(self, "units", tuple(int(count) for count in self.units))
         for name, known in (
             ("kind", ("refine",)),
             ("stages", ("two", "one")),
@@ -109,22 +104,16 @@ class TokenArchitecture:
         return EncoderArchitecture(
             num_ws=self.num_ws,
             w_dim=self.w_dim,
-            input_size=self.input_size,
-            width=self.width,
-            units=self.units,
-            head_width=self.head_width,
             in_channels=6 if self.stages == "two" else 3,
-            stem_stride=self.stem_stride,
+            **self.trunk_sizes(),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, for a card."""
-        return {
-            **asdict(self),
-            "channels": [list(pair) for pair in self.channels],
-            "layers": list(self.layers),
-            "units": list(self.units),
-        }
+    @classmethod
+    def tiny(cls, generator: Generator, **changes: Any) -> "TokenArchitecture":
+        """The smallest example for a generator."""
+        sizes = {**cls.tiny_sizes(generator), "channels": tuple(kernel_channels(generator))}
+        sizes |= {"rank": 2, "token_width": 16, "heads": 2, "feed_forward": 16}
+        return cls(**{**sizes, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ class Inversion:
         residual: low-rank kernel additions by layer.
         weights: changes of the generator's parameters by name, where it was tuned to each picture.
             Such rows render one at a time.
+        style_shift: an edit in style space by layer, [N I]: `edited` gives it, no method does.
         failures: reason by row for pictures that could not be inverted (a diverged optimisation);
             their other fields hold finite placeholders and must not be used.
     """
@@ -42,6 +43,7 @@ class Inversion:
     features: Mapping[int, Float[Tensor, "N C H W"]] | None = None
     residual: Residual | None = None
     weights: TunedWeights | None = None
+    style_shift: StyleShift | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class Inversion:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, as a stored run names them: `w_plus`, `noise_<layer>`,
         `features_<layer>`, `residual_<layer>_u` and `_v`, `weights_<parameter>_codes` and `_step`,
-        layers numbered as `Generator.synthesis` does."""
+        layers numbered as `Generator.synthesis` does; of an edit `style_<layer>`."""
         found = {"w_plus": self.w_plus}
         found |= {f"noise_{i}": m for i, m in enumerate(self.noise or ())}
         found |= {f"features_{k}": f for k, f in sorted((self.features or {}).items())}
@@ -68,6 +70,7 @@ class Inversion:
             found[f"residual_{layer}_u"], found[f"residual_{layer}_v"] = low_rank.u, low_rank.v
         for name, delta in sorted((self.weights or {}).items()):
             found[f"weights_{name}_codes"], found[f"weights_{name}_step"] = delta.codes, delta.step
+        found |= {f"style_{k}": shift for k, shift in sorted((self.style_shift or {}).items())}
         return found
 
     @staticmethod
@@ -81,6 +84,7 @@ class Inversion:
         features: dict[int, Tensor] = {}
         residual: dict[int, dict[str, Tensor]] = {}
         weights: dict[str, dict[str, Tensor]] = {}
+        shifts: dict[int, Tensor] = {}
         for name, value in tensors.items():
             kind, _, rest = name.partition("_")
             if name == "w_plus":
@@ -95,6 +99,8 @@ class Inversion:
             elif kind == "weights":
                 parameter, _, what = rest.rpartition("_")
                 weights.setdefault(parameter, {})[what] = value
+            elif kind == "style":
+                shifts[int(rest)] = value
             else:
                 raise ValueError(f"an inversion has no tensor {name!r}")
         return Inversion(
@@ -103,6 +109,7 @@ class Inversion:
             features=features or None,
             residual={k: LowRank(**parts) for k, parts in residual.items()} or None,
             weights={k: WeightDelta(**parts) for k, parts in weights.items()} or None,
+            style_shift=shifts or None,
         )
 
     def stored(self) -> "Inversion":
@@ -121,23 +128,27 @@ class Inversion:
             residual=residual,
         )
 
-    def render(
-        self, generator: Generator, style_shift: StyleShift | None = None
-    ) -> Float[Tensor, "N 3 H W"]:
-        """The reconstruction: every door as it was found, the stored noise where none was.
+    def doors(self) -> dict[str, Any]:
+        """What `Generator.synthesis` takes, by its names: the stored noise where none was found."""
+        return {
+            "w_plus": self.w_plus,
+            "noise": "const" if self.noise is None else list(self.noise),
+            "features": self.features,
+            "residual": self.residual,
+            "style_shift": self.style_shift,
+        }
 
-        Args:
-            style_shift: an edit in style space (`Generator.synthesis`), [N I] or [1 I] by layer.
-                Where there are features, pass it to `edited` before.
-        """
-        if self.weights is not None:
-            images = []
-            for row in range(len(self)):
-                one = slice(row, row + 1)
-                shift = {k: s if len(s) == 1 else s[one] for k, s in (style_shift or {}).items()}
-                images.append(self[one]._render_tuned(generator, shift))
-            return torch.cat(images)
-        return generator.synthesis(*self._doors(), style_shift=style_shift)
+    def render(self, generator: Generator) -> Float[Tensor, "N 3 H W"]:
+        """The reconstruction: every door as it was found, row by row where weights were tuned."""
+        if self.weights is None:
+            return generator.synthesis(**self.doors())
+        own = dict(generator.named_parameters())
+        images = []
+        for row in range(len(self)):
+            one = self[row : row + 1]
+            tuned = {k: own[k] + d.value()[0].to(own[k]) for k, d in (one.weights or {}).items()}
+            images.append(torch.func.functional_call(generator, tuned, (), one.doors()))
+        return torch.cat(images)
 
     def edited(
         self,
@@ -154,19 +165,20 @@ class Inversion:
         Args:
             w_plus: the edited codes.
             strength: factor of the kernel residual; below 1 it lets go of the picture's details.
-            style_shift: what `render` will be given too; only the features depend on it.
+            style_shift: an edit in style space (`Generator.synthesis`), [N I] or [1 I] by layer.
         """
         features, residual = self.features, self.residual
         if features is not None:
             features = {
                 layer: f
                 + generator.activations(w_plus, layer, self.noise or "const", style_shift)
-                - generator.activations(self.w_plus, layer, self.noise or "const")
+                - generator.activations(self.w_plus, layer, self.noise or "const", self.style_shift)
                 for layer, f in features.items()
             }
         if residual is not None and strength != 1.0:
             residual = {k: LowRank(u=strength * r.u, v=r.v) for k, r in residual.items()}
-        return replace(self, w_plus=w_plus, features=features, residual=residual)
+        shift = style_shift and {k: s.expand(len(self), -1) for k, s in style_shift.items()}
+        return replace(self, w_plus=w_plus, features=features, residual=residual, style_shift=shift)
 
     @staticmethod
     def cat(parts: Sequence["Inversion"]) -> "Inversion":
@@ -193,20 +205,8 @@ class Inversion:
             features=self.features and {k: change(f) for k, f in self.features.items()},
             residual=self.residual and {k: change(r) for k, r in self.residual.items()},
             weights=self.weights and {k: change(d) for k, d in self.weights.items()},
+            style_shift=self.style_shift and {k: change(s) for k, s in self.style_shift.items()},
             failures=dict(self.failures),
-        )
-
-    def _doors(self) -> tuple[Any, ...]:
-        noise = "const" if self.noise is None else list(self.noise)
-        return self.w_plus, noise, self.features, self.residual
-
-    def _render_tuned(
-        self, generator: Generator, style_shift: StyleShift
-    ) -> Float[Tensor, "1 3 H W"]:
-        own = dict(generator.named_parameters())
-        tuned = {k: own[k] + d.value()[0].to(own[k]) for k, d in (self.weights or {}).items()}
-        return torch.func.functional_call(
-            generator, tuned, self._doors(), {"style_shift": style_shift}
         )
 
 
@@ -307,6 +307,12 @@ class Method(ABC):
         counts = {"images": len(images), "rng": len(rng), "init": len(init or images)}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{type(self).__name__}.invert: row counts differ: {counts}")
+
+    @classmethod
+    def tiny_network(cls, generator: Generator) -> Any:
+        """A small random network of the kind that the setting `checkpoint` names (`tiny` of its
+        architecture), for the contract test; None where a method has none of its own."""
+        return None
 
     def hashes(self) -> dict[str, str]:
         """sha256 by name of every weight file this method computes with; part of the run's id."""

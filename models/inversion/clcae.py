@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.encoders.clcae import FEATURE_LAYER, load_clcae
+from models.encoders.clcae import FEATURE_LAYER, ClcaeArchitecture, ClcaeEncoder, load_clcae
 from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.weights import check_generator, weights_file
@@ -57,6 +57,10 @@ class Clcae(Method):
         self.encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         statistics = statistics_for(generator)
         self.latent_avg, self.average = statistics.latent_avg, statistics.average_image
+
+    @classmethod
+    def tiny_network(cls, generator: Generator) -> ClcaeEncoder:
+        return ClcaeEncoder(ClcaeArchitecture.tiny(generator))
 
     def hashes(self) -> dict[str, str]:
         return {"clcae": self._sha256}

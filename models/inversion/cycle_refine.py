@@ -17,15 +17,16 @@ from torch import Tensor
 from models.errors import ConfigError
 from models.inversion.base import Inversion, SampleRng, frozen
 from models.inversion.cycle import Cycle, CycleConfig
+from models.inversion.picture_loss import LossSettings
 from models.losses.identity import load_identity
 from models.losses.perceptual import load_perceptual
 from models.optim import Ranger
-from models.settings import CountOrNone, NotNegative, Positive, check_fields, check_loss_weights
+from models.settings import CountOrNone, NotNegative, Positive
 from models.stylegan2.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class CycleRefineConfig(CycleConfig):
+class CycleRefineConfig(CycleConfig, LossSettings):
     """Settings of the method `cycle_refine`; the file is that of `cycle`."""
 
     steps: CountOrNone = 6
@@ -39,21 +40,11 @@ class CycleRefineConfig(CycleConfig):
     regularisation: NotNegative = 7.0
     """Weight of the companions' mean loss against the target's (lambda_reg). With 7 companions
     every picture of an update weighs the same: the released program's plain mean."""
-    mse_weight: NotNegative = 1.0
-    """Weight of the mean squared error on [-1, 1]."""
     perceptual_weight: NotNegative = 0.8
-    """Weight of the perceptual distance."""
-    perceptual: str = "auto"
-    """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
-    "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     identity: str | None = None
     """File of ArcFace's IR-SE50 weights, for faces; without it there is no identity loss."""
     identity_weight: NotNegative = 0.1
     """Weight of 1 - cosine of the identity embeddings."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_loss_weights(self)
 
 
 class CycleRefine(Cycle):
@@ -75,7 +66,7 @@ class CycleRefine(Cycle):
                 "conditional; set companions = 0"
             )
         self.perceptual = self.identity = None
-        if config.perceptual_weight and config.perceptual != "none":
+        if config.has_perceptual:
             self.perceptual = load_perceptual(config.perceptual)
         if config.identity is not None and config.identity_weight:
             self.identity = load_identity(config.identity)

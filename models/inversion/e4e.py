@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.encoders.checkpoint import LoadedEncoder, load_encoder
+from models.encoders.checkpoint import LoadedEncoder, build_encoder, load_encoder
+from models.encoders.psp import EncoderArchitecture, PyramidEncoder
 from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.weights import check_generator, weights_file
@@ -53,6 +54,10 @@ class E4e(Method):
         self.latent_avg = average.float().expand(generator.num_ws, -1)
         self.encoder = loaded.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._sha256 = loaded.sha256
+
+    @classmethod
+    def tiny_network(cls, generator: Generator) -> PyramidEncoder:
+        return build_encoder(EncoderArchitecture.tiny(generator, in_channels=cls.in_channels))
 
     def hashes(self) -> dict[str, str]:
         return {self.name: self._sha256}

@@ -11,7 +11,7 @@ Legend: N batch, S samples of the locality term, L num_ws, D w_dim, H W image.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,16 +19,8 @@ from torch import Tensor
 
 from models.errors import ConfigError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
-from models.losses.perceptual import load_perceptual
-from models.settings import (
-    Count,
-    CountOrNone,
-    NotNegative,
-    Positive,
-    Share,
-    check_fields,
-    check_loss_weights,
-)
+from models.inversion.picture_loss import LossSettings, PictureLoss
+from models.settings import Count, CountOrNone, NotNegative, Positive, Share
 from models.stylegan2.generator import Generator
 from models.stylegan2.weight_delta import WeightDelta
 
@@ -39,10 +31,8 @@ Parameters = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PtiConfig:
+class PtiConfig(LossSettings):
     """Settings of the method `pti`. None means the preset's number."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     preset: Literal["pti", "cycle"] = "pti"
     """"pti": stop at 0.06, no locality term. "cycle": stop at 0.07, locality term on."""
@@ -50,13 +40,6 @@ class PtiConfig:
     """Updates for each picture at most; 0 keeps the generator."""
     learning_rate: Positive = 3e-4
     """Adam's rate, constant."""
-    mse_weight: NotNegative = 1.0
-    """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: NotNegative = 1.0
-    """Weight of the perceptual distance."""
-    perceptual: str = "auto"
-    """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
-    "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     stop_perceptual: NotNegative | None = None
     """A picture is done when its perceptual distance is at most this; 0 never stops it. The
     presets' numbers were chosen for LPIPS (alex); other distances have other scales."""
@@ -69,10 +52,6 @@ class PtiConfig:
     """Truncation of the samples towards which those codes lie."""
     locality_samples: Count = 1
     """Such codes in each update, fresh ones each time."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_loss_weights(self)
 
     def or_preset(self, name: Literal["stop_perceptual", "locality_weight"]) -> float:
         """The setting, or the preset's number where it is None."""
@@ -97,9 +76,7 @@ class Pti(Method):
 
     def __init__(self, generator: Generator, config: PtiConfig) -> None:
         super().__init__(generator, config)
-        self.perceptual = None
-        if config.perceptual != "none" and config.perceptual_weight:
-            self.perceptual = load_perceptual(config.perceptual)
+        self.picture_loss = PictureLoss(config)
         self.stop = config.or_preset("stop_perceptual")
         self.locality_weight = config.or_preset("locality_weight")
         if generator.c_dim and self.locality_weight:
@@ -109,7 +86,7 @@ class Pti(Method):
             )
 
     def hashes(self) -> dict[str, str]:
-        return {} if self.perceptual is None else {self.perceptual.name: self.perceptual.hash}
+        return self.picture_loss.hashes()
 
     def invert(
         self, images: Float[Tensor, "N 3 H W"], init: Inversion | None, rng: SampleRng
@@ -123,8 +100,7 @@ class Pti(Method):
         changes: list[dict[str, WeightDelta]] = []
         # The caller may run in inference mode, whose tensors autograd refuses: work on copies.
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.generator):
-            if self.perceptual is not None:
-                self.perceptual.to(images.device)
+            self.picture_loss.to(images.device)
             targets, pivots = images.detach().float().clone(), init.detached()
             failures = dict(pivots.failures)
             own = synthesis_parameters(self.generator)
@@ -148,13 +124,13 @@ class Pti(Method):
         """The parameters after tuning to one picture, by name."""
         tuned = {name: p.clone().requires_grad_() for name, p in own.items()}
         adam = torch.optim.Adam(tuned.values(), lr=self.config.learning_rate, fused=True)
-        target_features = self._features(target)
+        target_features = self.picture_loss.features(target)
         for step in range(self.config.steps):
             image = self._render(tuned, pivot)
             mse, distance = self._compare(image, target, target_features)
             loss = self.config.mse_weight * mse + self.config.perceptual_weight * distance
             reached, value = torch.stack([distance, loss]).tolist()  # one answer of the device
-            if self.perceptual is not None and reached <= self.stop:
+            if self.config.has_perceptual and reached <= self.stop:
                 break
             if self.locality_weight:
                 loss = loss + self.locality_weight * self._locality(tuned, pivot.w_plus, rng)
@@ -179,30 +155,23 @@ class Pti(Method):
             samples = generator.mapping(z, truncation_psi=config.locality_psi)
             codes = interpolated(pivot, samples, config.locality_distance)
             before = generator.synthesis(codes, "none")
-            before_features = self._features(before)
+            before_features = self.picture_loss.features(before)
         after = torch.func.functional_call(generator, dict(tuned), (codes, "none"))
         mse, distance = self._compare(after, before, before_features)
         return config.mse_weight * mse + config.perceptual_weight * distance
 
     def _render(self, tuned: Parameters, pivot: Inversion) -> Float[Tensor, "1 3 H W"]:
-        noise = "const" if pivot.noise is None else list(pivot.noise)
-        doors: Any = (pivot.w_plus, noise, pivot.features, pivot.residual)
-        return torch.func.functional_call(self.generator, dict(tuned), doors)
-
-    def _features(self, images: Float[Tensor, "S 3 H W"]) -> list[Tensor]:
-        if self.perceptual is None:
-            return []
-        with torch.no_grad():
-            return self.perceptual.features(images)
+        return torch.func.functional_call(self.generator, dict(tuned), (), pivot.doors())
 
     def _compare(
         self, images: Float[Tensor, "S 3 H W"], wanted: Float[Tensor, "S 3 H W"], features: Any
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Mean squared error and perceptual distance, means over the pictures."""
         mse = (images - wanted).square().mean()
-        if self.perceptual is None:
+        perceptual = self.picture_loss.perceptual
+        if perceptual is None:
             return mse, torch.zeros_like(mse)
-        return mse, self.perceptual.compare(self.perceptual.features(images), features).mean()
+        return mse, perceptual.compare(perceptual.features(images), features).mean()
 
 
 class _NotFiniteError(Exception):

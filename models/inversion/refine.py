@@ -93,6 +93,10 @@ class Refine(Method):
                 wanted,
             )
 
+    @classmethod
+    def tiny_network(cls, generator: Generator) -> TokenNetwork:
+        return TokenNetwork(TokenArchitecture.tiny(generator))
+
     def hashes(self) -> dict[str, str]:
         first = {} if self._first is None else {"first_stage": self._first.hashes()["e4e"]}
         return {"refine": self._sha256, **first}

@@ -10,37 +10,23 @@ Legend: N batch, A active rows of it, T tokens of a set, L num_ws, D w_dim, H W 
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.inversion.base import Inversion, Method, SampleRng, frozen
-from models.inversion.row_search import PictureLoss, RowSearch, check_stop
-from models.settings import (
-    Count,
-    CountOrNone,
-    NotNegative,
-    Positive,
-    Share,
-    check_fields,
-    check_loss_weights,
-)
+from models.inversion.picture_loss import PictureLoss
+from models.inversion.row_search import RowSearch, SearchSettings
+from models.settings import Count, CountOrNone, NotNegative, Positive, Share
 from models.stylegan2.generator import Begun, Generator
 from models.stylegan2.residual import LowRank, Residual
-from models.stylegan2.tokens import (
-    Factorization,
-    kernel_channels,
-    token_layouts,
-)
+from models.stylegan2.tokens import Factorization, kernel_channels, token_layouts
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefineOptConfig:
+class RefineOptConfig(SearchSettings):
     """Settings of the method `refine_opt`. The defaults suit 64 px."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     steps: CountOrNone = 44
     """Updates for each picture; 0 keeps the start."""
@@ -56,25 +42,6 @@ class RefineOptConfig:
     """Tokens of each set ("per_tap": for each tap of the kernel)."""
     layers: list[int] = field(default_factory=list)
     """Indices of the refined 3x3 layers, 0 at 4x4 px; none stands for all."""
-    mse_weight: NotNegative = 1.0
-    """Weight of the mean squared error on [-1, 1]."""
-    perceptual_weight: NotNegative = 1.0
-    """Weight of the perceptual distance."""
-    perceptual: str = "auto"
-    """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
-    "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
-    stop_loss: NotNegative = 0.0
-    """A picture stops when its loss falls to this; 0 never stops it."""
-    stop_perceptual: NotNegative = 0.0
-    """A picture stops when its perceptual distance falls to this, and keeps what it was stopped at;
-    0 never stops it."""
-    patience: CountOrNone = 0
-    """A picture stops after so many steps without a new best loss; 0 never stops it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_loss_weights(self)
-        check_stop(self)
 
     def rate(self, step: int) -> float:
         """Adam's rate of the update `step`, 0-based."""
@@ -91,9 +58,7 @@ class RefineOpt(Method):
 
     def __init__(self, generator: Generator, config: RefineOptConfig) -> None:
         super().__init__(generator, config)
-        self.picture_loss = PictureLoss(
-            config.mse_weight, config.perceptual_weight, config.perceptual
-        )
+        self.picture_loss = PictureLoss(config)
         self.layouts = token_layouts(
             kernel_channels(generator), config.layers, config.factorization, config.rank
         )
@@ -178,9 +143,8 @@ class _TokenSearch(RowSearch):
         first = min(self.layouts)
         if self.config.code_rate or not first:
             return None
-        noise = "const" if start.noise is None else list(start.noise)
         with torch.no_grad():
-            return self.generator.begin(start.w_plus, first, noise, start.features, start.residual)
+            return self.generator.begin(layer=first, **start.doors())
 
     def _codes(
         self, tensors: list[Tensor], start: Float[Tensor, "A L D"]

@@ -9,7 +9,7 @@ Legend: N batch, A active rows of it, C H W image.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from models.errors import ConfigError
 from models.inversion.base import Inversion
-from models.losses.perceptual import load_perceptual
+from models.inversion.picture_loss import LossSettings, PictureLoss
 from models.optim import RowAdam
+from models.settings import CountOrNone, NotNegative
 from models.stylegan2.residual import LowRank
 
 GOES_ON, IS_DONE, BAD_LOSS, BAD_GRADIENT = range(4)
@@ -27,80 +28,26 @@ GPU_STEPS = 8
 """Steps of a GPU between looks at who is done: a row that is costs at most so many more."""
 
 
-class PictureLoss:
-    """MSE on [-1, 1] and a perceptual distance, per picture.
-
-    Args:
-        perceptual: name for `load_perceptual`, or "none".
-    """
-
-    def __init__(self, mse_weight: float, perceptual_weight: float, perceptual: str) -> None:
-        self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
-        self.perceptual = None
-        if perceptual_weight and perceptual != "none":
-            self.perceptual = load_perceptual(perceptual)
-
-    def hashes(self) -> dict[str, str]:
-        """As `Method.hashes`."""
-        return {} if self.perceptual is None else {self.perceptual.name: self.perceptual.hash}
-
-    def to(self, device: torch.device) -> None:
-        if self.perceptual is not None:
-            self.perceptual.to(device)
-
-    def features(self, targets: Float[Tensor, "N 3 H W"]) -> list[Tensor]:
-        """What the loss compares with; empty without a perceptual distance."""
-        if self.perceptual is None:
-            return []
-        with torch.no_grad():
-            return self.perceptual.features(targets)
-
-    def __call__(
-        self,
-        images: Float[Tensor, "A 3 H W"],
-        targets: Float[Tensor, "A 3 H W"],
-        features: list[Tensor],
-    ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
-        """The loss of renders against targets, whose perceptual features are given, and the
-        perceptual distance in it (0 without one)."""
-        loss = self.mse_weight * (images - targets).square().flatten(1).mean(1)
-        if self.perceptual is None:
-            return loss, torch.zeros_like(loss)
-        distance = self.perceptual.compare(self.perceptual.features(images), features)
-        return loss + self.perceptual_weight * distance, distance
-
-
-class SearchSettings(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(LossSettings):
     """What every method that searches lets one set."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def mse_weight(self) -> float: ...
-    @property
-    def perceptual_weight(self) -> float: ...
-    @property
-    def perceptual(self) -> str: ...
-    @property
-    def stop_loss(self) -> float: ...
-    @property
-    def stop_perceptual(self) -> float: ...
-    @property
-    def patience(self) -> int: ...
+    steps: CountOrNone
+    stop_loss: NotNegative = 0.0
+    """A picture stops when its loss (without penalties) falls to this; 0 never stops it."""
+    stop_perceptual: NotNegative = 0.0
+    """A picture stops when its perceptual distance falls to this, and keeps what it was stopped at;
+    0 never stops it."""
+    patience: CountOrNone = 0
+    """A picture stops after so many steps without a new best loss; 0 never stops it."""
 
-
-def check_stop(settings: SearchSettings) -> None:
-    """Refuse a stop at a distance that is not computed.
-
-    Raises:
-        ConfigError: `stop_perceptual` without a perceptual distance.
-    """
-    has_perceptual = settings.perceptual_weight and settings.perceptual != "none"
-    if settings.stop_perceptual and not has_perceptual:
-        raise ConfigError(
-            f"stop_perceptual = {settings.stop_perceptual} needs the perceptual distance: give "
-            'perceptual_weight a value above 0 and perceptual another than "none"'
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_perceptual and not self.has_perceptual:
+            raise ConfigError(
+                f"stop_perceptual = {self.stop_perceptual} needs the perceptual distance: give "
+                'perceptual_weight a value above 0 and perceptual another than "none"'
+            )
 
 
 class RowSearch(ABC):

@@ -11,7 +11,7 @@ D w_dim, C H W image.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,16 +20,10 @@ from torch import Tensor
 from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng, frozen
 from models.inversion.noise_maps import noise_penalty, normalise, starting_maps
-from models.inversion.row_search import PictureLoss, RowSearch, check_stop
+from models.inversion.picture_loss import PictureLoss
+from models.inversion.row_search import RowSearch, SearchSettings
 from models.losses.style_space import StyleSpace
-from models.settings import (
-    CountOrNone,
-    NotNegative,
-    Positive,
-    Share,
-    check_fields,
-    check_loss_weights,
-)
+from models.settings import CountOrNone, NotNegative, Positive, Share
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
 
@@ -38,7 +32,7 @@ PROJECTOR_RATE, REFINING_RATE = 0.1, 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
-class WPlusConfig:
+class WPlusConfig(SearchSettings):
     """Settings of the method `wplus`. None means the preset of the start.
 
     From `latent_avg` the presets are the projector's: rate 0.1, ramp-up over the first 5 % of the
@@ -46,8 +40,6 @@ class WPlusConfig:
     method is to be improved, not searched for: rate 0.08, no ramp-up, no code noise; noise maps
     start from its own or the stored ones.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     space: Literal["w_plus", "w"] = "w_plus"
     """What is optimised: one w per layer, or a single w for all."""
@@ -63,13 +55,7 @@ class WPlusConfig:
     """Initial strength of the normal noise added to the code, in units of the spread of W."""
     code_noise_end: Share = 0.75
     """Share of the steps after which that noise has faded out (quadratically)."""
-    mse_weight: NotNegative = 1.0
-    """Weight of the mean squared error on [-1, 1]."""
     perceptual_weight: NotNegative = 0.8
-    """Weight of the perceptual distance."""
-    perceptual: str = "auto"
-    """Its name: "auto" (LPIPS where its weights are at hand, else ours), "refinery" (ours),
-    "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     nscd_weight: NotNegative = 0.0
     """Weight of the codes' distance from the generator's own styles (LSAP's NSCD in its mean form;
     the method `lsap_o` takes 0.25); 0 leaves it out."""
@@ -78,18 +64,6 @@ class WPlusConfig:
     its codes alone give a different picture."""
     noise_weight: NotNegative = 1e5
     """Weight of the penalty that keeps optimised noise maps white."""
-    stop_loss: NotNegative = 0.0
-    """A picture stops when its loss (without the noise penalty) falls to this; 0 never stops it."""
-    stop_perceptual: NotNegative = 0.0
-    """A picture stops when its perceptual distance falls to this, and keeps what it was stopped at;
-    0 never stops it."""
-    patience: CountOrNone = 0
-    """A picture stops after so many steps without a new best loss; 0 never stops it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_loss_weights(self)
-        check_stop(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +99,7 @@ class WPlus(Method):
 
     def __init__(self, generator: Generator, config: WPlusConfig) -> None:
         super().__init__(generator, config)
-        self.picture_loss = PictureLoss(
-            config.mse_weight, config.perceptual_weight, config.perceptual
-        )
+        self.picture_loss = PictureLoss(config)
         self.style_space = None
         if config.nscd_weight:
             self.style_space = StyleSpace(generator, statistics_for(generator).style_anchor)

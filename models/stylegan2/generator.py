@@ -1,4 +1,4 @@
-"""The StyleGAN2 generator: one forward pass with four doors, and one for edits in style space.
+"""The StyleGAN2 generator: one forward pass, and the doors by which a picture comes through it.
 
 Legend: N batch, L num_ws (rows of w+), D w_dim, I/O in/out channels, C H W image.
 Parameter names and shapes are rosinality's, so the field's checkpoints load after a prefix strip.

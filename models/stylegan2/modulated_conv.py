@@ -43,6 +43,7 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
     up: bool = False,
     residual: LowRank | None = None,
     form: Form = "auto",
+    norms: "KernelNorms | None" = None,
 ) -> Float[Tensor, "N O h w"]:
     """Convolve every sample with its own kernel (see the module's first lines).
 
@@ -56,6 +57,7 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
         up: transposed convolution of stride 2 without padding: h = 2H + k - 2.
         residual: a per-sample low-rank addition, in the scale of `weight`.
         form: which exact form to run; "auto" chooses by shape (`choose_form`).
+        norms: of this kernel, where it is frozen.
     """
     if form == "auto":
         form = choose_form(x, weight, styles, residual)
@@ -63,11 +65,13 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
         return _grouped(x, weight, styles, scale, gain, should_demodulate, up, residual)
     if x.dtype == torch.float16 and should_demodulate and residual is None:
         # Keep half-precision products in range; demodulation undoes both scales.
-        weight = weight / weight.detach().abs().amax()
+        weight, norms = weight / weight.detach().abs().amax(), None
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     # The scale rides on d (or on the gain), so that no scaled copy of the kernel is made.
     gain = gain * scale
-    d = demodulate(weight, styles, residual, scale) * gain if should_demodulate else None
+    d = None
+    if should_demodulate:
+        d = demodulate(weight, styles, residual, scale, norms) * gain
     if form == "implicit":
         return _implicit(x, weight, styles, d, gain, up, residual)
     return _folded(x, weight, styles, d, gain, up, residual)
@@ -95,20 +99,74 @@ def choose_form(
     return "folded" if o * i * k * k < 2 * x.shape[2] * x.shape[3] * (i + o) else "implicit"
 
 
+class KernelNorms:
+    """What demodulation needs of a frozen kernel, computed once: sums over its taps cost a quarter
+    of a small picture's render.
+
+    Args:
+        weight: the kernel; a change in place or another place of its values is noticed.
+    """
+
+    def __init__(self, weight: Float[Tensor, "1 O I k k"]) -> None:
+        self._weight, self._made_of = weight, _state(weight)
+        with torch.inference_mode(False), torch.no_grad():
+            self.squares = _squares(weight[0])
+        self._shared: tuple[LowRank, Any, SharedNorms] | None = None
+
+    def fits(self, weight: Tensor) -> bool:
+        return weight is self._weight and _state(weight) == self._made_of
+
+    def shared(self, one: LowRank) -> "SharedNorms":
+        """Of a residual that all samples share; those of the last one are kept, and with them the
+        factors, so that no other tensor takes their place in memory."""
+        state, kept = (_state(one.u), _state(one.v)), self._shared
+        if kept is None or kept[1] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._shared = one, state, _shared_norms(self._weight[0], one)
+        return kept[2]
+
+
+SharedNorms = tuple[Float[Tensor, "O I"], Float[Tensor, " O"]]
+"""`sum_k W dW` and `sum_ik dW^2`."""
+
+
+def is_constant(*tensors: Tensor) -> bool:
+    """Whether what is computed of the tensors may be kept: nothing learns, changes are counted."""
+    return not any(t.requires_grad or t.is_inference() for t in tensors)
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype, tensor.shape[1:]
+
+
+def _squares(weight: Float[Tensor, "O I k k"]) -> Float[Tensor, "O I"]:
+    return weight.square().sum(dim=(2, 3))
+
+
+def _shared_norms(weight: Float[Tensor, "O I k k"], one: LowRank) -> SharedNorms:
+    taps = (weight * one.kernel()[0]).flatten(2)  # [O I kk]
+    u, v = one.u[0], one.v[0].flatten(1)
+    # A product is faster than a sum.
+    return taps @ taps.new_ones(taps.shape[2]), ((u @ (v @ v.T)) * u).sum(1)
+
+
 def demodulate(
     weight: Float[Tensor, "O I k k"],
     styles: Float[Tensor, "N I"],
     residual: LowRank | None = None,
     scale: float = 1.0,
+    norms: KernelNorms | None = None,
 ) -> Float[Tensor, "N O"]:
     """`d = rsqrt(scale^2 ||K_n,o||^2 + eps)` without building K_n (the low-rank identity above)."""
-    norm = styles.square() @ weight.square().sum(dim=(2, 3)).T  # [N O]
+    squares = _squares(weight) if norms is None else norms.squares
+    norm = styles.square() @ squares.T  # [N O]
     if residual is not None and residual.is_shared:
         one = residual[0:1].to(dtype=styles.dtype)
-        taps = (weight * one.kernel()[0]).flatten(2)  # [O I kk]
-        u, v = one.u[0], one.v[0].flatten(1)
-        cross = styles @ (taps @ taps.new_ones(taps.shape[2])).T  # a product is faster than a sum
-        norm = norm + 2 * cross + ((u @ (v @ v.T)) * u).sum(1)
+        if norms is not None and is_constant(one.u, one.v):
+            cross, own = norms.shared(one)
+        else:
+            cross, own = _shared_norms(weight, one)
+        norm = norm + 2 * (styles @ cross.T) + own
     elif residual is not None:
         u, v = residual.u.to(styles.dtype), residual.v.to(styles.dtype)
         n, r = v.shape[:2]

@@ -1,4 +1,4 @@
-"""Low-rank kernel residuals, the fourth door of the generator: RefineStyle's kernel refinement.
+"""Low-rank kernel residuals, a door of the generator: RefineStyle's kernel refinement.
 
 Legend: N batch, O/I out/in channels, r rank, k kernel size.
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.stylegan2.layers import SQRT2, Bias, EqualLinear, leaky_relu, leaky_relu_
-from models.stylegan2.modulated_conv import Form, modulated_conv2d
+from models.stylegan2.modulated_conv import Form, KernelNorms, is_constant, modulated_conv2d
 from models.stylegan2.resample import blur, upsample2x
 from models.stylegan2.residual import LowRank
 
@@ -32,6 +32,7 @@ class ModulatedConv(nn.Module):
         self.modulation = EqualLinear(w_dim, in_channels, bias_init=1.0)
         self.scale = 1.0 / math.sqrt(in_channels * kernel * kernel)
         self.up, self.demodulate = up, demodulate
+        self._norms: KernelNorms | None = None
 
     def forward(
         self, x: Tensor, styles: Tensor, *, gain: float, residual: LowRank | None, form: Form
@@ -46,7 +47,19 @@ class ModulatedConv(nn.Module):
             up=self.up,
             residual=residual,
             form=form,
+            norms=self._kernel_norms(),
         )
+
+    def _kernel_norms(self) -> KernelNorms | None:
+        """Kept while the kernel is frozen and the layer's own: not one of a `functional_call`."""
+        weight = self.weight
+        is_own = isinstance(weight, nn.Parameter) and is_constant(weight)
+        if not self.demodulate or not is_own or torch.compiler.is_compiling():
+            return None
+        norms = self._norms
+        if norms is None or not norms.fits(weight):
+            norms = self._norms = KernelNorms(weight)
+        return norms
 
 
 class NoiseStrength(nn.Module):

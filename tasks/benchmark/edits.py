@@ -109,8 +109,7 @@ def _edited(
     """The pictures at one strength; None leaves them as they are."""
     edits = [] if strength is None else [(direction, strength)]
     w_plus, shift = apply_edits(found.w_plus, edits)
-    edited = found.edited(generator, w_plus, style_shift=shift)
-    return edited.render(generator, shift).clamp(-1, 1)
+    return found.edited(generator, w_plus, style_shift=shift).render(generator).clamp(-1, 1)
 
 
 def summary(name: str, response: Response) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class Studio:
             w_plus, shift = apply_edits(inversion.w_plus, [e for e in edits if e[1]])
             strength = at.get("residual.own", 1.0)
             changed = inversion.edited(self.generator, w_plus, strength, shift)
-            image = add_domains(changed, [mix]).render(self.generator, shift)
+            image = add_domains(changed, [mix]).render(self.generator)
             return to_bytes(image.float().nan_to_num(0.0)).numpy()[0]
 
     def invert(self, data: bytes) -> Photo:

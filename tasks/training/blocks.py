@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.checkpoint import SizedNetwork, save_encoder
-from models.statistics import statistics_for
+from models.statistics import Statistics, statistics_for
 from models.stylegan2.generator import Generator
 from tasks.training.cards import write_page
 from tasks.training.distributed import average_gradients
@@ -101,6 +101,15 @@ def example_edit(generator: Generator) -> Float[Tensor, " D"]:
     principal direction of W, which needs no labels."""
     found = statistics_for(generator)
     return 2 * found.w_component_std[0] * found.w_component[0]
+
+
+def random_edits(
+    statistics: Statistics, count: int, directions: int = 16, most: float = 3.0
+) -> Float[Tensor, "N D"]:
+    """Moves along leading principal directions of W, up to `most` standard deviations each way."""
+    which = torch.randint(min(directions, len(statistics.w_component)), (count,))
+    size = most * (2 * torch.rand(count) - 1) * statistics.w_component_std[which]
+    return size[:, None] * statistics.w_component[which]
 
 
 def rounded_scores(scores: Mapping[str, float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from models.errors import AssetError
 from models.inversion.base import Inversion
 from models.settings import Count, CountOrNone, NotNegative, Several, Share
 from models.stylegan2.generator import Generator
-from tasks.training.blocks import descend, example_edit, for_losses
+from tasks.training.blocks import descend, example_edit, for_losses, random_edits
 from tasks.training.clcae_align import adopt, encoder_state
 from tasks.training.network import InverterConfig, InverterObjective
 from tasks.training.trainer import set_up, train
@@ -65,6 +65,12 @@ class FitClcaeConfig(InverterConfig):
     perceptual_weight: NotNegative = 0.2
     feature_weight: NotNegative = 0.01
     """Of the squared distance of f to the generator's own activation."""
+    pair_weight: NotNegative = 0.0
+    """Of the losses of an edit whose outcome is known: a render of the batch's codes, encoded and
+    edited, against the render of the edited codes (after StyleFeatureEditor, arXiv 2406.10601).
+    Without it f holds much of what an edit would move."""
+    pair_share: Share = 0.5
+    """Share of each batch of which pairs are made."""
     w_share: Share = 1.0
     """Share of each batch for which G(w) is rendered too; 1 as published, less is quicker."""
 
@@ -155,6 +161,9 @@ class ClcaeObjective(InverterObjective[FitClcaeConfig]):
         total, logged = self._picture_losses(renders, pictures)
         logged["feature"] = F.mse_loss(features, activation.detach())
         total = total + config.feature_weight * logged["feature"]
+        if config.pair_weight:
+            count = max(round(len(w_plus) * config.pair_share), 1)
+            total = total + config.pair_weight * self._pair_losses(w_plus[:count].detach(), logged)
         if self.towers is not None:
             aligned = self._align(pictures, w, renders["w"])
             logged["align"] = aligned
@@ -193,6 +202,18 @@ class ClcaeObjective(InverterObjective[FitClcaeConfig]):
                 suffix = "" if which == "full" else f"_{which}"
                 logged |= {name + suffix: value.detach() for name, value in table.items()}
         return total, logged
+
+    def _pair_losses(self, codes: Float[Tensor, "N L D"], logged: dict[str, Tensor]) -> Tensor:
+        """What `Inversion.edited` makes of the encoded G(codes), against G(codes + edit)."""
+        edit = random_edits(self.statistics, len(codes)).to(codes)[:, None]
+        with torch.no_grad():
+            before, after = self._render(torch.cat([codes, codes + edit]), "const").chunk(2)
+        _, w_plus, features = self._encode(before)
+        found = Inversion(w_plus=w_plus, features={FEATURE_LAYER: features})
+        moved = found.edited(self.generator, w_plus + edit)
+        table = self.losses(for_losses(moved.render(self.generator)), after)
+        logged |= {f"{name}_pair": value.detach() for name, value in table.items()}
+        return self.losses.total(table)
 
     def _align(self, pictures: Tensor, w: Tensor, renders: Tensor) -> Float[Tensor, " N"]:
         """L_align of w; gradients reach the encoder through the frozen towers."""

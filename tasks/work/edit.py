@@ -174,7 +174,7 @@ class Editor(StoredStation):
             codes[name], shift = variant.moved(inversion.w_plus)
             changed = inversion.edited(self.generator, codes[name], variant.config.residual, shift)
             changed = add_domains(changed, variant.mixes(batch.keys))
-            pictures[name] = stored(name, changed.render(self.generator, shift))
+            pictures[name] = stored(name, changed.render(self.generator))
         edited_s = time.perf_counter() - started
         metrics = self._score(pictures, codes)
         return Result(

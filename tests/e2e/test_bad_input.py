@@ -1,6 +1,7 @@
 """What is wrong is said in one line, before any work where that can be known."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,28 +39,28 @@ def test_corrupt_tar_is_quarantined_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("source", "flags", "why"),
     [
-        (["--set", "engine.actor=2"], "engine.actor: unknown key; did you mean 'actors'?"),
-        (["--config", "none.toml"], "config none.toml: cannot be read"),
-        (["--set", "generator=no/such.pt"], "no/such.pt"),
-        (["--method", "w_plus"], "unknown method 'w_plus'; did you mean 'wplus'?"),
-        (["--set", "method.0.space=z"], "method.0.space: expected"),
+        (None, ["--set", "engine.actor=2"], "engine.actor: unknown key; did you mean 'actors'?"),
+        (None, ["--config", "none.toml"], "config none.toml: cannot be read"),
+        (None, ["--set", "generator=no/such.pt"], "no/such.pt"),
+        (None, ["--method", "w_plus"], "unknown method 'w_plus'; did you mean 'wplus'?"),
+        (None, ["--set", "method.0.space=z"], "method.0.space: expected"),
+        ("/no/such/folder", [], "/no/such/folder"),
+        ("https://example.org/pictures", [], "https:// is not supported"),
+        ("s3:/bucket/pictures", [], "Write s3://bucket/pictures"),
     ],
 )
-def test_wrong_settings(
-    flags: list[str],
-    message: str,
-    dataset: Dataset,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_wrong_settings_and_places(
+    dataset: Dataset, tmp_path: Path, capsys: Any, source: str | None, flags: list[str], why: str
 ) -> None:
     run = tmp_path / "run"
     config = [] if "--config" in flags else ["--config", dataset.config]
-    assert run_app(["invert", dataset.source, str(run), *config, *flags, "--no-flow"]) == 2
+    words = ["invert", source or dataset.source, str(run), *config, *flags, "--no-flow"]
+    assert run_app(words) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
-    assert message in err
+    assert why in err
     assert "Traceback" not in err
     assert out == ""
     assert not run.exists()
@@ -76,30 +77,6 @@ def test_wrong_checkpoint(
     assert err.startswith("error: ")
     assert "broken.pt" in err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("/no/such/folder", "/no/such/folder"),
-        ("https://example.org/pictures", "https:// is not supported"),
-        ("s3:/bucket/pictures", "Write s3://bucket/pictures"),
-    ],
-)
-def test_wrong_places(
-    source: str,
-    message: str,
-    dataset: Dataset,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run = tmp_path / "run"
-    flags = ["--config", dataset.config, "--no-flow"]
-    assert run_app(["invert", source, str(run), *flags]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert message in err
-    assert not (run / "run.json").exists()
 
 
 def test_output_inside_the_input(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,20 @@ def assert_logits() -> Callable[[Tensor, Tensor], None]:
 
 
 @pytest.fixture(scope="session")
+def assert_exact() -> Callable[..., None]:
+    """In float64 what is left is rounding: of a picture, and of the gradient of its codes."""
+
+    def check(golden: Golden, image: Tensor, codes: Tensor, picture: str, gradient: str) -> None:
+        assert _largest(image, golden[f"out64.{picture}"]) < 1e-5
+        (image * golden["in.cotangent"].double()).sum().backward()
+        assert codes.grad is not None
+        expected = golden[f"out64.{gradient}"]
+        assert float((codes.grad - expected).norm() / expected.norm()) < 1e-6
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def assert_gradient() -> Callable[[Tensor | None, Tensor], None]:
     """Relative L2, never the largest difference: LeakyReLU has a kink."""
 

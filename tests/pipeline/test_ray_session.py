@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import ConfigError
 from pipeline import ray_session as module
-from pipeline.ray_session import ray_session
+from pipeline.ray_session import ray_on_its_way, ray_session
 from tests.processes import command_line, wait_for
 
 
@@ -57,3 +57,47 @@ def test_a_busy_machine_gets_another_try(
             ray_session().__enter__()
     for process in starts.left:
         assert process.wait(30) == -9  # what it had started is not left behind
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_session_takes_the_ray_that_is_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: Any = Starts(0, tmp_path)
+    monkeypatch.setattr(module, "_start_local", starts)
+    with ray_on_its_way():
+        wait_for(lambda: starts.tries == 1, 30, "Ray, before anybody asks for it")
+        with ray_session():
+            pass
+        with ray_session():  # the first one has ended it: this is another
+            assert starts.tries == 2
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_ray_on_its_way_that_nobody_takes_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    ends: list[int] = []
+    starts: Any = Starts(0, tmp_path)
+    monkeypatch.setattr(module, "_start_local", starts)
+    monkeypatch.setattr(ray, "shutdown", lambda: ends.append(starts.tries))
+    with pytest.raises(KeyError), ray_on_its_way():
+        raise KeyError
+    assert ends == [1]  # once, after it was up
+    with ray_on_its_way("ray://cluster:1"):
+        pass
+    assert starts.tries == 1
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_ray_on_its_way_that_does_not_start_is_an_error_of_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: Any = Starts(3, tmp_path)
+    monkeypatch.setattr(module, "_start_local", starts)
+    with ray_on_its_way(), pytest.raises(ConfigError, match="a local Ray does not start"):
+        ray_session().__enter__()
+    for process in starts.left:
+        process.wait(30)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
-from tasks.job import JobConfig, MethodConfig
+from tasks.job import JobConfig, MethodConfig, OutputConfig
 from tasks.run.ledger import Declared, RunHandle, create_run, pending, shard_name
 from tasks.run.manifest import plan_shards, read_shard_spec, write_manifest
 from tasks.run.marker import Marker
@@ -41,6 +41,13 @@ def make_job(generator: Generator, folder: Path, **changes: Any) -> JobConfig:
         "perceptual": "none",
     }
     return JobConfig(**{**values, **changes})
+
+
+def make_noise_job(generator: Generator, folder: Path, **output: Any) -> JobConfig:
+    """The same with noise maps, which are stored."""
+    settings = {"steps": 2, "perceptual": "none", "optimise_noise": True}
+    methods = (MethodConfig(name="wplus", settings=settings),)
+    return make_job(generator, folder, methods=methods, output=OutputConfig(**output))
 
 
 def write_pictures(folder: Path, pictures: list[bytes], broken: int = 1) -> Path:

@@ -325,3 +325,22 @@ def test_faces64_ships_styles() -> None:
     pencil = pictures["pencil"]
     assert float((pencil.amax(1) - pencil.amin(1)).mean()) < 0.25
     assert float(pencil.mean()) > float(source.images.mean()) + 0.3
+
+
+def test_one_mix_keeps_its_tensors_from_batch_to_batch(tiny_generator: Generator) -> None:
+    """What layers compute of them is then kept too; the pictures are those of a new mix."""
+    a, b = make_domain(tiny_generator), make_domain(tiny_generator, seed=1)
+    with torch.inference_mode():
+        first = add_domains(codes(tiny_generator, 3), [[(a, 0.5), (b, 1.0)]])
+    second = add_domains(codes(tiny_generator, 2), [[(a, 0.5), (b, 1.0)]])
+    other = add_domains(codes(tiny_generator, 2), [[(a, 0.5), (b, 0.9)]])
+    assert first.residual is not None
+    assert second.residual is not None
+    assert other.residual is not None
+    for layer, part in first.residual.items():
+        assert part.u.data_ptr() == second.residual[layer].u.data_ptr()
+        assert part.u.data_ptr() != other.residual[layer].u.data_ptr()
+        assert not part.u.is_inference()
+    again = [replace(domain) for domain in (a, b)]
+    mixed = add_domains(codes(tiny_generator, 2), [[(again[0], 0.5), (again[1], 1.0)]])
+    assert torch.equal(second.render(tiny_generator), mixed.render(tiny_generator))

@@ -18,12 +18,9 @@ from models.encoders.checkpoint import (
 )
 from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import LatentDiscriminator
-from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder
+from models.encoders.psp import GradualStyleEncoder
 from models.errors import AssetError
-
-ARCHITECTURE = EncoderArchitecture(
-    num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8
-)
+from tests.models.tiny_networks import ARCHITECTURE
 
 
 @pytest.fixture

@@ -8,31 +8,13 @@ import torch
 from models.encoders.token_network import TokenArchitecture, TokenNetwork, sinusoids
 from models.errors import ConfigError
 from models.stylegan2.generator import Generator
-from models.stylegan2.tokens import FACTORIZATIONS, kernel_channels
-
-SIZES: dict[str, Any] = {
-    "rank": 2,
-    "token_width": 16,
-    "heads": 2,
-    "feed_forward": 16,
-    "input_size": 32,
-    "width": 4,
-    "units": (1, 1, 1, 1),
-    "stem_stride": 2,
-    "head_width": 8,
-}
+from models.stylegan2.tokens import FACTORIZATIONS
 
 
 def network(generator: Generator, **settings: Any) -> TokenNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        architecture = TokenArchitecture(
-            num_ws=generator.num_ws,
-            w_dim=generator.w_dim,
-            channels=tuple(kernel_channels(generator)),
-            **{**SIZES, **settings},
-        )
-        return TokenNetwork(architecture)
+        return TokenNetwork(TokenArchitecture.tiny(generator, stem_stride=2, **settings))
 
 
 def pictures(n: int = 2, seed: int = 0) -> torch.Tensor:
@@ -167,11 +149,7 @@ def test_impossible_sizes_are_refused(
     settings: dict[str, Any], message: str, tiny_generator: Generator
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        TokenArchitecture(
-            num_ws=8,
-            w_dim=16,
-            **{"channels": tuple(kernel_channels(tiny_generator)), **SIZES, **settings},
-        )
+        TokenArchitecture.tiny(tiny_generator, **settings)
 
 
 def test_architecture_survives_json(tiny_generator: Generator) -> None:

@@ -61,7 +61,7 @@ def test_names_of_tensors(tiny_generator: Generator) -> None:
 def test_every_door_comes_back(
     tiny_generator: Generator, back: Callable[[Inversion], Inversion]
 ) -> None:
-    whole = inversion(tiny_generator)
+    whole = replace(inversion(tiny_generator), style_shift=shift_of(tiny_generator, 2))
     found = back(whole)
     assert set(found.tensors()) == set(whole.tensors())
     assert all(torch.equal(v, whole.tensors()[k]) for k, v in found.tensors().items())
@@ -142,20 +142,24 @@ def shift_of(generator: Generator, n: int) -> dict[int, Tensor]:
 def test_a_style_shift_reaches_every_kind_of_render(tiny_generator: Generator, every: bool) -> None:
     """Row by row the same, with tuned weights and without, for one shift and for one each."""
     found = replace(inversion(tiny_generator, every=every), failures={})
+
+    def edited(part: Inversion, shift: dict[int, Tensor]) -> Inversion:
+        return part.edited(tiny_generator, part.w_plus, style_shift=shift)
+
     for inverted in (found, replace(found, weights=None)):
         for n in (1, 2):
             shift = shift_of(tiny_generator, n)
-            whole = inverted.render(tiny_generator, shift)
-            rows = [
-                inverted[r : r + 1].render(
-                    tiny_generator, {k: s[r % n][None] for k, s in shift.items()}
-                )
-                for r in range(2)
-            ]
+            shifted = edited(inverted, shift)
+            whole = shifted.render(tiny_generator)
+            rows = [shifted[r : r + 1].render(tiny_generator) for r in range(2)]
+            one = edited(inverted[1:2], {k: s[1 % n][None] for k, s in shift.items()})
+            torch.testing.assert_close(one.render(tiny_generator), rows[1], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(whole, torch.cat(rows), atol=1e-5, rtol=1e-5)
             assert (whole - inverted.render(tiny_generator)).abs().mean() > 0.01
         zero = {k: torch.zeros_like(s) for k, s in shift.items()}
-        assert torch.equal(inverted.render(tiny_generator, zero), inverted.render(tiny_generator))
+        still = edited(replace(inverted, features=None), zero).render(tiny_generator)
+        plain = replace(inverted, features=None).render(tiny_generator)
+        assert torch.equal(still, plain)
 
 
 def test_features_move_by_what_a_style_shift_does_to_activations(tiny_generator: Generator) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.encoders.checkpoint import save_encoder
 from models.encoders.clcae import ClcaeArchitecture, ClcaeEncoder, load_clcae
 from models.errors import AssetError
 from models.inversion.base import SampleRng
@@ -13,26 +12,15 @@ from models.inversion.clcae import Clcae
 from models.inversion.registry import load_method
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
+from tests.conftest import make_tiny_generator
+from tests.models.tiny_networks import save_network
 
 
 def save(folder: Path, generator_hash: str, channels: int = 8) -> str:
-    torch.manual_seed(0)
-    architecture = ClcaeArchitecture(
-        num_ws=8,
-        w_dim=16,
-        input_size=32,
-        width=4,
-        units=(1, 1, 1, 1),
-        head_width=8,
-        hidden=8,
-        feature_hidden=8,
-        feature_width=8,
-        feature_channels=channels,
-        attention="folded",
-        form="residual",
-    )
-    card = {"generator_hash": generator_hash}
-    return str(save_encoder(ClcaeEncoder(architecture), folder / "clcae.safetensors", card))
+    sizes = {"feature_channels": channels, "attention": "folded"}
+    architecture = ClcaeArchitecture.tiny(make_tiny_generator(), **sizes)
+    path = folder / "clcae.safetensors"
+    return str(save_network(path, generator_hash, lambda: ClcaeEncoder(architecture)))
 
 
 @pytest.fixture

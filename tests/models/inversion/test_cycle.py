@@ -5,29 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.encoders.checkpoint import build_encoder, load_encoder, save_encoder
+from models.encoders.checkpoint import load_encoder
 from models.encoders.e4e import Encoder4Editing
-from models.encoders.psp import EncoderArchitecture
 from models.errors import AssetError
 from models.inversion.base import SampleRng
 from models.inversion.registry import load_method
-from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.generator import Generator
+from tests.models.tiny_networks import save_tiny_encoder
 
 
 def save(folder: Path, generator: Generator, kind: str = "e4e") -> str:
-    architecture = EncoderArchitecture(
-        num_ws=8,
-        w_dim=16,
-        kind=kind,  # type: ignore[arg-type]
-        input_size=32,
-        width=4,
-        units=(1, 1, 1, 1),
-        head_width=8,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        card = {"generator_hash": weights_hash(generator)}
-        return str(save_encoder(build_encoder(architecture), folder / "cycle.safetensors", card))
+    return str(save_tiny_encoder(folder / "cycle.safetensors", generator, kind=kind))
 
 
 def pictures(n: int = 3) -> torch.Tensor:

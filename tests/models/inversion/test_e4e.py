@@ -6,28 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.encoders.checkpoint import (
-    LoadedEncoder,
-    build_encoder,
-    load_encoder,
-    save_encoder,
-)
-from models.encoders.psp import EncoderArchitecture
+from models.encoders.checkpoint import LoadedEncoder, load_encoder
 from models.errors import AssetError
 from models.inversion.base import SampleRng
 from models.inversion.e4e import E4e, E4eConfig
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator, weights_hash
-
-ARCHITECTURE = EncoderArchitecture(
-    num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8
-)
+from tests.models.tiny_networks import save_tiny_encoder
 
 
 def save(folder: Path, generator_hash: str) -> str:
-    torch.manual_seed(0)
-    card = {"generator_hash": generator_hash}
-    return str(save_encoder(build_encoder(ARCHITECTURE), folder / "e4e.safetensors", card))
+    return str(save_tiny_encoder(folder / "e4e.safetensors", generator_hash))
 
 
 @pytest.fixture

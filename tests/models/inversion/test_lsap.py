@@ -6,17 +6,13 @@ import pytest
 import torch
 
 from models.encoders.checkpoint import build_encoder, save_encoder
-from models.encoders.psp import EncoderArchitecture
 from models.errors import AssetError
 from models.inversion import weights
 from models.inversion.base import SampleRng
 from models.inversion.registry import load_method, method_class
 from models.stylegan2.generator import Generator, weights_hash
 from pipeline.method_table import field_docs
-
-ARCHITECTURE = EncoderArchitecture(
-    num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8
-)
+from tests.models.tiny_networks import ARCHITECTURE
 
 
 def test_it_is_e4e_with_the_bundled_file_of_its_name(

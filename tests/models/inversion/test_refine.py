@@ -2,16 +2,19 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from models.encoders.token_network import TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator
 from tests.conftest import make_tiny_generator
-from tests.test_method_contract import pictures, tiny_encoder, tiny_refine
+from tests.models.tiny_networks import save_network, save_tiny_encoder
+from tests.test_method_contract import pictures
 
 SEEDS = SampleRng([1, 2, 3])
 
@@ -24,8 +27,14 @@ def method(tmp_path: Path, tiny_generator: Generator) -> Method:
 def files(folder: Path, generator: Generator) -> dict[str, str]:
     return {
         "checkpoint": str(tiny_refine(folder, generator)),
-        "first_stage": str(tiny_encoder(folder, generator)),
+        "first_stage": str(save_tiny_encoder(folder / "encoder.safetensors", generator)),
     }
+
+
+def tiny_refine(folder: Path, generator: Generator, **sizes: Any) -> Path:
+    architecture = TokenArchitecture.tiny(generator, **sizes)
+    path = folder / "refine.safetensors"
+    return save_network(path, generator, lambda: TokenNetwork(architecture), seed=3)
 
 
 def test_without_a_start_it_refines_its_own_first_stage(method: Method, tmp_path: Path) -> None:

@@ -114,21 +114,25 @@ def test_layers_and_a_residual_that_is_there(tiny_generator: Generator) -> None:
     assert (error(both, tiny_generator) <= error(first, tiny_generator)).all()
 
 
-def test_each_picture_stops_by_itself(
-    tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Active rows of every update."""
+    found: list[int] = []
+    step = RowSearch._step
+
+    def counted(search: RowSearch, number: int) -> None:
+        found.append(len(search.rows))
+        step(search, number)
+
+    monkeypatch.setattr(RowSearch, "_step", counted)
+    return found
+
+
+def test_each_picture_stops_by_itself(tiny_generator: Generator, counts: list[int]) -> None:
     """A picture below `stop_loss` costs nothing any more; the others go on as if it were not."""
     init = start(tiny_generator)
     targets = pictures()
     targets[1] = init[1:2].render(tiny_generator)[0]  # solved before it starts
-    counts: list[int] = []
-    step = RowSearch._step
-
-    def counted(search: RowSearch, number: int) -> None:
-        counts.append(len(search.rows))
-        step(search, number)
-
-    monkeypatch.setattr(RowSearch, "_step", counted)
     method = load_method("refine_opt", tiny_generator, **PLAIN, steps=4, stop_loss=1e-4)
     found = method.invert(targets, init, seeds())
     assert counts == [3, 2, 2, 2]
@@ -156,23 +160,16 @@ def near(generator: Generator) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.timeout(600)
 def test_each_picture_stops_at_its_perceptual_distance(
-    tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+    tiny_generator: Generator, counts: list[int]
 ) -> None:
     """It keeps the render that it was stopped at, and costs nothing from then on."""
     init, perceptual = start(tiny_generator), load_perceptual("refinery")
     targets, before = near(tiny_generator)
     stop = 0.9 * before[1:].min().item()
     assert before[0] < stop
-    counts: list[int] = []
-    step = RowSearch._step
-
-    def counted(search: RowSearch, number: int) -> None:
-        counts.append(len(search.rows))
-        step(search, number)
-
-    monkeypatch.setattr(RowSearch, "_step", counted)
     settings = {"perceptual": "refinery", "steps": 40, "ramp_down": 0.0}
     method = load_method("refine_opt", tiny_generator, **settings, stop_perceptual=stop)
+    counts.clear()  # the targets were searched for too
     found = method.invert(targets, init, seeds())
     assert counts[:2] == [3, 2]
     assert len(counts) < 40

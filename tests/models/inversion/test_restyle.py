@@ -7,29 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.encoders.checkpoint import build_encoder, load_encoder, save_encoder
-from models.encoders.psp import EncoderArchitecture
+from models.encoders.checkpoint import load_encoder
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.registry import load_method
-from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.generator import Generator
+from tests.models.tiny_networks import save_tiny_encoder
 
 
 def save(folder: Path, generator: Generator, kind: str, in_channels: int) -> str:
-    torch.manual_seed(0)
-    architecture = EncoderArchitecture(
-        num_ws=8,
-        w_dim=16,
-        kind=kind,  # type: ignore[arg-type]
-        input_size=32,
-        width=4,
-        units=(1, 1, 1, 1),
-        head_width=8,
-        in_channels=in_channels,
-    )
-    card = {"generator_hash": weights_hash(generator)}
-    return str(save_encoder(build_encoder(architecture), folder / "x.safetensors", card))
+    path = folder / "x.safetensors"
+    return str(save_tiny_encoder(path, generator, kind=kind, in_channels=in_channels))
 
 
 def pictures() -> torch.Tensor:

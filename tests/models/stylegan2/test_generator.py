@@ -406,3 +406,58 @@ def test_activations_of_a_chunked_batch_hold_every_sample(
     assert len(found) == 5
     torch.testing.assert_close(found, whole)
     torch.testing.assert_close(tiny_generator.synthesis(w_plus), image)
+
+
+def test_norms_of_a_frozen_kernel_are_kept_until_it_changes(tiny_generator, w_plus):
+    """Once for each kernel, with the bits that they have anew; a kernel that changed is noticed."""
+    net = copy.deepcopy(tiny_generator).requires_grad_(False)
+    codes, layer = w_plus.float(), net.conv(2).conv
+    residual = {k: r[0:1].expand(3) for k, r in _draw_residual(net, 1, 4, [0, 2, 3]).items()}
+    residual = {k: r.to(dtype=torch.float32) for k, r in residual.items()}
+
+    def render(network):
+        with torch.inference_mode():
+            return [network.synthesis(codes), network.synthesis(codes, residual=residual)]
+
+    def assert_as_new():
+        for kept, anew in zip(render(net), render(copy.deepcopy(net)), strict=True):
+            assert torch.equal(kept, anew)
+
+    plain, refined = render(net)
+    made, shared = layer._norms, layer._norms._shared
+    assert torch.equal(render(net)[1], refined)
+    assert layer._norms is made
+    assert layer._norms._shared is shared
+    with torch.no_grad():
+        layer.weight.mul_(torch.linspace(0.5, 2, layer.weight.shape[2])[:, None, None])
+    assert not torch.equal(render(net)[0], plain)
+    assert layer._norms is not made
+    assert_as_new()
+    residual[2].u[0].mul_(3.0)  # in place: the same tensor
+    assert not torch.equal(render(net)[1], refined)
+    assert_as_new()
+    net.load_state_dict(tiny_generator.state_dict(), assign=True)
+    net.requires_grad_(False)
+    assert torch.equal(render(net)[0], plain)
+
+
+def test_kept_norms_are_of_the_layers_own_kernel_alone(tiny_generator, w_plus):
+    """Not of kernels that learn or are called in; and a graph can be built on those that are."""
+    net = copy.deepcopy(tiny_generator).requires_grad_(False)
+    codes = w_plus.float()
+    with torch.inference_mode():
+        plain = net.synthesis(codes)
+    other = {"convs.1.conv.weight": net.conv(2).conv.weight * torch.linspace(0.5, 2, 3)}
+    called = torch.func.functional_call(net, other, (codes,))
+    assert not torch.allclose(called, plain, atol=1e-3)
+    assert torch.equal(net.synthesis(codes), plain)
+    moving = codes.clone().requires_grad_()
+    net.synthesis(moving).square().sum().backward()
+    fresh = copy.deepcopy(tiny_generator).requires_grad_(False)
+    again = codes.clone().requires_grad_()
+    fresh.synthesis(again).square().sum().backward()
+    assert torch.equal(moving.grad, again.grad)
+    net.requires_grad_(True)
+    net.conv(2).conv._norms = None
+    net.synthesis(codes).sum().backward()
+    assert net.conv(2).conv._norms is None

@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import ShardError
 from tasks.input import parquet
-from tasks.input.sample import RawSample
+from tasks.input.sample import CorruptFileError, RawSample
 from tasks.job import InputConfig, ShardSpec
 from tests.tasks.input_files import LANDMARKS
 
@@ -104,6 +104,14 @@ def test_keys_from_a_column(tmp_path: Path) -> None:
         read(path, key_column="s")
     with pytest.raises(ShardError, match=r"row 1: column 'n' is null"):
         read(path, key_column="n")
+
+
+def test_keys_that_are_not_utf8_are_a_corrupt_file(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 1, 2], np.int32))
+    keys = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a\xff")])
+    path = write(tmp_path / "a.parquet", {"image": [b"x"] * 2, "id": keys})
+    with pytest.raises(CorruptFileError, match=r"a\.parquet is corrupt"):
+        read(path, key_column="id")
 
 
 @pytest.mark.parametrize(

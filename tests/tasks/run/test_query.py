@@ -7,18 +7,13 @@ import pytest
 
 from models.errors import ConfigError, LedgerError
 from models.stylegan2.generator import Generator
-from tasks.job import JobConfig, MethodConfig, OutputConfig
+from tasks.job import JobConfig
 from tasks.run.export import export
 from tasks.run.ledger import read_marker
 from tasks.run.query import query
 from tasks.storage.files import read_bytes, remove
 from tasks.work.invert import Inverter
-from tests.tasks.small_run import SmallRun, begin, make_job, write_pictures
-
-
-@pytest.fixture
-def job(tiny_generator: Generator, tmp_path: Path) -> JobConfig:
-    return make_job(tiny_generator, tmp_path)
+from tests.tasks.small_run import SmallRun, begin, make_noise_job, write_pictures
 
 
 @pytest.fixture
@@ -91,13 +86,7 @@ def test_similarity(small: SmallRun) -> None:
 def test_half_precision_codes_and_noise(
     tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]
 ) -> None:
-    settings = {"steps": 1, "perceptual": "none", "optimise_noise": True}
-    job = make_job(
-        tiny_generator,
-        tmp_path,
-        methods=(MethodConfig(name="wplus", settings=settings),),
-        output=OutputConfig(pictures=(), latents="float16"),
-    )
+    job = make_noise_job(tiny_generator, tmp_path, pictures=(), latents="float16")
     folder = write_pictures(tmp_path / "in", face_bytes[:3])
     run = begin(str(tmp_path / "out"), str(folder), job, Inverter(job, "cpu")).finish()
     assert query(run.uri, "SELECT count(*) AS n FROM nearest('face-0.png', 9)").to_pylist() == [

@@ -1,6 +1,7 @@
 """Reading a run back: what was stored renders the stored pictures again."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,21 @@ NOISE = MethodConfig(
     name="wplus", settings={"steps": 1, "perceptual": "none", "optimise_noise": True}
 )
 PTI = MethodConfig(name="pti", settings={"steps": 2, "perceptual": "none", "learning_rate": 0.01})
+MakeRun = Callable[..., SmallRun]
 CHAINS = {"codes": (WPLUS,), "noise": (NOISE,), "tuned": (WPLUS, PTI), "both": (NOISE, PTI)}
 
 
-def make_run(
-    generator: Generator, folder: Path, faces: list[bytes], chain: str = "codes", **output: Any
-) -> SmallRun:
+@pytest.fixture
+def make_run(tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]) -> MakeRun:
     """Five pictures and a broken file in two shards."""
-    job = make_job(generator, folder, methods=CHAINS[chain], output=OutputConfig(**output))
-    pictures = write_pictures(folder / "in", faces[:5])
-    return begin(str(folder / "out"), str(pictures), job, Inverter(job, "cpu"), 4).finish()
+
+    def make(chain: str = "codes", **output: Any) -> SmallRun:
+        output_config = OutputConfig(**output)
+        job = make_job(tiny_generator, tmp_path, methods=CHAINS[chain], output=output_config)
+        pictures = write_pictures(tmp_path / "in", face_bytes[:5])
+        return begin(str(tmp_path / "out"), str(pictures), job, Inverter(job, "cpu"), 4).finish()
+
+    return make
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -56,9 +62,9 @@ def stored_pictures(run: SmallRun, name: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("chain", sorted(CHAINS))
 def test_a_render_of_what_is_stored_is_the_stored_picture(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes], chain: str
+    make_run: MakeRun, tiny_generator: Generator, chain: str
 ) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes, chain)
+    run = make_run(chain)
     want = stored_pictures(run, "inversion")
     found = {}
     for batch in read_inversions(run.uri, tiny_generator, batch=3):
@@ -73,11 +79,9 @@ def test_a_render_of_what_is_stored_is_the_stored_picture(
         np.testing.assert_array_equal(found[key], picture)
 
 
-def test_tuned_weights_take_a_byte_each(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
-) -> None:
+def test_tuned_weights_take_a_byte_each(make_run: MakeRun, tiny_generator: Generator) -> None:
     """int8 codes as they are, half-precision steps, shapes of the parameters."""
-    run = make_run(tiny_generator, tmp_path, face_bytes, "tuned")
+    run = make_run("tuned")
     marker = read_marker(run.uri, 0)
     assert marker is not None
     schema = pq.read_schema(f"{run.uri}/{marker.parts['residuals'].path}")
@@ -99,10 +103,8 @@ def test_tuned_weights_take_a_byte_each(
     assert len(codes) == sum(not name.startswith("style.") for name in own)
 
 
-def test_batches_and_inputs(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
-) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes)
+def test_batches_and_inputs(make_run: MakeRun, tiny_generator: Generator) -> None:
+    run = make_run()
     batches = list(read_inversions(run.uri, tiny_generator, batch=3, with_inputs=True))
     assert [len(batch.inversion) for batch in batches] == [3, 1, 1]
     want = stored_pictures(run, "input")
@@ -115,9 +117,9 @@ def test_batches_and_inputs(
 
 @pytest.mark.parametrize("latents", ["float16", "float32"])
 def test_codes_are_those_of_the_parquet_decoder(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes], latents: str
+    make_run: MakeRun, tiny_generator: Generator, latents: str
 ) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes, latents=latents)
+    run = make_run(latents=latents)
     found = {}
     for batch in read_inversions(run.uri, tiny_generator, batch=2):
         codes = batch.inversion.w_plus.flatten(1).numpy()
@@ -133,19 +135,15 @@ def test_codes_are_those_of_the_parquet_decoder(
         np.testing.assert_array_equal(found[key], code)
 
 
-def test_only_committed_shards_are_read(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
-) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes)
+def test_only_committed_shards_are_read(make_run: MakeRun, tiny_generator: Generator) -> None:
+    run = make_run()
     (Path(run.uri) / "commits" / "00000.json").unlink()
     keys = [key for b in read_inversions(run.uri, tiny_generator) for key in b.sample_keys]
     assert keys == ["face-4.png"]
 
 
-def test_another_generator_is_refused(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
-) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes)
+def test_another_generator_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
     own, other = run.inverter.hashes["generator"], make_tiny_generator(seed=1)
     path = save_generator(other, tmp_path / "other.safetensors", {"terms": "test"})
     digest = Inverter(make_job(other, path.parent), "cpu").hashes["generator"]
@@ -153,19 +151,15 @@ def test_another_generator_is_refused(
         read_inversions(run.uri, other)
 
 
-def test_inputs_that_were_not_stored(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
-) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes, pictures=("inversion",))
+def test_inputs_that_were_not_stored(make_run: MakeRun, tiny_generator: Generator) -> None:
+    run = make_run(pictures=("inversion",))
     with pytest.raises(LedgerError, match="has no input pictures"):
         read_inversions(run.uri, tiny_generator, with_inputs=True)
     assert len(list(read_inversions(run.uri, tiny_generator))) == 2
 
 
-def test_parts_that_do_not_belong_together(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes]
-) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes, "noise")
+def test_parts_that_do_not_belong_together(make_run: MakeRun, tiny_generator: Generator) -> None:
+    run = make_run("noise")
     marker = read_marker(run.uri, 0)
     assert marker is not None
     path = Path(run.uri) / marker.parts["residuals"].path
@@ -179,10 +173,8 @@ def test_parts_that_do_not_belong_together(
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
-def test_a_damaged_part_is_named(
-    tiny_generator: Generator, tmp_path: Path, face_bytes: list[bytes], damage: str
-) -> None:
-    run = make_run(tiny_generator, tmp_path, face_bytes)
+def test_a_damaged_part_is_named(make_run: MakeRun, tiny_generator: Generator, damage: str) -> None:
+    run = make_run()
     marker = read_marker(run.uri, 1)
     assert marker is not None
     path = Path(run.uri) / marker.parts["latents"].path

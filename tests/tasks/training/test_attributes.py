@@ -1,6 +1,5 @@
 """Training the attribute scorer: targets, drawing, scores, exact resume, learning."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import mannwhitneyu, spearmanr
 
 from models.attributes import AttributeScorer, load_attributes
@@ -28,6 +26,7 @@ from tasks.training.attributes import (
     fit,
 )
 from tasks.training.labels import load_labelled
+from tests.conftest import as_png
 
 # ---------------------------------------------------------------------- parts
 
@@ -65,9 +64,7 @@ def picture(is_light: bool, is_striped: bool, seed: int) -> bytes:
     if is_striped:
         pixels[::4] += 60
         pixels[1::4] += 60
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(buffer, "PNG")
-    return buffer.getvalue()
+    return as_png(pixels)
 
 
 @pytest.fixture(scope="module")

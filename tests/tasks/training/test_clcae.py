@@ -5,31 +5,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from models.checkpoints.load import load_generator
-from models.checkpoints.native import save_generator
-from models.encoders.checkpoint import build_encoder, load_network, save_encoder
+from models.encoders.checkpoint import build_encoder, load_encoder, load_network
 from models.encoders.clcae import CLCAE, ClcaeEncoder, load_clcae
 from models.encoders.contrastive import TOWERS
 from models.encoders.psp import EncoderArchitecture
 from models.errors import AssetError, ConfigError
-from models.inversion.base import SampleRng
+from models.inversion.base import Inversion, SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.training import clcae
 from tasks.training.clcae import ClcaeObjective, FitClcaeConfig, PairMemory, fit
 from tasks.training.clcae_align import AlignObjective, FitClcaeAlignConfig
 from tasks.training.clcae_align import fit as fit_align
+from tests.models.tiny_networks import save_tiny_encoder
 
 SIZES: dict[str, Any] = {"width": 4, "units": (1, 1, 1, 1), "head_width": 8, "log_images": 16}
-
-
-@pytest.fixture
-def generator_file(tmp_path: Path, tiny_generator: Generator) -> str:
-    return str(save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"}))
 
 
 def align_config(folder: Path, generator_file: str, **settings: Any) -> FitClcaeAlignConfig:
@@ -39,24 +33,10 @@ def align_config(folder: Path, generator_file: str, **settings: Any) -> FitClcae
 
 
 @pytest.fixture
-def config(tmp_path: Path, generator_file: str, face_bytes: list[bytes]) -> FitClcaeConfig:
-    table = pa.table({"image": [{"bytes": data, "path": None} for data in face_bytes]})
-    pq.write_table(table, tmp_path / "pictures.parquet")
-    data = (str(tmp_path / "pictures.parquet"),)
-    return FitClcaeConfig(
-        generator=generator_file,
-        data=data,
-        validation=data,
-        out=str(tmp_path / "run"),
-        images=32,
-        batch=8,
-        checkpoint_images=16,
-        hidden=8,
-        feature_hidden=8,
-        feature_width=8,
-        perceptual="none",
-        **SIZES,
-    )
+def config(places: dict[str, Any]) -> FitClcaeConfig:
+    budget = {"images": 32, "batch": 8, "checkpoint_images": 16, "perceptual": "none"}
+    widths = {"hidden": 8, "feature_hidden": 8, "feature_width": 8}
+    return FitClcaeConfig(**places, **budget, **widths, **SIZES)
 
 
 def rows(out: str) -> list[dict[str, Any]]:
@@ -86,18 +66,13 @@ def test_alignment_needs_no_pictures_and_learns(
 
 
 def test_alignment_starts_from_an_encoder(tmp_path: Path, generator_file: str) -> None:
-    torch.manual_seed(0)
-    architecture = EncoderArchitecture(
-        num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8, stem_stride=2
-    )
-    encoder = build_encoder(architecture)
-    path = str(save_encoder(encoder, tmp_path / "e4e.safetensors", {}))
     generator = load_generator(generator_file)
+    path = str(save_tiny_encoder(tmp_path / "e4e.safetensors", generator, stem_stride=2))
+    encoder = load_encoder(path, 8, 16).encoder
     config = align_config(tmp_path, generator_file, start_from=path)
     tower = AlignObjective(config, generator).network.image
     for name, value in tower.state_dict().items():
-        want = encoder.state_dict()[name]
-        assert torch.equal(value, want.half().float() if want.ndim > 1 else want), name
+        assert torch.equal(value, encoder.state_dict()[name]), name
     wide = align_config(tmp_path, generator_file, start_from=path, width=6)
     with pytest.raises(AssetError, match="no kernel of its trunk fits"):
         AlignObjective(wide, generator)
@@ -192,15 +167,46 @@ def test_w_can_be_rendered_for_a_share_of_the_batch(
     assert {k: len(v) for k, v in renders.items()} == {"full": 8, "w_plus": 8, "w": 2}
 
 
+def test_pairs_of_edits_weigh_what_an_edit_should_have_made(
+    config: FitClcaeConfig, tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that finds codes and activation again has no loss; a map that holds the picture as
+    it was has the distance between the picture and its edit."""
+    objective = ClcaeObjective(dataclasses.replace(config, pair_weight=1.0), tiny_generator)
+    codes = tiny_generator.mapping(torch.randn(4, 16))
+    found = tiny_generator.activations(codes, 5, "const")
+    edits = []
+
+    def random_edits(*_: object) -> torch.Tensor:
+        edits.append(torch.randn(4, 16))
+        return edits[-1]
+
+    monkeypatch.setattr(clcae, "random_edits", random_edits)
+    for kept, is_found in ((found, True), (found + torch.randn_like(found), False)):
+        monkeypatch.setattr(objective, "_encode", lambda _, kept=kept: (codes[:, 0], codes, kept))
+        logged: dict[str, torch.Tensor] = {}
+        total = objective._pair_losses(codes, logged)
+        assert total.item() == pytest.approx(logged["mse_pair"].mean().item())
+        if is_found:
+            assert total.item() < 1e-9
+        moved = codes + edits[-1][:, None]
+        want = Inversion(w_plus=codes, features={5: kept}).edited(tiny_generator, moved)
+        after = tiny_generator.synthesis(moved)
+        expected = (want.render(tiny_generator) - after).square().mean((1, 2, 3))
+        torch.testing.assert_close(logged["mse_pair"], expected)
+        assert is_found or expected.min() > 1e-6
+
+
+def test_a_run_with_pairs_logs_them(config: FitClcaeConfig) -> None:
+    fit(dataclasses.replace(config, pair_weight=0.5))
+    assert {"mse_pair", "mse"} <= rows(config.out)[0].keys()
+
+
 def test_an_e4e_encoder_gives_its_heads(
     config: FitClcaeConfig, tmp_path: Path, tiny_generator: Generator
 ) -> None:
     """And then the codes are e4e's from the first step on."""
-    torch.manual_seed(0)
-    architecture = EncoderArchitecture(
-        num_ws=8, w_dim=16, input_size=32, width=4, units=(1, 1, 1, 1), head_width=8, stem_stride=2
-    )
-    path = save_encoder(build_encoder(architecture), tmp_path / "e4e.safetensors", {})
+    path = save_tiny_encoder(tmp_path / "e4e.safetensors", tiny_generator, stem_stride=2)
     config = dataclasses.replace(config, start_from=str(path), is_centred=False)
     objective = ClcaeObjective(config, tiny_generator)
     pictures = torch.rand(2, 3, 32, 32) * 2 - 1

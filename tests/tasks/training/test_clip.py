@@ -34,7 +34,7 @@ from tasks.training.clip_scores import (
     medium_prompts,
 )
 from tasks.training.labels import MEDIA, LabelledPictures, is_held_out
-from tests.conftest import make_picture
+from tests.conftest import as_png, make_picture
 
 # ---------------------------------------------------------------------- the loss
 
@@ -98,18 +98,13 @@ def test_portraits_are_drawn_evenly() -> None:
 
 def encoded(seed: int, stripes: str = "") -> bytes:
     """A smooth picture, with stripes one way or the other."""
-    import io
-
     import numpy as np
-    from PIL import Image
 
     pixels = np.asarray(make_picture(seed, 32)).astype(float) * 0.4 + 70
     wave = 60 * np.sign(np.sin(np.arange(32) * np.pi / 2 + 0.1))
     if stripes:
         pixels += (wave[:, None] if stripes == "across" else wave[None])[..., None]
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(buffer, "PNG")
-    return buffer.getvalue()
+    return as_png(pixels)
 
 
 @pytest.fixture(scope="module")

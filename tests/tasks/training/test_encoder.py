@@ -5,13 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from models.checkpoints.native import save_generator
 from models.encoders.checkpoint import load_encoder
 from models.errors import AssetError, ConfigError
 from models.inversion.base import SampleRng
@@ -31,35 +28,12 @@ from tasks.training.encoder import (
 )
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
 from tasks.training.schedules import annealed, closed_offsets, open_offsets, progress
-
-SMALL: dict[str, Any] = {
-    "width": 4,
-    "units": (1, 1, 1, 1),
-    "head_width": 8,
-    "batch": 8,
-    "images": 64,
-    "log_images": 16,
-    "checkpoint_images": 32,
-    "validation_images": 4,
-    "perceptual": "none",
-    "learning_rate": 3e-3,
-    "synthetic_fraction": 0.25,
-}
+from tests.tasks.training.conftest import SMALL
 
 
 @pytest.fixture
-def generator_file(tmp_path: Path, tiny_generator: Generator) -> str:
-    return str(save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"}))
-
-
-@pytest.fixture
-def config(tmp_path: Path, generator_file: str, face_bytes: list[bytes]) -> FitEncoderConfig:
-    table = pa.table({"image": [{"bytes": data, "path": None} for data in face_bytes]})
-    pq.write_table(table, tmp_path / "pictures.parquet")
-    data = (str(tmp_path / "pictures.parquet"),)
-    return FitEncoderConfig(
-        generator=generator_file, data=data, validation=data, out=str(tmp_path / "run"), **SMALL
-    )
+def config(places: dict[str, Any]) -> FitEncoderConfig:
+    return FitEncoderConfig(**places, **SMALL, learning_rate=3e-3, synthetic_fraction=0.25)
 
 
 def rows(config: FitEncoderConfig) -> list[dict[str, Any]]:
@@ -282,7 +256,7 @@ def preset(cls: type[FitEncoderConfig], config: FitEncoderConfig, **more: Any) -
     """The preset's config with the small run's settings."""
     names = ("generator", "data", "validation", "out")
     given = {name: getattr(config, name) for name in names}
-    return cls(**(given | SMALL | {"synthetic_fraction": 0.0} | more))
+    return cls(**(given | SMALL | {"learning_rate": 3e-3, "synthetic_fraction": 0.0} | more))
 
 
 def test_the_way_back_is_cycle_encoding_s() -> None:

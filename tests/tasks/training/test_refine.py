@@ -5,67 +5,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from models.checkpoints.load import load_generator
-from models.checkpoints.native import save_generator
-from models.encoders.checkpoint import build_encoder, load_encoder, load_network, save_encoder
-from models.encoders.psp import EncoderArchitecture
+from models.encoders.checkpoint import load_encoder, load_network
 from models.encoders.token_network import TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
-from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.generator import Generator
 from tasks.training.refine import FitRefineConfig, RefineObjective, adopt_trunk, fit
+from tests.models.tiny_networks import save_tiny_encoder
+from tests.tasks.training.conftest import SMALL
 
-SMALL: dict[str, Any] = {
-    "rank": 2,
-    "token_width": 16,
-    "heads": 2,
-    "feed_forward": 16,
-    "width": 4,
-    "units": (1, 1, 1, 1),
-    "head_width": 8,
-    "batch": 8,
-    "images": 64,
-    "log_images": 16,
-    "checkpoint_images": 32,
-    "validation_images": 4,
-    "perceptual": "none",
-}
+TOKENS: dict[str, Any] = {"rank": 2, "token_width": 16, "heads": 2, "feed_forward": 16}
 
 
 def encoder_file(folder: Path, generator: Generator, width: int = 4) -> str:
-    architecture = EncoderArchitecture(
-        num_ws=generator.num_ws,
-        w_dim=generator.w_dim,
-        input_size=generator.resolution,
-        width=width,
-        units=(1, 1, 1, 1),
-        head_width=8,
-        stem_stride=2,
-    )
-    card = {"generator_hash": weights_hash(generator)}
     path = folder / f"encoder{width}.safetensors"
-    return str(save_encoder(build_encoder(architecture), path, card))
+    return str(save_tiny_encoder(path, generator, width=width, stem_stride=2))
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]) -> FitRefineConfig:
+def config(places: dict[str, Any], tmp_path: Path, tiny_generator: Generator) -> FitRefineConfig:
     torch.manual_seed(0)
-    table = pa.table({"image": [{"bytes": data, "path": None} for data in face_bytes]})
-    pq.write_table(table, tmp_path / "pictures.parquet")
-    data = (str(tmp_path / "pictures.parquet"),)
-    generator = save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"})
-    return FitRefineConfig(
-        generator=str(generator),
-        data=data,
-        validation=data,
-        out=str(tmp_path / "run"),
-        first_stage=encoder_file(tmp_path, tiny_generator),
-        **SMALL,
-    )
+    first_stage = encoder_file(tmp_path, tiny_generator)
+    return FitRefineConfig(**places, first_stage=first_stage, **SMALL, **TOKENS)
 
 
 def rows(config: FitRefineConfig) -> list[dict[str, Any]]:

@@ -30,11 +30,6 @@ from tests.tasks.small_run import (
 
 
 @pytest.fixture
-def job(tiny_generator: Generator, tmp_path: Path) -> JobConfig:
-    return make_job(tiny_generator, tmp_path)
-
-
-@pytest.fixture
 def small(tmp_path: Path, job: JobConfig, face_bytes: list[bytes]) -> SmallRun:
     """A sealed run of two shards, 5 and 4 samples, the last one broken."""
     folder = write_pictures(tmp_path / "in", face_bytes)
@@ -141,6 +136,11 @@ def test_a_deleted_part(small: SmallRun) -> None:
         assert f"shard 00001: latents/{path.name} is missing" in problems(small, deep)
 
 
+def with_column(table: pa.Table, name: str, values: list[str]) -> pa.Table:
+    at = table.schema.get_field_index(name)
+    return table.set_column(at, table.schema.field(at), pa.array(values))
+
+
 def test_a_row_twice(small: SmallRun) -> None:
     replace_part(small, 0, "latents", lambda table: pa.concat_tables([table, table.slice(4, 1)]))
     text = problems(small)
@@ -163,8 +163,7 @@ def test_a_row_lost(small: SmallRun) -> None:
 
 def test_a_foreign_row(small: SmallRun) -> None:
     def rename(table: pa.Table) -> pa.Table:
-        keys = pa.array(["x", *table["sample_key"].to_pylist()[1:]])
-        return table.set_column(0, table.schema.field(0), keys)
+        return with_column(table, "sample_key", ["x", *table["sample_key"].to_pylist()[1:]])
 
     replace_part(small, 0, "latents", rename)
     text = problems(small)
@@ -173,11 +172,7 @@ def test_a_foreign_row(small: SmallRun) -> None:
 
 
 def test_a_failure_made_good(small: SmallRun) -> None:
-    def polish(table: pa.Table) -> pa.Table:
-        at = table.schema.get_field_index("status")
-        return table.set_column(at, table.schema.field(at), pa.array(["ok"] * 4))
-
-    replace_part(small, 1, "latents", polish)
+    replace_part(small, 1, "latents", lambda table: with_column(table, "status", ["ok"] * 4))
     text = problems(small)
     assert "latents holds 4 rows with 0 failures, the marker says 4 with 1" in text
     assert "images against the good rows of latents: 1 samples missing (zz-0.png)" in text
@@ -195,11 +190,8 @@ def test_the_same_shard_committed_twice(small: SmallRun) -> None:
 
 
 def test_rows_of_another_run(small: SmallRun) -> None:
-    def rename(table: pa.Table) -> pa.Table:
-        at = table.schema.get_field_index("run_id")
-        return table.set_column(at, table.schema.field(at), pa.array(["stranger"] * 5))
-
-    replace_part(small, 0, "latents", rename)
+    strangers = ["stranger"] * 5
+    replace_part(small, 0, "latents", lambda table: with_column(table, "run_id", strangers))
     assert "latents holds rows of another run: stranger" in problems(small)
     marker = dataclasses.replace(read_marker(small.uri, 0), run_id="stranger")
     put_marker(small.uri, marker)

@@ -5,16 +5,10 @@ from pathlib import Path
 import pytest
 
 from models.errors import ConfigError, ShardError
-from models.stylegan2.generator import Generator
 from tasks.job import JobConfig
 from tasks.work.invert import Inverter
 from tasks.work.probe import probe
-from tests.tasks.small_run import begin, make_job, write_pictures
-
-
-@pytest.fixture
-def job(tiny_generator: Generator, tmp_path: Path) -> JobConfig:
-    return make_job(tiny_generator, tmp_path)
+from tests.tasks.small_run import begin, write_pictures
 
 
 def test_counts_bytes_and_speeds(

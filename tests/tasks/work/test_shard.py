@@ -18,7 +18,7 @@ from models.errors import ShardError
 from models.inversion.base import sample_seed
 from models.stylegan2.generator import Generator
 from tasks.input.sample import CorruptFileError
-from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
+from tasks.job import InputConfig, JobConfig
 from tasks.run.ledger import pending, read_marker, remove_orphans, seal
 from tasks.run.marker import Marker
 from tasks.storage.crash import EXIT_CODE, POINTS, VARIABLE
@@ -34,15 +34,11 @@ from tests.tasks.small_run import (
     SmallRun,
     begin,
     make_job,
+    make_noise_job,
     part_bytes,
     write_picture_table,
     write_pictures,
 )
-
-
-@pytest.fixture
-def job(tiny_generator: Generator, tmp_path: Path) -> JobConfig:
-    return make_job(tiny_generator, tmp_path)
 
 
 @pytest.fixture
@@ -288,13 +284,7 @@ def test_a_diverged_picture_is_a_failed_row(small: SmallRun) -> None:
 def test_noise_maps_are_stored_and_render_the_picture(
     tmp_path: Path, tiny_generator: Generator, pictures: str
 ) -> None:
-    settings = {"steps": 2, "perceptual": "none", "optimise_noise": True}
-    job = make_job(
-        tiny_generator,
-        tmp_path,
-        methods=(MethodConfig(name="wplus", settings=settings),),
-        output=OutputConfig(pictures=("inversion",)),
-    )
+    job = make_noise_job(tiny_generator, tmp_path, pictures=("inversion",))
     run = begin(str(tmp_path / "out"), pictures, job, Inverter(job, "cpu"))
     run.run(0)
     rows, images = read_part(run, 0, "latents"), read_part(run, 0, "images")
