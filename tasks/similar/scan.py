@@ -99,8 +99,9 @@ def squared_distances(
 ) -> Float32[np.ndarray, " M"]:
     """Of half-precision vectors to one in single precision, without a wider copy of them."""
     found, places = _heaps(1, len(vectors))
-    scanner, codes = _scanner(len(query), _HALF), np.ascontiguousarray(vectors).view(np.uint8)
-    scanner.set_query(faiss.swig_ptr(np.ascontiguousarray(query, np.float32)))
+    query, codes = np.ascontiguousarray(query), np.ascontiguousarray(vectors).view(np.uint8)
+    scanner = _scanner(len(query), _HALF)
+    scanner.set_query(faiss.swig_ptr(query))  # which keeps the address alone
     scanner.set_list(0, 0.0)
     heap = faiss.swig_ptr(found), faiss.swig_ptr(places)
     scanner.scan_codes(len(vectors), faiss.swig_ptr(codes), None, *heap, len(vectors))

@@ -62,6 +62,8 @@ def test_exact_distances_are_those_of_single_precision() -> None:
     query = rng.normal(0, 3, 37).astype(np.float32)
     wanted = ((vectors.astype(np.float64) - query) ** 2).sum(1)
     assert squared_distances(vectors, query) == pytest.approx(wanted, rel=1e-5)
+    strided = np.stack([query, query], 1)[:, 0]
+    assert squared_distances(vectors[::2], strided) == pytest.approx(wanted[::2], rel=1e-5)
     assert squared_distances(vectors[:0], query).shape == (0,)
 
 
