@@ -1,8 +1,8 @@
 """The generator against a slow twin from the equations, its doors, and what it refuses."""
 
 import copy
-import warnings
 import math
+import warnings
 
 import pytest
 import torch
