@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers, pipeline, synthesis
+from benchmarks import domains, peers, pipeline, synthesis
 
 HERE = Path(__file__).parent
-PARTS = ("pipeline", "synthesis", "peers")
+PARTS = ("pipeline", "synthesis", "domains", "peers")
 WANTED_S = {"inline": 6, "ray": 10}
 """Wall time of a small run, on an idle machine."""
 
@@ -26,6 +26,8 @@ def table(found: dict[str, Any]) -> str:
         text += _pipeline_table(found["pipeline"])
     if found.get("synthesis"):
         text += _synthesis_table(found["synthesis"])
+    if found.get("domains"):
+        text += _domains_table(found["domains"])
     if found.get("peers"):
         text += _peers_table(found["peers"])
     return text
@@ -90,6 +92,25 @@ def _synthesis_table(s: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _domains_table(d: dict[str, Any]) -> str:
+    count, step = len(domains.TEXTS), d["steps"]
+    lines = [*_heading("Domains", d["machine"]), "| what | measured | wanted |", "|---|---|---|"]
+    lines += [
+        f"| rendering at 64 px, batch {row['batch']}: plain / {what}, CPU time | "
+        f"{row['plain'] / row[key]:.2f} ({row['plain']:.1f} / {row[key]:.1f} ms) | {goal} |"
+        for row in d["renders"]
+        for what, key, goal in (
+            ("one domain for all", "one", ">= 0.95"),
+            ("each picture its own", "each", "-"),
+        )
+    ]
+    lines.append(
+        f"| a step of {count} domains / of one, {domains.CODES} codes each, CPU time | "
+        f"{step[str(count)] / step['1']:.2f} ({step['1']:.0f} ms for one) | <= 1.6 on a GPU |"
+    )
+    return "\n".join(lines) + "\n"
+
+
 def _peers_table(p: dict[str, Any]) -> str:
     commits = ", ".join(f"{name} {commit}" for name, commit in p["commits"].items())
     lines = [
@@ -114,6 +135,8 @@ def measure(
     part: str, rounds: int, resolution: int, checkouts: Path | None
 ) -> dict[str, Any] | None:
     """One part's figures; None where its data is absent."""
+    if part == "domains":
+        return domains.run(domains.BATCHES, domains.ROUNDS)
     if part == "peers":
         return checkouts and peers.compare(checkouts, resolution, peers.BATCHES, rounds)
     if part == "synthesis":

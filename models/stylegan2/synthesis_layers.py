@@ -52,9 +52,10 @@ class ModulatedConv(nn.Module):
 
     def _kernel_norms(self) -> KernelNorms | None:
         """Kept while the kernel is frozen and the layer's own: not one of a `functional_call`."""
+        if torch.compiler.is_compiling() or not self.demodulate:
+            return None
         weight = self.weight
-        is_own = isinstance(weight, nn.Parameter) and is_constant(weight)
-        if not self.demodulate or not is_own or torch.compiler.is_compiling():
+        if not isinstance(weight, nn.Parameter) or not is_constant(weight):
             return None
         norms = self._norms
         if norms is None or not norms.fits(weight):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -461,3 +462,11 @@ def test_kept_norms_are_of_the_layers_own_kernel_alone(tiny_generator, w_plus):
     net.conv(2).conv._norms = None
     net.synthesis(codes).sum().backward()
     assert net.conv(2).conv._norms is None
+
+
+def test_synthesis_compiles_to_one_graph(tiny_generator, w_plus):
+    net = copy.deepcopy(tiny_generator).requires_grad_(False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's opinion of caches
+        found = torch._dynamo.explain(net.synthesis)(w_plus.float())
+    assert found.graph_count == 1, found.break_reasons
