@@ -101,8 +101,8 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if self.quality is not None and self.picture_format == "png":
             raise ValueError(
-                f"output.quality: png is lossless, found {self.quality}; set output.picture_format to "
-                "webp or jpeg"
+                f"output.quality: png is lossless, found {self.quality}; set "
+                "output.picture_format to webp or jpeg"
             )
 
     def settled(self, resolution: int) -> "OutputConfig":
