@@ -18,9 +18,8 @@ from tasks.storage.files import read_bytes, write_bytes
 from tests.conftest import make_picture_bytes
 
 PAGE = (Path(__file__).parents[2] / "docs/ffhq.md").read_text()
-SIZES = [
-    pytest.param(side, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]) for side in (256, 1024)
-]
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3000)]
+SIZES = [pytest.param(side, marks=SLOW) for side in (256, 1024)]
 INLINE = ["--engine", "inline"]
 
 
