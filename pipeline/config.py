@@ -22,6 +22,7 @@ Tables = dict[str, Any]
 
 DEFAULT_GENERATOR = "faces64"
 DEFAULT_METHODS = ("e4e",)
+DEFAULT_PICTURES = "auto"
 
 
 class EngineConfig(BaseModel):
@@ -42,14 +43,15 @@ class EngineConfig(BaseModel):
     by rounding; one thread times many actors keeps bytes independent of the number of cores."""
     shards_in_flight: int = Field(default=2, ge=1, le=8)
     """Shards overlapped in one actor: one computes while others read, decode and write."""
-    shard_size: int = Field(default=256, ge=1)
-    """Samples per shard for loose files and Parquet; a tar is one shard."""
+    shard_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Samples per shard for loose files and Parquet; a tar is one shard. auto: the run's, which
+    begins with 256, above 256 px with fewer in proportion to its side: 64 at 1024 px."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries per shard before it is quarantined."""
     retry_wait_s: float = Field(default=2.0, ge=0)
     """Wait before the second try; four times longer for each further one."""
     shard_timeout_s: float = Field(default=7200.0, gt=0)
-    """A worker that holds a shard for longer is restarted."""
+    """A worker that holds a shard for longer, and finishes no batch of it, is restarted."""
     heartbeat_s: float = Field(default=45.0, gt=0)
     """A worker that gives no sign of life for longer is restarted."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
@@ -136,7 +138,9 @@ def validate(tables: Tables) -> InvertConfig:
             f"method.0: {methods[0].name} refines the result of an earlier method and cannot be "
             "the first of the chain; put one such as e4e before it"
         )
-    tables = {"generator": DEFAULT_GENERATOR, **tables}
+    tables = {"generator": DEFAULT_GENERATOR, "output": {}, **tables}
+    if isinstance(tables["output"], dict):
+        tables["output"] = {"pictures": DEFAULT_PICTURES, **tables["output"]}
     tables.pop("method", None)
     return run_config(JobConfig, tables, {"methods": methods}, names=("method",))
 

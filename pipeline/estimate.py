@@ -2,22 +2,33 @@
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import get_context
+from statistics import fmean
 
 from rich.table import Table
 
+from models.checkpoints.load import load_generator
 from models.errors import ShardError
 from pipeline.config import EngineConfig, InvertConfig
 from pipeline.progress import duration
-from pipeline.run import local_device
-from pipeline.screen import pairs, size
+from pipeline.run import auto_shard_size, local_device
+from pipeline.screen import pairs
+from pipeline.worker import that_fit
 from tasks.input.plan import in_words
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
-from tasks.run.manifest import plan_shards
+from tasks.report.words import size
+from tasks.run.ledger import find_run, utc_now
+from tasks.run.manifest import plan_shards, read_shard_size
+from tasks.run.prediction import Prediction, write_prediction
+from tasks.work.device import local_copy
+from tasks.work.probe import ProbeResult
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +43,6 @@ class Listing:
 
     Attributes:
         num_images: counted, or estimated from sizes where `is_counted` is False (tars).
-        largest: images of the largest shard, estimated likewise.
         num_bytes: encoded.
         skipped: files that are in no shard, by reason.
     """
@@ -40,7 +50,6 @@ class Listing:
     kinds: dict[str, int]
     num_shards: int
     num_images: int
-    largest: int
     num_bytes: int
     is_counted: bool
     skipped: dict[str, int]
@@ -53,27 +62,22 @@ def list_input(source: str, shard_size: int, limit: int | None, settings: InputC
         ConfigError, ShardError: the input is missing, empty or cannot be listed.
     """
     kinds: Counter[str] = Counter()
-    num_images = num_bytes = uncounted_bytes = largest = largest_bytes = 0
+    num_images = num_bytes = uncounted_bytes = 0
     uncounted: list[ShardSpec] = []
     shards = plan_shards(source, shard_size, limit, settings)
     for spec in shards:
         kinds[spec.kind] += 1
         num_bytes += spec.num_bytes
         num_images += max(spec.num_samples, 0)
-        largest = max(largest, spec.num_samples)
         if spec.num_samples < 0:
             uncounted += [spec] if len(uncounted) < TRIED else []
             uncounted_bytes += spec.num_bytes
-            largest_bytes = max(largest_bytes, spec.num_bytes)
     if uncounted:
-        mean_bytes = max(_mean_bytes(uncounted, settings), 1)
-        num_images += round(uncounted_bytes / mean_bytes)
-        largest = max(largest, math.ceil(largest_bytes / mean_bytes))
+        num_images += round(uncounted_bytes / max(_mean_bytes(uncounted, settings), 1))
     return Listing(
         kinds=dict(kinds),
         num_shards=kinds.total(),
         num_images=num_images,
-        largest=largest,
         num_bytes=num_bytes,
         is_counted=not uncounted,
         skipped=dict(shards.skipped),
@@ -92,68 +96,145 @@ def _mean_bytes(specs: Sequence[ShardSpec], settings: InputConfig) -> float:
     return float(sum(spec.num_bytes for spec in specs))
 
 
-def estimate(source: str, config: InvertConfig, *, limit: int | None, count: int) -> Table:
+def estimate(
+    source: str,
+    config: InvertConfig,
+    *,
+    limit: int | None,
+    count: int | None,
+    output: str | None = None,
+    price: float | None = None,
+) -> Table:
     """The table of `refinery plan`.
 
     Args:
         limit: only the first samples.
-        count: pictures to invert for the estimate of time and size; 0 for none.
+        count: pictures to invert for the estimate of time and size; None for four batches, 0 for
+            none.
+        output: the run that is planned; it gets the prediction.
+        price: of a worker's hour.
 
     Raises:
         RefineryError: the input cannot be listed, or the probe fails.
     """
-    found = list_input(source, config.engine.shard_size, limit, config.job.input)
+    job, shard_size = config.job, config.engine.shard_size
+    if shard_size == "auto" and output is not None and find_run(output):
+        shard_size = read_shard_size(output)
+    elif shard_size == "auto":
+        shard_size = auto_shard_size(load_generator(local_copy(job.generator)).resolution)
+    found = list_input(source, shard_size, limit, job.input)
     about = "" if found.is_counted else "about "
     kinds = ", ".join(f"{kind} {number}" for kind, number in found.kinds.items())
     values = {
         "input": source,
-        "shards": f"{found.num_shards} ({kinds})",
+        "shards": f"{found.num_shards} ({kinds}), {shard_size} images each at most",
         "images": f"{about}{found.num_images}",
         "bytes": size(found.num_bytes),
         "skipped": in_words(found.skipped) or "nothing",
-        "methods": " then ".join(link.name for link in config.job.methods),
+        "methods": " then ".join(link.name for link in job.methods),
     }
-    if count:
-        values |= _probed(source, config, found, count)
+    if count != 0:
+        results, workers = _probed(source, config, found, count)
+        made = _prediction(results, workers, found)
+        values |= _measured(results, made, found, config.engine)
+        if price is not None:
+            values["cost"] = f"{made.seconds / 3600 * workers * price:.2f} at {price:g} an hour"
+        if output is not None:
+            write_prediction(output, made)
     return pairs("", values)
 
 
-def _probed(source: str, config: InvertConfig, found: Listing, count: int) -> dict[str, str]:
+def _probed(
+    source: str, config: InvertConfig, found: Listing, count: int | None
+) -> tuple[list[ProbeResult], int]:
+    """What workers measure side by side, as many as a run would have here, and their number."""
+    from tasks.work.invert import Inverter
     from tasks.work.probe import probe
 
-    device = local_device()
-    result = probe(config.job, source, count, device)
-    speeds = ", ".join(f"{stage} {pace:.1f}" for stage, pace in result.images_per_s.items())
-    device_s = sum(found.num_images / result.images_per_s[stage] for stage in ("invert", "score"))
-    total_s = found.num_images / result.images_per_s["total"]
-    # With shards in flight reading, decoding and writing hide behind the device, on a GPU.
-    worker_s = total_s if device == "cpu" else device_s
-    unit = "CPU-core hours" if device == "cpu" else "GPU hours"
-    actors = config.engine.actors
-    shared = 1 if actors == "auto" else min(actors, found.num_shards)
-    warning = _timeout_warning(found.largest / result.images_per_s["total"], found, config.engine)
+    job, device, engine = config.job, local_device(), config.engine
+    station = Inverter(job, device)
+    wanted = _places(device, engine)
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device == "cpu" and engine.actors == "auto":
+        wanted = that_fit(wanted, room, station.worker_bytes)
+    wanted = min(wanted, found.num_shards)
+    if wanted == 1 or device != "cpu":
+        return [probe(job, source, count, device, inverter=station)], wanted
+    del station
+    with ProcessPoolExecutor(wanted, get_context("spawn")) as pool:
+        asked = [pool.submit(probe, job, source, count, device) for _ in range(wanted)]
+        return [each.result() for each in asked], wanted
+
+
+def _places(device: str, engine: EngineConfig) -> int:
+    """Workers that a run would have on this machine."""
+    if engine.kind == "inline":
+        return 1
+    if engine.actors != "auto":
+        return engine.actors
+    if engine.address:  # the size of a cluster is not known here
+        return 1
+    if device == "cpu":
+        return max(len(os.sched_getaffinity(0)) // engine.threads, 1)
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _prediction(results: Sequence[ProbeResult], workers: int, found: Listing) -> Prediction:
+    mean_s = fmean(_seconds_an_image(result) for result in results)
+    return Prediction(
+        made_by="refinery plan",
+        rows=found.num_images,
+        seconds=mean_s * found.num_images / workers,
+        bytes=round(fmean(result.bytes_per_image for result in results) * found.num_images),
+        memory_bytes=max(result.memory_bytes for result in results),
+        workers=workers,
+        made_at=utc_now(),
+    )
+
+
+def _seconds_an_image(result: ProbeResult) -> float:
+    """Of one worker. With shards in flight reading, decoding and writing hide behind a GPU."""
+    paces = result.images_per_s
+    if result.device == "cpu":
+        return 1 / paces["total"]
+    return 1 / paces["invert"] + 1 / paces["score"]
+
+
+def _measured(
+    results: Sequence[ProbeResult], made: Prediction, found: Listing, engine: EngineConfig
+) -> dict[str, str]:
+    first, workers = results[0], made.workers
+    speeds = ", ".join(f"{stage} {pace:.3g}" for stage, pace in first.images_per_s.items())
+    unit = "CPU-core hours" if first.device == "cpu" else "GPU hours"
+    together = "" if len(results) == 1 else f", {len(results)} workers at once"
+    warning = _timeout_warning(first, engine)
     return {
-        "probe": f"{result.num_images} images on {result.device}, {result.num_failed} failed",
+        "probe": f"{first.num_images} images on {first.device}, {first.num_failed} failed"
+        + together,
+        "batch": f"{first.batch}",
         "images/s": f"{speeds} (one worker)",
-        "work": f"{_hours(worker_s)} {unit}",
-        "time": f"{duration(math.ceil(worker_s / shared))} on {shared} "
-        f"{'worker' if shared == 1 else 'workers'}, start-up not included",
-        "output": f"{size(result.bytes_per_image * found.num_images)} "
-        f"({size(result.bytes_per_image)} an image)",
+        "work": f"{_hours(made.seconds * workers)} {unit}",
+        "time": f"{duration(math.ceil(made.seconds))} on {workers} "
+        f"{'worker' if workers == 1 else 'workers'}, start-up not included",
+        "memory": f"{size(made.memory_bytes)} a worker, {size(made.memory_bytes * workers)} "
+        "together",
+        "output": f"{size(made.bytes)} ({size(made.bytes / max(found.num_images, 1))} an image)",
         **({"warning": warning} if warning else {}),
     }
 
 
-def _timeout_warning(alone_s: float, found: Listing, engine: EngineConfig) -> str | None:
-    """What to change where the largest shard would not be done in time, beside others in flight."""
-    needed_s = math.ceil(alone_s * engine.shards_in_flight)
+def _timeout_warning(result: ProbeResult, engine: EngineConfig) -> str | None:
+    """What to change where a batch would not be done in time, beside other shards' in flight."""
+    needed_s = result.batch * _seconds_an_image(result) * engine.shards_in_flight
     if needed_s <= engine.shard_timeout_s:
         return None
     return (
-        f"a shard of {found.largest} images takes about {duration(needed_s)} with "
-        f"{engine.shards_in_flight} in flight, and its worker would be restarted after "
+        f"a batch of {result.batch} images takes about {duration(math.ceil(needed_s))} with "
+        f"{engine.shards_in_flight} shards in flight, and its worker would be restarted after "
         f"{duration(math.ceil(engine.shard_timeout_s))}. Set engine.shard_timeout_s to at least "
-        f"{2 * needed_s}, or make shards smaller (engine.shard_size; tars are shards as they are)"
+        f"{math.ceil(2 * needed_s)}, or make batches smaller (batch)"
     )
 
 

@@ -168,6 +168,7 @@ def run_stages(
         problems=problems,
         report_uri=write_report(run_uri),
         warning=stages.alignment(run_uri),
+        forecast=stages.forecast(run_uri),
     )
     publish(summary)
     if not summary.is_clean:
@@ -219,6 +220,7 @@ def publish(summary: Summary) -> None:
         {"what": "shards", "value": outcome.num_shards},
         {"what": "images/s", "value": round(outcome.images_per_s, 2)},
         {"what": "report", "value": summary.report_uri},
+        *({"what": each.name, "value": each.both} for each in summary.forecast),
         *({"what": f"quarantined {i:05d}", "value": w} for i, w in outcome.quarantined.items()),
         *({"what": "problem", "value": problem} for problem in summary.problems),
     ]

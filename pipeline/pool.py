@@ -27,7 +27,14 @@ from pipeline.pulse import Beat, Pulse, die_with_parent
 from pipeline.ray_session import RayLost, check_daemons, end_stopped_workers, ray_session
 from pipeline.schedule import Failure, Taken
 from pipeline.tally import Tally
-from pipeline.worker import ShardProgress, ShardResult, ShardWorker, WorkOrder, failed_result
+from pipeline.worker import (
+    ShardProgress,
+    ShardResult,
+    ShardWorker,
+    WorkOrder,
+    failed_result,
+    that_fit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +75,8 @@ class _Slot:
     failed_starts: int = 0
     in_flight: dict[Any, tuple[Taken, float]] = field(default_factory=dict)
     pulse: Pulse = field(default_factory=Pulse)
+    moved: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Rows of a shard when we last heard of it, and since when."""
     stopped: dict[int, str] = field(default_factory=dict)
     """Why we ended its process, by the shards that were the reason."""
 
@@ -168,7 +177,8 @@ class Pool:
         again, because nodes join."""
         self._grown_at = now
         end_stopped_workers()
-        wanted = pool_size(self._engine, self._gpus, ray.cluster_resources())
+        memory = self._order.memory_bytes
+        wanted = pool_size(self._engine, self._gpus, ray.cluster_resources(), memory)
         wanted = min(wanted, self._tally.shards_left)
         while len(self._slots) < wanted:
             slot = _Slot(len(self._slots), self._new_actor())
@@ -275,8 +285,15 @@ class Pool:
 
     def _stop_overdue(self, slot: _Slot, now: float) -> None:
         limit_s = self._engine.shard_timeout_s
-        reason = f"took longer than engine.shard_timeout_s = {limit_s:g} s"
-        late = {t.shard: reason for t, since in slot.in_flight.values() if now - since > limit_s}
+        reason = f"finished no batch within engine.shard_timeout_s = {limit_s:g} s"
+        for shard in slot.pulse.last.shards if slot.pulse.last else ():
+            if slot.moved.get(shard.shard, (0, 0.0))[0] != shard.rows:
+                slot.moved[shard.shard] = (shard.rows, now)
+        late = {
+            taken.shard: reason
+            for taken, since in slot.in_flight.values()
+            if now - max(since, slot.moved.get(taken.shard, (0, 0.0))[1]) > limit_s
+        }
         if late and not slot.stopped:
             self._stop(slot, late)
 
@@ -337,13 +354,22 @@ def run_on_ray(make_order: Callable[[str], WorkOrder], engine: EngineConfig, tal
             logger.warning("%s; starting Ray again", lost)
 
 
-def pool_size(engine: EngineConfig, gpus: float, resources: Mapping[str, float]) -> int:
-    """How many actors the engine wants on a cluster with these resources (at least one)."""
+def pool_size(
+    engine: EngineConfig, gpus: float, resources: Mapping[str, float], memory_bytes: int = 0
+) -> int:
+    """How many actors the engine wants on a cluster with these resources (at least one).
+
+    Args:
+        memory_bytes: of an actor on a CPU; 0 where nobody knows.
+    """
     if engine.actors != "auto":
         return engine.actors
     if gpus > 0:
         return max(int(resources.get("GPU", 0.0) / gpus + 1e-6), 1)
-    return max(int(resources.get("CPU", 1.0)) // engine.threads, 1)
+    places = int(resources.get("CPU", 1.0)) // engine.threads
+    # Ray keeps a part for an object store, where we put nothing.
+    room = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
+    return that_fit(places, room, memory_bytes)
 
 
 def gpus_per_actor(engine: EngineConfig, resources: Mapping[str, float]) -> float:

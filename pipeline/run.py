@@ -12,27 +12,31 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from models.errors import ConfigError, LedgerError
 from pipeline.config import EngineConfig, RunConfig
 from pipeline.faults import patiently
+from pipeline.forecaster import Forecaster
 from pipeline.metadata import metadata_kept
 from pipeline.run_log import kept_log
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
 from pipeline.worker import WorkOrder
-from tasks.job import Job
+from tasks.job import THUMBNAIL_PX, Job
 from tasks.run import ledger, manifest
 from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
+from tasks.run.prediction import read_prediction
 from tasks.run.update import check_settings, plan_update
 from tasks.storage.files import exists, join
 from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
+    from tasks.report.forecast import Forecast
     from tasks.verify.run import VerifyReport
 
+J = TypeVar("J", bound=Job)
 logger = logging.getLogger(__name__)
 
 
@@ -83,12 +87,14 @@ class Summary:
 
     Attributes:
         warning: pictures do not look aligned.
+        forecast: what was predicted, beside what the run took.
     """
 
     outcome: Outcome
     problems: tuple[str, ...]
     report_uri: str
     warning: str | None = None
+    forecast: tuple["Forecast", ...] = ()
 
     @property
     def is_clean(self) -> bool:
@@ -125,18 +131,23 @@ def plan(
         LedgerError: the directory holds another run, another driver is at work on it, or it cannot
             be written.
     """
-    job = config.job
-    station = load_station(job, "cpu")
+    begun = ledger.find_run(run_uri)
+    station = load_station(_as_begun(config.job, begun), "cpu")
     hashes, declared = dict(station.hashes), station.declared
+    resolution = station.generator.resolution
+    job = replace(config.job, output=station.job.output)
+    size = config.engine.shard_size
+    if size == "auto":
+        size = manifest.read_shard_size(run_uri) if begun else auto_shard_size(resolution)
     del station
     gc.collect()
     if update:
         check_settings(job, hashes, update)
-        shards = plan_update(job, source, config.engine.shard_size, limit, update)
+        shards = plan_update(job, source, size, limit, update)
     else:
-        shards = station_class(job.kind).plan(job, source, config.engine.shard_size, limit)
+        shards = station_class(job.kind).plan(job, source, size, limit)
     with hold(run_uri, config.engine.if_busy):
-        info = manifest.write_manifest(run_uri, shards)
+        info = manifest.write_manifest(run_uri, shards, size)
         run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
@@ -145,6 +156,20 @@ def plan(
         num_samples=info.num_samples,
         num_bytes=info.num_bytes,
     )
+
+
+def auto_shard_size(resolution: int) -> int:
+    """Samples per shard of a run that begins: fewer of a large generator, whose pictures take
+    longer and more memory."""
+    return max(1, manifest.SMALL_SHARD_SIZE * THUMBNAIL_PX // max(resolution, THUMBNAIL_PX))
+
+
+def _as_begun(job: J, begun: Mapping[str, Any] | None) -> J:
+    """The job with what a run that is there stores, where it does not say it."""
+    if begun is None or job.output.pictures != "auto":
+        return job
+    stored = tuple(begun["config"]["output"]["pictures"])
+    return replace(job, output=replace(job.output, pictures=stored))
 
 
 def run(
@@ -208,7 +233,12 @@ def _run(
             kept_log(tally, run_uri, handle.run_id),
             exported(tally, handle.run_id, engine),
         ):
-            _work(handle, job, record["weights"], engine, tally)
+            said = read_prediction(run_uri)
+            declared = ledger.declared_by(record, run_uri)
+            memory = said.memory_bytes if said else declared.worker_bytes
+            if said is None:
+                tally.listeners.append(Forecaster(run_uri))
+            _work(handle, job, record["weights"], engine, tally, memory)
     on_progress(tally.snapshot())
     return Outcome(
         run_uri=run_uri,
@@ -228,9 +258,17 @@ def _work(
     hashes: dict[str, str],
     engine: EngineConfig,
     tally: Tally,
+    memory_bytes: int,
 ) -> None:
     def order(device: str) -> WorkOrder:
-        return WorkOrder(job=job, run=handle, hashes=hashes, device=device, threads=engine.threads)
+        return WorkOrder(
+            job=job,
+            run=handle,
+            hashes=hashes,
+            device=device,
+            threads=engine.threads,
+            memory_bytes=memory_bytes,
+        )
 
     if engine.kind == "inline":
         from pipeline.inline import run_inline
@@ -306,6 +344,13 @@ def alignment(run_uri: str) -> str | None:
     return alignment_line(run_uri)
 
 
+def forecast(run_uri: str) -> tuple["Forecast", ...]:
+    """What was predicted of a run, beside what it took."""
+    from tasks.report.forecast import forecast as compare
+
+    return compare(run_uri)
+
+
 def carry_out(
     source: str,
     run_uri: str,
@@ -357,6 +402,7 @@ def finish(
         problems=tuple(found.problems),
         report_uri=patiently(lambda: report(run_uri)),
         warning=patiently(lambda: alignment(run_uri)),
+        forecast=patiently(lambda: forecast(run_uri)),
     )
 
 

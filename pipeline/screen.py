@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import duration
+from tasks.report.words import size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +51,7 @@ def show_summary(console: Console, summary: "Summary") -> None:
         "verify": count(len(summary.problems), "problem") if summary.problems else "clean",
         "report": summary.report_uri,
     }
+    values |= {each.name: each.both for each in summary.forecast}
     if summary.warning is not None:
         values["warning"] = summary.warning
     console.print(pairs("", values))
@@ -225,15 +227,6 @@ def cell(value: Any) -> str:
 def count(number: int, noun: str) -> str:
     """ "1 problem", "2 problems"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def size(num_bytes: float) -> str:
-    """ "1.4 GB": decimal, as object stores bill."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
 
 
 def _counts(total: int, by_kind: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
 
-from pipeline.config import DEFAULT_GENERATOR, EngineConfig
+from pipeline.config import DEFAULT_GENERATOR, DEFAULT_PICTURES, EngineConfig
 from pipeline.method_table import field_docs
 from tasks.job import InputConfig, JobConfig, OutputConfig
 
@@ -44,6 +44,8 @@ def settings(table: str) -> Iterator[Setting]:
             key = f"{table}.{name}" if table else name
             if key == "generator":
                 default = _toml(DEFAULT_GENERATOR)
+            elif key == "output.pictures":
+                default = _toml(DEFAULT_PICTURES)
             yield Setting(key, default, _in_words(kind), docs.get(name, ""))
 
 

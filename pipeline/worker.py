@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CUDA_EXIT_CODE = 70
+MEMORY_SHARE = 0.9
+"""Of a machine's memory, for workers."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class WorkOrder:
         hashes: the weight hashes that the run was made with; a worker that loads others refuses.
         device: "cpu" or "cuda".
         threads: CPU threads of PyTorch.
+        memory_bytes: that it is expected to need; 0 where nobody knows.
     """
 
     job: "Job"
@@ -48,6 +51,7 @@ class WorkOrder:
     hashes: dict[str, str]
     device: str
     threads: int
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class ShardResult:
     """How one attempt ended. `error` is None after a commit.
 
     Attributes:
-        attempt, bytes, failures: as in the marker.
+        attempt, bytes, memory_bytes, failures: as in the marker.
         is_fatal: every other shard would fail the same way (a missing asset, a full disk).
     """
 
@@ -65,6 +69,7 @@ class ShardResult:
     seconds: dict[str, float] = field(default_factory=dict)
     attempt: str = ""
     bytes: int = 0
+    memory_bytes: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     failure: Failure = Failure.SHARD
@@ -146,6 +151,7 @@ class ShardWorker:
             seconds=dict(marker.seconds),
             attempt=marker.attempt,
             bytes=sum(part.bytes for part in marker.parts.values()),
+            memory_bytes=marker.memory_bytes,
             failures=dict(marker.failures),
         )
 
@@ -186,6 +192,17 @@ def _unforeseen(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def that_fit(places: int, room_bytes: float, memory_bytes: int) -> int:
+    """How many of `places` workers have room in a machine's or cluster's memory, one at least.
+
+    Args:
+        memory_bytes: of one worker; 0 where nobody knows.
+    """
+    if memory_bytes:
+        places = min(places, int(MEMORY_SHARE * room_bytes / memory_bytes))
+    return max(places, 1)
 
 
 def changed_weights(expected: dict[str, str], found: dict[str, str]) -> str:

@@ -3,10 +3,11 @@
 `pipeline.config` validates a TOML file into these; the stations of `tasks.work` read nothing else.
 """
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 PLACE = {"place": "always"}
 """Metadata of a field that says where something lies; a run's id hashes what lies there instead."""
@@ -17,6 +18,13 @@ ROUNDING = {"effect": "rounding"}
 SINCE_3 = {"since": 3}
 """Metadata of a field that runs of earlier versions (`tasks.run.identity`) do not have in their
 ids; with "before", they have that value in the place of the default."""
+UNLESS_SET = {"since": math.inf}
+"""The same of a field that is in no id at its default."""
+
+THUMBNAIL_PX = 256
+"""Longest side of a thumbnail; inputs of this size are kept as they are."""
+INPUTS = ("input", "thumbnail")
+"""What is kept of an input, the better one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +83,34 @@ class OutputConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    pictures: tuple[Literal["input", "inversion"], ...] = ("input", "inversion")
-    """Pictures kept in images/: the decoded input at the generator's size, and the inversion."""
+    pictures: tuple[Literal["input", "thumbnail", "inversion"], ...] | Literal["auto"] = (
+        "input",
+        "inversion",
+    )
+    """Pictures kept in images/: the decoded input at the generator's size, or a thumbnail of it
+    (256 px, JPEG), and the inversion. Of an input that is not kept, its place and sha256 are.
+    "auto", which `refinery invert` begins with: these two, of generators above 256 px thumbnail and
+    inversion."""
     picture_format: Literal["png", "webp", "jpeg"] = "png"
     """png and webp are lossless; jpeg is quality 95."""
+    quality: Annotated[int, Ge(1), Le(100)] | None = field(default=None, metadata=UNLESS_SET)
+    """Of jpeg; with it webp is lossy."""
     latents: Literal["float32", "float16"] = "float32"
     """Precision of w_plus; float16 halves the size, worst error 0.33 % of its deviation."""
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and self.picture_format == "png":
+            raise ValueError(
+                f"output.quality: png is lossless, found {self.quality}; set "
+                "output.picture_format to webp or jpeg"
+            )
+
+    def settled(self, resolution: int) -> "OutputConfig":
+        """With "auto" replaced by what it means for a generator of this resolution."""
+        if self.pictures != "auto":
+            return self
+        kept = "input" if resolution <= THUMBNAIL_PX else "thumbnail"
+        return replace(self, pictures=(kept, "inversion"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +126,10 @@ class Job:
     generator: str = field(metadata=PLACE)
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    batch: Annotated[int, Ge(1)] = field(default=16, metadata=ROUNDING)
+    batch: Literal["auto"] | Annotated[int, Ge(1)] = field(default="auto", metadata=ROUNDING)
     """Samples worked on together. It never changes a result by more than rounding, and a run may go
-    on with another: less of it needs less memory."""
+    on with another: less of it needs less memory. "auto": 16 up to 256 px, then fewer, as memory
+    goes with the pixels: on a CPU 4 at 512 px and 1 at 1024 px, on a GPU four times as many."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
     perceptual: str = "auto"

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from pipeline.commands.jobs import run_job
 from pipeline.commands.terminal import (
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.run import Summary
 
+PLANNED = (
+    "The run that is planned: it keeps the prediction, and its summary and report set what it "
+    "takes beside it."
+)
+
 
 def demo(*, out: str = "runs") -> int:
     """Plan, invert, query and report on a small sample made on the spot. Needs no server.
@@ -41,8 +49,21 @@ def demo(*, out: str = "runs") -> int:
     return run_demo(console, error_console, out)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What only `plan` takes."""
+
+    probe: int | None = None
+    """Samples to invert for it; four batches without it, 0 for none."""
+    price_per_hour: float | None = None
+    """Of a worker (a GPU, else a core): what the run costs."""
+    engine: Engine = None
+
+
 def plan(
     source: In,
+    output: Annotated[str | None, Parameter(name="OUT", help=PLANNED)] = None,
     /,
     *,
     config: Config = None,
@@ -50,19 +71,26 @@ def plan(
     methods: Methods = None,
     align: Align = False,
     limit: Limit = None,
-    probe: int = 16,
+    asked: PlanOptions = PlanOptions(),
 ) -> int:
-    """Shards, images and bytes of a run; time and output size from a measured probe.
-
-    Args:
-        probe: samples to invert for the estimate; 0 for none.
-    """
+    """What a run will take: shards, images and bytes, and time, memory and disk as a probe on this
+    machine measures them."""
     from pipeline.config import load_config
     from pipeline.estimate import estimate
 
-    sets = [*(ALIGN_SETS if align else ()), *(sets or [])]
-    settings = load_config(config, sets, methods or [])
-    console.print(estimate(source, settings, limit=limit, count=probe))
+    options = JobOptions(sets=sets, engine=asked.engine)
+    settings = load_config(
+        config, [*(ALIGN_SETS if align else ()), *options.overrides], methods or []
+    )
+    table = estimate(
+        source,
+        settings,
+        limit=limit,
+        count=asked.probe,
+        output=output,
+        price=asked.price_per_hour,
+    )
+    console.print(table)
     return OK
 
 

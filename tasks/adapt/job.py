@@ -114,7 +114,7 @@ class _Job:
         hashes = {"generator": self.generator_hash}
         for domain in config.domain:
             if domain.guidance != "text":
-                input = with_template(config.input, self.generator.provenance.get("card", {}))
+                input = with_template(config.input, self.generator.provenance.get("card"))
                 found, digest = load_references(domain, input, self.generator.resolution)
                 self.references[domain.name] = found.to(config.device)
                 hashes[f"references.{domain.name}"] = digest

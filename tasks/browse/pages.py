@@ -15,6 +15,7 @@ from tasks.browse.neighbours import Neighbours
 from tasks.browse.sql import Answer
 from tasks.browse.studio import Photo, Slider
 from tasks.browse.table import PAGE, Page
+from tasks.job import INPUTS
 from tasks.report.look import environment
 from tasks.report.results import METRIC_NOTES, histogram
 from tasks.report.statistics import FAR, read_statistics
@@ -58,7 +59,7 @@ def shown_columns(run: OpenRun, parameters: Parameters) -> list[str]:
     variants = run.declared.variants
     base = [name for name in stored if name not in variants]
     if variants:
-        base = [name for name in base if name != "input"]
+        base = [name for name in base if name not in INPUTS]
     return [*base, *variants[:VARIANTS_SHOWN]]
 
 
@@ -172,7 +173,7 @@ def picture_page(library: Library, run: OpenRun, key: str) -> str:
 def neighbours_part(run: OpenRun, near: Neighbours) -> str:
     """The nearest codes, as a part of the picture's page."""
     columns = shown_columns(run, {})
-    column = next((c for c in columns if c != "input"), next(iter(columns), ""))
+    column = next((c for c in columns if c not in INPUTS), next(iter(columns), ""))
     shards = run.table.shards([key for key, _ in near.found])
     return _page("neighbours.html", run=run, near=near, shards=shards, column=column)
 

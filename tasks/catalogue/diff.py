@@ -17,6 +17,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from models.errors import ConfigError
+from tasks.job import INPUTS
 from tasks.run.large import quoted
 from tasks.run.lookup import CODES
 from tasks.run.metadata import Snapshot, read_snapshot
@@ -302,7 +303,7 @@ def _pictures(session: Session, keys: Sequence[str]) -> dict[str, dict[str, Imag
         line = found.setdefault(row["sample_key"], {})
         for name in columns:
             if row[name] is not None:
-                title = name if name == "input" else f"{row['run']} {name}"
+                title = name if name in INPUTS else f"{row['run']} {name}"
                 line.setdefault(title, Image.open(io.BytesIO(row[name]["bytes"])).convert("RGB"))
     return found
 

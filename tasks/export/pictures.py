@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError
 from tasks.run.ledger import read_declared, read_markers, read_run
 from tasks.run.marker import Marker
-from tasks.run.rows import SUFFIX
+from tasks.run.rows import picture_suffix
 from tasks.storage.files import exists, file_info, join, read_bytes, write_bytes
 from tasks.storage.names import file_name
 from tasks.storage.part_files import PartFile, part_errors
@@ -61,7 +61,7 @@ def export_pictures(
                 f"{', '.join(declared.pictures) or 'codes'}; see output.pictures"
             )
     _claim(folder, run_uri, names)
-    suffix = SUFFIX[config["output"]["picture_format"]]
+    suffixes = {name: picture_suffix(name, config["output"]["picture_format"]) for name in names}
     claimed: dict[str, str] = {}
     written = kept = 0
     with ThreadPoolExecutor(THREADS) as pool:
@@ -70,14 +70,15 @@ def export_pictures(
                 files: list[tuple[str, bytes]] = []
                 for row in rows:
                     key = row["sample_key"]
-                    path = file_name(key, suffix)
+                    paths = {name: file_name(key, suffix) for name, suffix in suffixes.items()}
+                    path = paths[names[0]]
                     if claimed.setdefault(path, key) != key:
                         raise ConfigError(
                             f"{run_uri}: the samples {claimed[path]!r} and {key!r} would both "
                             f"become {path}; export them apart with `refinery query`"
                         )
-                    parts = [(n, row[n]["bytes"]) for n in names]
-                    files += [(f"{n}/{path}" if len(names) > 1 else path, d) for n, d in parts]
+                    inside = {n: f"{n}/{p}" for n, p in paths.items()} if names[1:] else paths
+                    files += [(inside[name], row[name]["bytes"]) for name in names]
                 done = list(pool.map(lambda file: _write(join(folder, file[0]), file[1]), files))
                 written, kept = written + sum(done), kept + len(done) - sum(done)
                 on_progress(written + kept)

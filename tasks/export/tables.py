@@ -33,7 +33,7 @@ from tasks.run.export import feature
 from tasks.run.ledger import read_declared, read_markers, read_run, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.parts import PICTURE
-from tasks.run.rows import SUFFIX
+from tasks.run.rows import picture_suffix
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import is_local, join, local_path, open_write
 from tasks.storage.part_files import PartFile, part_errors
@@ -46,13 +46,13 @@ class Samples:
     """The committed samples of a run, a shard at a time.
 
     Attributes:
-        ending: of the pictures' files, "png".
+        picture_format: of the pictures, "png".
         problems: what went wrong while a tool was reading, which may hide it in its own error.
     """
 
     uri: str
     markers: dict[int, Marker]
-    ending: str
+    picture_format: str
     problems: list[BaseException] = field(default_factory=list)
 
     def shards(self) -> Iterator[tuple[int, pa.Table]]:
@@ -153,8 +153,8 @@ def _open(run_uri: str) -> Samples:
     markers = {shard: m for shard, m in read_markers(run_uri).items() if "latents" in m.parts}
     if not markers:
         raise LedgerError(f"{run_uri}: no sample is committed in this run; nothing to export")
-    ending = SUFFIX[read_run(run_uri)["config"]["output"]["picture_format"]]
-    return Samples(uri=run_uri, markers=markers, ending=ending)
+    stored = read_run(run_uri)["config"]["output"]["picture_format"]
+    return Samples(uri=run_uri, markers=markers, picture_format=stored)
 
 
 def _claimed(folder: Path) -> dict | None:
@@ -182,14 +182,14 @@ def _webdataset(samples: Samples, folder: Path) -> int:
         path = folder / f"{shard_name(number)}.tar"
         if not path.exists():
             with open_write(str(path)) as file, tarfile.open(fileobj=file, mode="w") as archive:
-                for name, data in _members(samples.read(marker), number, samples.ending):
+                for name, data in _members(samples.read(marker), number, samples.picture_format):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(data)
                     archive.addfile(entry, io.BytesIO(data))
     return rows
 
 
-def _members(table: pa.Table, number: int, ending: str) -> Iterator[tuple[str, bytes]]:
+def _members(table: pa.Table, number: int, picture_format: str) -> Iterator[tuple[str, bytes]]:
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
     pictures = [f.name for f in table.schema if f.type == PICTURE]
     scalars = table.drop_columns([*vectors, *pictures]).to_pylist()
@@ -206,6 +206,7 @@ def _members(table: pa.Table, number: int, ending: str) -> Iterator[tuple[str, b
         for name in pictures:
             value = table[name][row]
             if value.is_valid:
+                ending = picture_suffix(name, picture_format)
                 yield f"{key}.{name}.{ending}", value["bytes"].as_py()
 
 

@@ -84,15 +84,18 @@ def _cut(
     return Crop(number=found.number, picture=picture, face=face)
 
 
-def with_template(input: InputConfig, card: Mapping[str, Any]) -> InputConfig:
+def with_template(input: InputConfig, card: Mapping[str, Any] | None) -> InputConfig:
     """The settings with the template that a generator's card names in the place of "auto".
+
+    Args:
+        card: None of a checkpoint that has none, as the published ones.
 
     Raises:
         ConfigError: pictures are to be aligned, and it names none.
     """
     if input.template != AUTO:
         return input
-    named = card.get("template")
+    named = card.get("template") if card else None
     if named is None and input.fit == "align":
         raise ConfigError(
             "input.template: the generator's card names no template to align faces to; set "

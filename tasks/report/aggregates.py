@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from tasks.job import INPUTS
+
 Ask = Callable[[str], pa.Table]
 """SQL over the views of a run to a small table (`tasks.run.query.open_views`)."""
 
@@ -184,7 +186,9 @@ def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tu
                 Pair(
                     key=row["sample_key"],
                     value=row["value"],
-                    original=pictures.get(row["sample_key"], {}).get("input"),
+                    original=next(
+                        filter(None, map(pictures.get(row["sample_key"], {}).get, INPUTS)), None
+                    ),
                     inversion=pictures.get(row["sample_key"], {}).get("inversion"),
                 )
                 for row in found
@@ -196,7 +200,7 @@ def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tu
 
 
 def _picture_columns(images: pa.Schema | None) -> list[str]:
-    return [name for name in ("input", "inversion") if images and name in images.names]
+    return [name for name in (*INPUTS, "inversion") if images and name in images.names]
 
 
 def pictures_of(

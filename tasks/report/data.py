@@ -16,6 +16,7 @@ from tasks.report.aggregates import (
 from tasks.report.alignment import alignment_line
 from tasks.report.asking import asking
 from tasks.report.edits import EditData, gather_edits
+from tasks.report.forecast import Forecast, forecast
 from tasks.report.statistics import Statistics, gather_statistics, other_run
 from tasks.report.timeline import Timeline, timeline
 from tasks.run import ledger
@@ -43,6 +44,8 @@ class ReportData:
         edits: of a run of edits; None for inversions.
         statistics: of codes and metrics; None without a row.
         warning: pictures do not look aligned; None where there is nothing to say.
+        forecast: what was predicted, beside what it took; of a finished run.
+        bytes: of all parts.
     """
 
     run_uri: str
@@ -71,6 +74,8 @@ class ReportData:
     edits: EditData | None
     statistics: Statistics | None
     warning: str | None = None
+    forecast: tuple[Forecast, ...] = ()
+    bytes: int = 0
 
 
 def gather(run_uri: str, against: str | None = None) -> ReportData:
@@ -110,6 +115,8 @@ def gather(run_uri: str, against: str | None = None) -> ReportData:
         ),
         timeline=timeline(markers),
         warning=alignment_line(run_uri),
+        forecast=forecast(run_uri, markers) if ledger.is_sealed(run_uri) else (),
+        bytes=sum(part.bytes for marker in markers for part in marker.parts.values()),
         stages=_stages(markers, declared.stages),
         **_from_rows(run_uri, config, declared, markers, against),
     )

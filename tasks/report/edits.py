@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tasks.job import INPUTS
 from tasks.report.aggregates import Ask, quoted
 from tasks.report.look import section
 from tasks.report.pictures import is_pixelated
@@ -37,7 +38,7 @@ class EditData:
 
     Attributes:
         source: the run that was edited.
-        columns: of the pictures: "input" and "inversion" where stored, then the variants.
+        columns: of the pictures: original and inversion where stored, then the variants.
         samples: key, and the encoded pictures by column.
     """
 
@@ -68,7 +69,7 @@ def gather_edits(
                 means[variant][metric] = float("nan") if value is None else value
     stored = [
         name
-        for name in ("input", "inversion")
+        for name in (*INPUTS, "inversion")
         if name in schemas.get("images", pa.schema([])).names
     ]
     columns = (*stored, *names)

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from tasks.job import INPUTS
 from tasks.report.pictures import data_uri
 from tasks.report.words import counted, duration, number, when
 
@@ -34,7 +35,7 @@ def environment(*packages: str) -> Environment:
     return made
 
 
-TITLES = {"input": "original"}
+TITLES = dict.fromkeys(INPUTS, "original")
 """What people call the columns of pictures; the others go by their names."""
 
 

@@ -14,7 +14,7 @@ from tasks.report.data import ReportData
 from tasks.report.edits import edit_pictures, edit_summary
 from tasks.report.look import CSS, environment, section
 from tasks.report.results import codes, metrics, pictures, stages, throughput
-from tasks.report.words import duration, number, when
+from tasks.report.words import duration, number, size, when
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -62,6 +62,8 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         ("Device", ", ".join(data.devices) or "unknown", ""),
         ("Shards", f"{number(data.shards_done)} of {number(data.shards_planned)}", ""),
         ("Working time", duration(seconds), ""),
+        ("Disk", size(data.bytes), ""),
+        *((f"Predicted {each.name}", each.both, "") for each in data.forecast),
         ("Files skipped", in_words(data.skipped) or "none", ""),
         ("First shard started", when(line.first), ""),
         ("Last commit", when(line.last), ""),

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
+from tasks.job import INPUTS
 from tasks.report.aggregates import Ask, Metric, metrics, pictures_of, quoted
 from tasks.report.asking import asking
 from tasks.run.ledger import read_markers
@@ -168,7 +169,8 @@ def gather_statistics(
         clusters, outliers = _clusters(keys, points), _outliers(keys, points)
         shift = _code_shift(points, mean, basis, other)
     shown = {key for key, _ in [*clusters, *outliers]}
-    columns = [c for c in ("inversion", "input") if c in schemas.get("images", pa.schema([])).names]
+    stored = schemas.get("images", pa.schema([])).names
+    columns = [name for name in ("inversion", *INPUTS) if name in stored]
     found = pictures_of(ask, columns[:1], shown)
     pictures = {key: next(iter(row.values()), None) for key, row in found.items()}
     return Statistics(

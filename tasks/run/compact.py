@@ -161,6 +161,7 @@ def _marker(
         wall_s=sum(marker.wall_s for marker in group),
         failures=dict(sorted(failures.items())),
         device=first.device,
+        memory_bytes=max(marker.memory_bytes for marker in group),
         code_version=first.code_version,
         notes=tuple(dict.fromkeys(note for marker in group for note in marker.notes)),
         started_at=min(marker.started_at for marker in group),

@@ -104,6 +104,7 @@ class Declared:
         variants: those pictures that are edits of "inversion".
         faces: whether latents/ says where in their photographs the samples are.
         shape: (L, D) of the codes; None in runs of before it was said.
+        worker_bytes: memory of a worker on a CPU, estimated; 0 in runs of before it was said.
     """
 
     kind: str
@@ -115,6 +116,7 @@ class Declared:
     variants: tuple[str, ...] = ()
     faces: bool = False
     shape: tuple[int, int] | None = None
+    worker_bytes: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ def create_run(
         LedgerError: the directory holds another run; the message lists every difference.
     """
     uri = join(run_uri, "run.json")
-    found = read_run(run_uri) if exists(uri) else None
+    found = find_run(run_uri)
     version = VERSION if found is None else found.get("version", 1)
     identity = make_identity(job, manifest_info, hashes, version)
     run_id = identity_digest(identity)
@@ -230,6 +232,15 @@ def read_run(run_uri: str) -> dict[str, Any]:
     advice = "restore it from a copy, or start again in another output folder"
     record = parse(RUN_RECORD, data, uri, newest=VERSION, advice=advice)
     return {"declared": None, "num_samples": None, **record}
+
+
+def find_run(run_uri: str) -> dict[str, Any] | None:
+    """The same, or None where there is no run.
+
+    Raises:
+        LedgerError: its run.json is damaged.
+    """
+    return read_run(run_uri) if exists(join(run_uri, "run.json")) else None
 
 
 def read_declared(run_uri: str) -> Declared:

@@ -20,8 +20,10 @@ from tasks.job import ShardSpec
 from tasks.storage.files import exists, join, open_write, read_bytes
 
 MANIFEST = "manifest.parquet"
-SKIPPED = "skipped"
-"""Key of the file's metadata."""
+SKIPPED, SHARD_SIZE = "skipped", "shard_size"
+"""Keys of the file's metadata."""
+SMALL_SHARD_SIZE = 256
+"""Of runs that do not say it."""
 GROUP_SHARDS = 256
 GROUP_MEMBERS = 32_768
 """A row group ends at whichever comes first, so that one shard is cheap to look up."""
@@ -99,7 +101,9 @@ class _Sum:
         )
 
 
-def write_manifest(run_uri: str, shards: Iterable[ShardSpec]) -> ManifestInfo:
+def write_manifest(
+    run_uri: str, shards: Iterable[ShardSpec], shard_size: int = SMALL_SHARD_SIZE
+) -> ManifestInfo:
     """Write <run>/manifest.parquet, visible only when it is complete.
 
     The manifest of a run that has begun (run.json is there) is refused another plan; the same plan
@@ -112,11 +116,11 @@ def write_manifest(run_uri: str, shards: Iterable[ShardSpec]) -> ManifestInfo:
     uri, run_json = join(run_uri, MANIFEST), join(run_uri, "run.json")
     if not (exists(run_json) and exists(uri)):
         with open_write(uri) as file:
-            return _write(file, shards)
+            return _write(file, shards, shard_size)
     old, version = describe_manifest(run_uri), json.loads(read_bytes(run_json)).get("version", 1)
     try:
         with open_write(uri) as file:
-            new = _write(file, shards)
+            new = _write(file, shards, shard_size)
             if old == new:
                 raise _Unchanged
             if old.digest(version) != new.digest(version):
@@ -139,7 +143,7 @@ def _in_words(info: ManifestInfo) -> str:
     return f"{info.num_shards} shards with {samples} samples (sha256 {info.sha256[:12]}...)"
 
 
-def _write(file: BinaryIO, shards: Iterable[ShardSpec]) -> ManifestInfo:
+def _write(file: BinaryIO, shards: Iterable[ShardSpec], shard_size: int) -> ManifestInfo:
     tally = _Sum()
     rows: list[ShardSpec] = []
     num_members = 0
@@ -156,6 +160,8 @@ def _write(file: BinaryIO, shards: Iterable[ShardSpec]) -> ManifestInfo:
         skipped: Mapping[str, int] = getattr(shards, "skipped", {})
         if skipped:
             writer.add_key_value_metadata({SKIPPED: json.dumps(skipped, sort_keys=True)})
+        if shard_size != SMALL_SHARD_SIZE:
+            writer.add_key_value_metadata({SHARD_SIZE: str(shard_size)})
     return tally.info(skipped)
 
 
@@ -208,13 +214,24 @@ def describe_manifest(run_uri: str) -> ManifestInfo:
 def read_skipped(run_uri: str) -> dict[str, int]:
     """Files of the input that are in no shard, by reason (`tasks.input.plan.PlannedShards`); none
     where the manifest cannot be read, which `verify` says."""
+    found = _noted(run_uri, SKIPPED, {})
+    return {str(reason): int(count) for reason, count in found.items()}
+
+
+def read_shard_size(run_uri: str) -> int:
+    """Samples per shard, as the plan was made."""
+    return int(_noted(run_uri, SHARD_SIZE, SMALL_SHARD_SIZE))
+
+
+def _noted(run_uri: str, key: str, default: Any) -> Any:
+    """A note in the file's metadata."""
     try:
         with ExitStack() as stack:
-            stored = _open(run_uri, stack).metadata.metadata or {}
-            found = stored.get(SKIPPED.encode(), b"{}")
-        return {str(reason): int(count) for reason, count in json.loads(found).items()}
-    except (LedgerError, ValueError, TypeError, AttributeError):
-        return {}
+            noted = (_open(run_uri, stack).metadata.metadata or {}).get(key.encode())
+        found = default if noted is None else json.loads(noted)
+        return found if isinstance(found, type(default)) else default
+    except (LedgerError, ValueError):
+        return default
 
 
 def _open(run_uri: str, stack: ExitStack) -> pq.ParquetFile:

@@ -75,6 +75,8 @@ class Marker:
         wall_s: from the start of the attempt to its commit.
         failures: number of failed samples by `error_kind`.
         device: what computed it, e.g. "cpu" or "cuda NVIDIA H200".
+        memory_bytes: the worker's peak until then, of all its shards: on a GPU its device's, else
+            its process's; 0 where nobody looked.
         code_version: of this project.
         notes: what an operator should know, e.g. that a batch was halved for memory.
         started_at, finished_at: UTC, ISO 8601.
@@ -93,6 +95,7 @@ class Marker:
     wall_s: _Seconds
     failures: dict[str, Count] = field(default_factory=dict)
     device: str = ""
+    memory_bytes: Count = 0
     code_version: str = ""
     notes: tuple[str, ...] = ()
     started_at: Moment = ""

@@ -37,7 +37,7 @@ from models.errors import ShardError
 from tasks.job import OutputConfig
 from tasks.run.ledger import RunHandle, shard_name
 from tasks.run.marker import Part
-from tasks.run.rows import SUFFIX, Row
+from tasks.run.rows import Row, picture_suffix
 from tasks.storage.crash import crash_point
 from tasks.storage.files import join, write_bytes
 
@@ -137,13 +137,14 @@ def images_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
     """sample_key and one {bytes, path} struct per picture, with the Hugging Face feature metadata
     that makes `datasets` show pictures."""
     names = layout.pictures
-    suffix = SUFFIX[layout.output.picture_format]
+    suffixes = {name: picture_suffix(name, layout.output.picture_format) for name in names}
     columns: list[tuple[pa.Field, Any]] = [
         (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows])
     ]
     for name in names:
         values = [
-            {"bytes": r.pictures[name], "path": f"{r.sample_key}.{name}.{suffix}"} for r in rows
+            {"bytes": r.pictures[name], "path": f"{r.sample_key}.{name}.{suffixes[name]}"}
+            for r in rows
         ]
         columns.append((pa.field(name, PICTURE), values))
     features = {"sample_key": {"dtype": "string", "_type": "Value"}}

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tasks.job import THUMBNAIL_PX
+
 if TYPE_CHECKING:
     from tasks.input.face import Face
 
 SUFFIX = {"png": "png", "webp": "webp", "jpeg": "jpg"}
+THUMBNAIL_QUALITY = 85
 
 
 @dataclass(kw_only=True)
@@ -64,15 +67,35 @@ class Row:
         self.pictures.clear()
 
 
-def encode_picture(pixels: np.ndarray, picture_format: str) -> bytes:
-    """Encode uint8 [H W 3]: png, webp without loss; jpeg at quality 95, chroma not subsampled."""
+def encode_picture(pixels: np.ndarray, picture_format: str, quality: int | None = None) -> bytes:
+    """Encode uint8 [H W 3]: png, webp without loss; jpeg at quality 95, chroma not subsampled.
+
+    Args:
+        quality: 1 to 100, of jpeg; with it webp is lossy.
+    """
     from PIL import Image
 
     buffer = io.BytesIO()
     options: Mapping[str, Any] = {
         "png": {"compress_level": 3},  # 3x faster than the default 6, 6-16 % larger
-        "webp": {"lossless": True, "quality": 20, "method": 1},
-        "jpeg": {"quality": 95, "subsampling": 0},
+        "webp": {"quality": quality, "method": 4}
+        if quality
+        else {"lossless": True, "quality": 20, "method": 1},
+        "jpeg": {"quality": quality or 95, "subsampling": 0},
     }[picture_format]
     Image.fromarray(pixels).save(buffer, picture_format.upper(), **options)
     return buffer.getvalue()
+
+
+def encode_thumbnail(pixels: np.ndarray) -> bytes:
+    """uint8 [H W 3], at most `THUMBNAIL_PX` a side, as JPEG."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    return encode_picture(np.asarray(image), "jpeg", THUMBNAIL_QUALITY)
+
+
+def picture_suffix(name: str, picture_format: str) -> str:
+    """Of files of a column of images/."""
+    return SUFFIX["jpeg" if name == "thumbnail" else picture_format]

@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from tasks.job import ShardSpec
 from tasks.run.ledger import RunHandle, shard_name, utc_now, write_marker
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row
 from tasks.storage.crash import crash_point
+from tasks.work.device import device_name, peak_memory
 from tasks.work.stopwatch import Stopwatch
 
 
@@ -38,7 +41,7 @@ class Attempt:
         self.rows: list[Row] = []
         self.notes: list[str] = []
 
-    def commit(self, layout: Layout, device_name: str) -> Marker:
+    def commit(self, layout: Layout, device: torch.device) -> Marker:
         """Write the parts, then the marker.
 
         Returns:
@@ -62,7 +65,8 @@ class Attempt:
             seconds=watch.seconds,
             wall_s=watch.wall_s,
             failures=dict(sorted(failures.items())),
-            device=device_name,
+            device=device_name(device),
+            memory_bytes=peak_memory(device),
             code_version=run.code_version,
             notes=tuple(dict.fromkeys(self.notes)),
             started_at=self.started_at,

@@ -4,8 +4,10 @@ Legend: N batch, H W picture.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +19,15 @@ from models.errors import AssetError, ConfigError, ShardError
 from tasks.storage.files import exists, is_local, join, localise, read_bytes, write_bytes
 
 R = TypeVar("R")
+LARGEST_BATCH = 16
+BATCH_PIXELS = {"cpu": 1024**2, "cuda": 4 * 1024**2}
+"""Of a batch on a device. A picture of 1024 px takes 2.3 GB where a method optimises its code."""
+
+
+def auto_batch(resolution: int, device: str) -> int:
+    """Pictures of this resolution that any method can work on at once on such a device."""
+    pixels = BATCH_PIXELS[torch.device(device).type]
+    return max(1, min(LARGEST_BATCH, pixels // resolution**2))
 
 
 class BatchLimit:
@@ -73,6 +84,19 @@ def device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return f"cuda {torch.cuda.get_device_name(device)}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most until now: of a GPU what PyTorch has reserved, else what the process has had
+    resident (Linux; 0 elsewhere)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 def to_images(pictures: np.ndarray, device: torch.device) -> Float[Tensor, "N 3 H W"]:

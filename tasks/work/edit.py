@@ -24,6 +24,7 @@ from models.editing.find import find_direction
 from models.errors import AssetError, ConfigError
 from models.stylegan2.generator import StyleShift, weights_hash
 from tasks.edit_job import BlendConfig, EditJobConfig, VariantConfig
+from tasks.job import INPUTS
 from tasks.run.parts import Layout
 from tasks.run.source import check_has_codes
 from tasks.run.stored import read_codes
@@ -35,7 +36,7 @@ from tasks.work.stored_station import StoredStation
 
 INVERSION = "inversion"
 """Column of the unedited picture, rendered again."""
-TAKEN = ("input", INVERSION, "sample_key")
+TAKEN = (*INPUTS, INVERSION, "sample_key")
 """Names that no variant can have."""
 
 
@@ -107,7 +108,7 @@ class Editor(StoredStation):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return ("input",) if "input" in self.job.output.pictures else ()
+        return tuple(name for name in INPUTS if name in self.job.output.pictures)
 
     def _variant(self, config: VariantConfig, codes: Mapping[str, Tensor]) -> _Variant:
         generator = self.generator

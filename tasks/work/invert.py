@@ -191,8 +191,7 @@ class Inverter(Station):
     def _settle_input(self) -> None:
         """The template of the generator's card, the detector, and what both are made of: they
         decide the crops as much as weights decide the codes."""
-        card = self.generator.provenance.get("card", {})
-        self.input = with_template(self.job.input, card)
+        self.input = with_template(self.job.input, self.generator.provenance.get("card"))
         self.square = None
         template, is_aligned = self.input.template, self.input.fit == "align"
         looks = self.input.detector == MTCNN if is_aligned else self.input.check_aligned

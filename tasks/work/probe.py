@@ -20,6 +20,9 @@ from tasks.work.shard import do_shard
 logger = logging.getLogger(__name__)
 
 _RUN_ID = "0" * 16  # as long as a real one
+BATCHES = 4
+PROBE_S = 240.0
+"""At most, but for one batch of warm-up and one that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class ProbeResult:
     """What `count` pictures cost.
 
     Attributes:
+        batch: pictures worked on together.
+        memory_bytes: of the worker at its peak (`tasks.work.device.peak_memory`).
         num_images: pictures measured, failed ones included; the warm-up is not among them.
         num_failed: of these.
         images_per_s: by stage ("read", "decode", "invert", "score", "write") as if it ran alone,
@@ -36,6 +41,8 @@ class ProbeResult:
         device: as in the commit markers.
     """
 
+    batch: int
+    memory_bytes: int
     num_images: int
     num_failed: int
     images_per_s: dict[str, float]
@@ -44,11 +51,17 @@ class ProbeResult:
 
 
 def probe(
-    job: JobConfig, input_uri: str, count: int, device: str, *, inverter: Inverter | None = None
+    job: JobConfig,
+    input_uri: str,
+    count: int | None,
+    device: str,
+    *,
+    inverter: Inverter | None = None,
 ) -> ProbeResult:
     """Run the first `count` pictures, after one batch of warm-up, and throw the result away.
 
     Args:
+        count: None for four batches, or for as many of them as a few minutes hold.
         inverter: an inverter of this job that is built already.
 
     Raises:
@@ -56,16 +69,23 @@ def probe(
         ShardError: no shard of the sample can be read.
         AssetError: a weight file is missing.
     """
-    if count < 1:
+    if count is not None and count < 1:
         raise ConfigError(f"probe: expected at least one picture, found {count}")
     inverter = inverter or Inverter(job, device)
     with tempfile.TemporaryDirectory(prefix="refinery-probe-") as folder:
-        for stage, limit in (("warm-up", min(count, job.batch)), ("measured", count)):
+        batch = inverter.job.batch
+
+        def measured(stage: str, limit: int) -> list[Marker]:
             # A shard must not be cut where a run would not cut it, or batches would be smaller.
-            specs = list(plan_shards(input_uri, max(limit, job.batch), limit, job.input))
-            run = RunHandle(uri=join(folder, stage), run_id=_RUN_ID)
-            markers = _run(specs, run, inverter)
-    return _result(markers, inverter.device_name)
+            specs = list(plan_shards(input_uri, max(limit, batch), limit, job.input))
+            return _run(specs, RunHandle(uri=join(folder, stage), run_id=_RUN_ID), inverter)
+
+        first = measured("warm-up", min(count or batch, batch))
+        first_s = max(sum(marker.wall_s for marker in first), 1e-3)
+        markers = measured(
+            "measured", count or batch * max(1, min(BATCHES, int(PROBE_S / first_s)))
+        )
+    return _result(markers, inverter)
 
 
 def _run(specs: list[ShardSpec], run: RunHandle, inverter: Inverter) -> list[Marker]:
@@ -82,17 +102,19 @@ def _run(specs: list[ShardSpec], run: RunHandle, inverter: Inverter) -> list[Mar
     return markers
 
 
-def _result(markers: list[Marker], device: str) -> ProbeResult:
+def _result(markers: list[Marker], inverter: Inverter) -> ProbeResult:
     rows = sum(marker.rows for marker in markers)
     seconds: Counter[str] = Counter()
     for marker in markers:
         seconds.update(marker.seconds)
     speeds = {stage: rows / max(seconds[stage], 1e-9) for stage in Inverter.stages}
     return ProbeResult(
+        batch=inverter.job.batch,
+        memory_bytes=max(marker.memory_bytes for marker in markers),
         num_images=rows,
         num_failed=sum(marker.failed for marker in markers),
         images_per_s=speeds | {"total": rows / max(seconds.total(), 1e-9)},
         bytes_per_image=sum(part.bytes for m in markers for part in m.parts.values())
         / max(rows, 1),
-        device=device,
+        device=inverter.device_name,
     )

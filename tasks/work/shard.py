@@ -68,4 +68,4 @@ def do_shard(
                     f"results, and a shard may have {MOST_BYTES}. Make smaller shards (a tar is "
                     "one as it is), or store less (output.pictures)"
                 )
-        return attempt.commit(station.layout, station.device_name)
+        return attempt.commit(station.layout, station.device)

@@ -9,7 +9,7 @@ Legend: N batch, H W picture.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.load import load_generator
-from models.inversion.base import Inversion
+from models.inversion.base import Inversion, Method
 from models.losses.identity import load_identity
 from models.losses.perceptual import load_perceptual
 from models.losses.style_space import StyleSpace
@@ -25,13 +25,14 @@ from models.pictures import to_bytes
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.input.sample import RawSample
-from tasks.job import InputConfig, ShardSpec
+from tasks.job import INPUTS, InputConfig, ShardSpec
 from tasks.run.ledger import Declared
 from tasks.run.parts import Layout
-from tasks.run.rows import Row, encode_picture
+from tasks.run.rows import Row, encode_picture, encode_thumbnail
 from tasks.work.attempt import Attempt
 from tasks.work.device import (
     BatchLimit,
+    auto_batch,
     device_name,
     fixed_threads,
     local_copy,
@@ -39,6 +40,10 @@ from tasks.work.device import (
     rows_not_finite,
 )
 
+LIBRARY_BYTES = 600 * 10**6
+"""Of a process with PyTorch, PyArrow and Ray, before it loads a network."""
+PIXEL_BYTES = 2300
+"""Of a batch in work, for each of its pixels, where a method optimises codes: the dearest case."""
 Failures = dict[int, tuple[str, str]]
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -130,7 +135,7 @@ class Station(ABC):
     follows the batch size: a run whose `batch` stays has the same bytes whoever does it.
 
     Args:
-        job: what to do.
+        job: what to do; here with numbers in the place of "auto".
         device: "cpu", "cuda", "cuda:1".
         threads: CPU threads of the computation. Sums split over threads round differently (one
             against two does, in a W+ step), so this is a constant of the project and not of the
@@ -153,16 +158,19 @@ class Station(ABC):
 
     def __init__(self, job: Any, device: str, *, threads: int = 1) -> None:
         self.check(job)
-        self.job, self.device, self.threads = job, prepare_device(device), threads
+        self.device, self.threads = prepare_device(device), threads
         with fixed_threads(threads):
             self.generator: Generator = load_generator(local_copy(job.generator))
+            resolution = self.generator.resolution
+            batch = auto_batch(resolution, device) if job.batch == "auto" else job.batch
+            self.job = job = replace(job, batch=batch, output=job.output.settled(resolution))
             self.hashes: dict[str, str] = {"generator": weights_hash(self.generator)}
             self.load()
             self.perceptual, self.identity = self._load_distances()
         if job.precision != "float32":
             self.generator.compute_dtype = getattr(torch, job.precision)
         self.style_space = StyleSpace(self.generator, statistics_for(self.generator).style_anchor)
-        self._limit = BatchLimit(self.device, self.generator.resolution, job.batch)
+        self._limit = BatchLimit(self.device, resolution, batch)
 
     # ------------------------------------------------------------------ what a kind of job gives
 
@@ -212,7 +220,17 @@ class Station(ABC):
             variants=layout.variants,
             faces=layout.faces,
             shape=layout.shape,
+            worker_bytes=self.worker_bytes,
         )
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory of a worker on a CPU, estimated: libraries, weights as they are read and as they
+        are used, and a batch in work. `benchmarks/ffhq.md` has what was measured."""
+        networks = {id(m): m for m in _modules(self)}.values()
+        weights = {p.data_ptr(): p.nbytes for m in networks for p in m.state_dict().values()}
+        pixels = self.job.batch * self.generator.resolution**2
+        return LIBRARY_BYTES + sum(weights.values()) + pixels * PIXEL_BYTES
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -270,9 +288,12 @@ def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
         if name in batch.encoded:
             row.pictures[name] = batch.encoded[name][at]
             continue
-        pixels = batch.inputs if name == "input" else result.pictures[name]
+        pixels = batch.inputs if name in INPUTS else result.pictures[name]
         assert pixels is not None
-        row.pictures[name] = encode_picture(pixels[at], output.picture_format)
+        if name == "thumbnail":
+            row.pictures[name] = encode_thumbnail(pixels[at])
+        else:
+            row.pictures[name] = encode_picture(pixels[at], output.picture_format, output.quality)
 
 
 def stored_doors(inversion: Inversion, at: int) -> dict[str, np.ndarray]:
@@ -284,3 +305,13 @@ def stored_doors(inversion: Inversion, at: int) -> dict[str, np.ndarray]:
         for name, value in tensors.items()
         if name != "w_plus"
     }
+
+
+def _modules(holder: object) -> Iterator[torch.nn.Module]:
+    """Networks among an object's attributes, and those of the methods that it holds."""
+    for value in vars(holder).values():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, torch.nn.Module):
+                yield each
+            elif isinstance(each, Method):
+                yield from _modules(each)

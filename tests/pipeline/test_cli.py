@@ -20,6 +20,9 @@ from pipeline.commands.terminal import JobOptions
 from pipeline.config import load_config
 from pipeline.method_table import field_docs
 from pipeline.run import carry_out
+from tasks.report.words import size
+from tasks.run.ledger import read_markers
+from tasks.run.prediction import read_prediction
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import Dataset, write_dataset
 
@@ -145,16 +148,47 @@ def test_plan_warns_of_shards_that_cannot_be_done_in_time(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["plan", dataset.source, "--config", dataset.config, "--probe", "2"]
+    command += ["--engine", "inline"]
     assert run_app([*command, "--set", "engine.shard_timeout_s=0.001"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "warning a shard of 2 images takes about" in text
+    assert "warning a batch of" in text
     assert "Set engine.shard_timeout_s to at least" in text
     assert run_app(command) == 0
     assert "warning" not in capsys.readouterr().out
 
 
+def test_plan_measures_and_the_run_keeps_it(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = str(tmp_path / "run"), ["--config", dataset.config, "--engine", "inline"]
+    asked = ["--probe", "4", "--price-per-hour", "3600"]
+    assert run_app(["plan", dataset.source, out, *flags, *asked]) == 0
+    text = capsys.readouterr().out
+    said = read_prediction(out)
+    assert said is not None
+    assert (said.made_by, said.rows, said.workers) == ("refinery plan", 12, 1)
+    assert f"{said.seconds:.2f} at 3600 an hour" in text
+    assert run_app(["invert", dataset.source, out, *flags, "--no-flow"]) == 0
+    summary = capsys.readouterr().out
+    markers = read_markers(out).values()
+    taken = sum(part.bytes for marker in markers for part in marker.parts.values())
+    # What is written does not depend on the load: it is as large as was said.
+    assert 0.8 < taken / said.bytes < 1.25
+    peak = max(marker.memory_bytes for marker in markers)
+    assert 0.5 < peak / said.memory_bytes < 2
+    for name, value, before in (
+        ("disk", size(taken), size(said.bytes)),
+        ("memory of a worker", size(peak), size(said.memory_bytes)),
+    ):
+        line = next(line for line in summary.splitlines() if line.startswith(name))
+        assert f"{value} (predicted {before}, " in line
+        assert f"{value} (predicted {before}, " in (Path(out) / "report.html").read_text()
+    assert read_prediction(out) == said
+
+
 def test_plan_measures(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_app(["plan", dataset.source, "--config", dataset.config, "--probe", "4"]) == 0
+    flags = ["--config", dataset.config, "--engine", "inline"]
+    assert run_app(["plan", dataset.source, *flags, "--probe", "4"]) == 0
     text = capsys.readouterr().out
     assert "4 images on cpu, 0 failed" in text
     assert "CPU-core hours" in text

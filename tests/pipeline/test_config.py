@@ -17,7 +17,7 @@ def test_defaults_run_without_a_file() -> None:
     assert [link.name for link in config.job.methods] == ["e4e"]
     assert config.engine.kind == "ray"
     assert config.engine.threads == 1
-    assert config.job.batch == 16
+    assert (config.job.batch, config.job.output.pictures) == ("auto", "auto")
 
 
 def test_file_then_methods_then_sets(tmp_path: Path) -> None:
@@ -77,9 +77,13 @@ def test_lists_of_tables_are_addressed_by_number() -> None:
         (["method.0.name=w_plus"], "method.0.name: unknown method 'w_plus'; did you mean 'wplus'?"),
         (["engine.kind=slurm"], "engine.kind: expected 'ray' or 'inline'; found 'slurm'"),
         (["engine.actors=0"], "engine.actors: expected 'auto' or greater than or equal to 1; f"),
-        (["batch=0"], "batch: expected greater than or equal to 1; found 0"),
+        (["batch=0"], "batch: expected 'auto' or greater than or equal to 1; found"),
         (["input=3"], "input: expected a dictionary"),
-        (['output.pictures=["inpt"]'], "output.pictures.0: expected 'input' or 'inversion'; found"),
+        (
+            ['output.pictures=["inpt"]'],
+            "output.pictures.0: expected 'input', 'thumbnail' or 'in",
+        ),
+        (["output.quality=80"], "output.quality: png is lossless, found 80; set output.picture_f"),
         (["method.0.name=wplus", "method.0.steps=-3"], "method.0.steps must be >= 0, got -3"),
         (["method.0.name=wplus", "method.0.steps=x"], "method.0.steps: expected a valid integer"),
         (["seed"], "--set seed: expected key=value"),

@@ -72,7 +72,7 @@ def check_scenes(tmp_path: Path, squares: list[Square], count: int) -> None:
         photo, known[f"{number:03d}.png"] = scene(chosen, rng)
         photo.save(photos / f"{number:03d}.png", compress_level=1)
     assert invert(photos, run) == 0
-    total, offs = 0, list[float]()
+    total, offs, shares = 0, list[float](), list[float]()
     by_photo: dict[str, list[dict]] = {}
     for row in rows(run):
         by_photo.setdefault(row["sample_key"].partition("#")[0], []).append(row)
@@ -83,9 +83,11 @@ def check_scenes(tmp_path: Path, squares: list[Square], count: int) -> None:
             nearest = min(places, key=lambda place, p=points: np.abs(place - p).max())
             eyes = np.hypot(*(nearest[1] - nearest[0]))
             off = np.hypot(*(points.mean(0) - nearest.mean(0)))
-            assert off < max(2, 0.1 * eyes), name
+            assert off < max(2, 0.25 * eyes), name  # as `benchmarks.detectors` counts a face found
             offs.append(off)
+            shares.append(off / eyes)
     assert np.median(offs) < 2
+    assert np.quantile(shares, 0.98) < 0.1
     assert len(offs) >= 0.97 * total
     # The inputs themselves are put back: whatever moved or was swapped would show.
     assert compose(run, out, 'pictures=["input"]', "paste.match=0") == 0

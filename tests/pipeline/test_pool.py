@@ -146,7 +146,7 @@ def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path) -> None:
 def test_a_shard_that_hangs_is_stopped(tmp_path: Path) -> None:
     booked = Booked(tmp_path, 3, "0=hang", shard_timeout_s=1.5, max_attempts=1)
     booked.pool.run()
-    assert booked.reasons == {0: "took longer than engine.shard_timeout_s = 1.5 s"}
+    assert booked.reasons == {0: "finished no batch within engine.shard_timeout_s = 1.5 s"}
     assert booked.tally.shards_done == 2
 
 
@@ -237,6 +237,15 @@ def test_sizes() -> None:
     assert pool_size(auto, 0.25, {"CPU": 8.0, "GPU": 2.0}) == 8
     assert pool_size(auto, 1.0, {"CPU": 8.0}) == 1  # waits for a GPU node
     assert pool_size(EngineConfig(actors=3), 1.0, {}) == 3
+
+
+def test_workers_fit_into_the_memory_of_the_machine() -> None:
+    node = {"CPU": 8.0, "memory": 14e9, "object_store_memory": 6e9}
+    assert pool_size(EngineConfig(), 0.0, node, memory_bytes=4 * 10**9) == 4  # 0.9 * 20 / 4
+    assert pool_size(EngineConfig(), 0.0, node, memory_bytes=10**9) == 8
+    assert pool_size(EngineConfig(), 0.0, node, memory_bytes=10**11) == 1
+    assert pool_size(EngineConfig(actors=6), 0.0, node, memory_bytes=4 * 10**9) == 6
+    assert pool_size(EngineConfig(), 1.0, {**node, "GPU": 2.0}, memory_bytes=10**11) == 2
     assert gpus_per_actor(auto, {"CPU": 2.0}) == 0.0
     assert gpus_per_actor(auto, {"GPU": 2.0}) == 1.0
     assert gpus_per_actor(EngineConfig(gpus_per_actor=0.5), {}) == 0.5

@@ -38,7 +38,7 @@ def another(kind: Any, default: Any) -> Any:
     if origin is tuple:
         return [get_args(inner[0])[-1]] if get_args(inner[0]) else ["other"]
     if kind is int:
-        return default + 1
+        return default + 1 if isinstance(default, int) else 7
     if kind is float:
         return (default or 1.5) / 2
     return {str: f"other-{default}", bool: not default}[kind]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from models.errors import AssetError, ConfigError, SampleError
-from tasks.input.align import FACE_POINTS, similarity, template_points
+from tasks.input.align import FACE_POINTS, similarity, template_points, with_template
 from tasks.input.align import align as align_all
 from tasks.input.decode import decode
 from tasks.input.ffhq import ffhq_points
@@ -251,3 +251,9 @@ def test_real_faces_hardly_move(shared: Path) -> None:
         aligned = decode(sample, ALIGN, 64).astype(float)
         plain = decode(sample, InputConfig(), 64).astype(float)
         assert np.corrcoef(aligned.ravel(), plain.ravel())[0, 1] > 0.7
+
+
+def test_a_published_checkpoint_has_no_card() -> None:
+    assert with_template(InputConfig(), None) == InputConfig()
+    with pytest.raises(ConfigError, match="names no template to align faces to"):
+        with_template(InputConfig(fit="align"), None)
