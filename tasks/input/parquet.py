@@ -5,7 +5,7 @@ Only the row groups of the range and the columns in use are read.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,7 @@ from tasks.input.sample import CorruptFileError, RawSample, failed, parse_landma
 from tasks.job import InputConfig, ShardSpec
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import is_local, local_path, open_filesystem
+from tasks.storage.footer import read_footer
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 BATCH_ROWS = 64
@@ -76,12 +77,16 @@ def open_parquet(uri: str, stack: ExitStack) -> pq.ParquetFile:
     """
     with parquet_errors(uri):
         if is_local(uri):
+            with open(local_path(uri), "rb") as file:
+                footer = read_footer(file)
             # Mapped: row groups outside of the range cost nothing.
-            return stack.enter_context(pq.ParquetFile(local_path(uri), memory_map=True))
+            mapped = pq.ParquetFile(local_path(uri), memory_map=True, metadata=footer)
+            return stack.enter_context(mapped)
         fs, path = open_filesystem(uri)
         # No read-ahead cache: pyarrow asks for whole column chunks (`pre_buffer`).
         source = stack.enter_context(fs.open(path, "rb", cache_type="none"))
-        return stack.enter_context(pq.ParquetFile(source, pre_buffer=True))
+        footer = read_footer(cast(IO[bytes], source))
+        return stack.enter_context(pq.ParquetFile(source, pre_buffer=True, metadata=footer))
 
 
 @contextmanager
@@ -90,7 +95,7 @@ def parquet_errors(uri: str) -> Iterator[None]:
     try:
         with storage_errors("read Parquet file", uri):
             yield
-    except pa.ArrowException as problem:
+    except (pa.ArrowException, UnicodeDecodeError) as problem:
         raise _corrupt(uri, problem) from problem
     except ShardError as problem:
         # pyarrow reports damaged pages as OSError without an errno.
@@ -217,7 +222,9 @@ def _rows(
             for batch in _batches(file, group, columns, uri):
                 skip = max(0, start - row)
                 kept = batch.slice(skip, max(0, min(batch.num_rows, stop - row) - skip))
-                for offset, values in enumerate(kept.to_pylist()):
+                with parquet_errors(uri):
+                    objects = kept.to_pylist()
+                for offset, values in enumerate(objects):
                     yield row + skip + offset, values
                 row += batch.num_rows
                 if row >= stop:
