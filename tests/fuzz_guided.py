@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 FIGURES = Path(__file__).resolve().parent.parent / "benchmarks" / "reliability-fuzz.json"
-INSTRUMENTED = ["tasks.input", "models.checkpoints", "pipeline.config", "tarfile"]
+INSTRUMENTED = ["tasks.input", "tasks.run", "models.checkpoints", "pipeline.config", "tarfile"]
 MOST_SECONDS, MOST_MB, MOST_BYTES = 5, 4096, 2**17
 SHARE_GUIDED = 0.5
 """Of the inputs; the others come from the mutator that knows fields and checksums."""

@@ -2,16 +2,19 @@
 files to start from and a mutator that knows checksums."""
 
 import io
+import json
 import pickle
 import random
 import struct
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,16 +25,27 @@ from models.checkpoints.load import load_generator
 from models.checkpoints.native import save_generator
 from models.errors import RefineryError
 from pipeline.config import load_config
+from pipeline.status import read_status
 from tasks.input.decode import decode
 from tasks.input.footers import read_footer
 from tasks.input.parquet import read_parquet
 from tasks.input.sample import RawSample
 from tasks.input.tar import landmarks_of, read_tar
 from tasks.job import InputConfig, ShardSpec
+from tasks.run.lease import hold
+from tasks.run.ledger import quarantine, seal, utc_now
+from tasks.run.manifest import read_manifest
+from tasks.run.marker import Closed
+from tasks.run.metadata import read_snapshot, write_metadata
+from tasks.run.query import ask, open_views, query
+from tasks.run.views import Session
+from tasks.work.invert import Inverter
+from tasks.work.kinds import load_job
 from tests import gnarly
-from tests.conftest import make_tiny_generator
+from tests.conftest import make_picture_bytes, make_tiny_generator
 from tests.models.checkpoints.conftest import make_generator, stand_in
 from tests.tasks.input_files import LANDMARKS
+from tests.tasks.small_run import begin, make_job, write_pictures
 
 MOST_BYTES = 2**16
 MOST_SECONDS = 5.0
@@ -142,6 +156,98 @@ def pickle_seeds(_: Path) -> list[bytes]:
         return [pickle.dumps(network, protocol=protocol) for protocol in (3, 4)]
 
 
+# ---------------------------------------------------------------------------- files of a run
+
+STATEMENTS = (
+    "SELECT count(*), sum(mse), max(shard) FROM samples",
+    "SELECT sample_key, w_plus[1], status FROM latents WHERE mse > 0.1 ORDER BY 1 LIMIT 2",
+    "WITH a AS (SELECT * FROM samples JOIN shards USING (shard)) SELECT DISTINCT run FROM a",
+    "EXPLAIN SELECT i.inversion FROM images i, latents l WHERE l.sample_key = i.sample_key",
+    "COPY (SELECT 1) TO 'out.csv'; ATTACH 'out.db'; EXPORT DATABASE 'out'",
+    "SELECT * FROM read_csv('/etc/passwd'), glob('*'), read_text('/proc/self/environ')",
+    "CREATE TABLE t AS FROM nearest('a', 3); INSTALL httpfs; LOAD httpfs; SET threads = 9",
+    "SELECT getenv('HOME'), $name, x'00', '\\u{1F600}', [1, 2][0:], {'a': NULL}.a, 1e308::INT",
+    'PIVOT samples ON status USING count(*); -- /* */ "a" $$b$$',
+)
+
+
+def small_run(folder: Path) -> Path:
+    """A sealed run of two shards, one of them given up at some time; made once in a folder."""
+    run = folder / "run"
+    if not run.exists():
+        job = make_job(make_tiny_generator(), folder)
+        source = write_pictures(folder / "pictures", [make_picture_bytes(seed) for seed in (0, 1)])
+        with hold(str(run)):
+            begin(str(run), str(source), job, Inverter(job, "cpu"), shard_size=2).finish()
+        quarantine(str(run), 0, "its worker died again and again", attempts=3)
+        seal(str(run))
+        write_metadata(str(run))
+    return run
+
+
+def seeds_of(pattern: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [path.read_bytes() for path in sorted(small_run(folder).glob(pattern))]
+
+
+def marker_seeds(folder: Path) -> list[bytes]:
+    closed = Closed(shard=0, run_id="0" * 16, closed="too late", at=utc_now())
+    return [*seeds_of("commits/*.json")(folder), closed.to_json()]
+
+
+def metadata_seeds(folder: Path) -> list[bytes]:
+    """The file goes: the reader would open it before another."""
+    (path,) = (small_run(folder) / "metadata").iterdir()
+    data = path.read_bytes()
+    path.unlink()
+    return [data]
+
+
+def statement_seeds(folder: Path) -> list[bytes]:
+    small_run(folder)
+    return [text.encode() for text in STATEMENTS]
+
+
+def look(path: Path) -> None:
+    """What commands read of a run, one after the other: each may say that it cannot."""
+    run = str(next(folder for folder in path.parents if folder.name == "run"))
+    reads: tuple[Callable[[str], object], ...] = (
+        read_status,
+        load_job,
+        read_snapshot,
+        lambda run: list(read_manifest(run)),
+    )
+    for read in reads:
+        with suppress(RefineryError):
+            read(run)
+
+
+def ask_rows(path: Path) -> None:
+    query(str(path.parent.parent), STATEMENTS[0])
+
+
+def read_statement(path: Path) -> None:
+    """As the command line takes it: bytes that are no text become lone surrogates."""
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    ask(_session(str(path.parent / "run")), text)
+
+
+@cache
+def _session(run: str) -> Session:
+    """One for all statements: what one could change, the next would meet."""
+    return ExitStack().enter_context(open_views(run))
+
+
+RUN_READERS = {
+    "marker": Reader(look, "run/commits/00000.json", marker_seeds),
+    "run.json": Reader(look, "run/run.json", seeds_of("run.json")),
+    "seal": Reader(look, "run/_SEALED.json", seeds_of("_SEALED.json")),
+    "quarantine": Reader(look, "run/failed/00000.json", seeds_of("failed/*.json")),
+    "lease": Reader(look, "run/drivers/0001.json", seeds_of("drivers/*.json")),
+    "manifest": Reader(look, "run/manifest.parquet", seeds_of("manifest.parquet")),
+    "metadata": Reader(ask_rows, "run/metadata/000002-0.parquet", metadata_seeds),
+    "sql": Reader(read_statement, "a.sql", statement_seeds),
+}
+
 READERS = {
     "picture": Reader(read_picture, "a.png", picture_seeds),
     "tar": Reader(read_archive, "a.tar", tar_seeds),
@@ -152,6 +258,7 @@ READERS = {
     "safetensors": Reader(load_generator, "seed.safetensors", native_seeds),
     "pt": Reader(load_generator, "a.pt", torch_seeds),
     "pkl": Reader(load_generator, "a.pkl", pickle_seeds),
+    **RUN_READERS,
 }
 
 
@@ -162,12 +269,37 @@ def _made(kind: dict[str, tuple[gnarly.Maker, object]]) -> list[bytes]:
 
 # ---------------------------------------------------------------------------- mutations
 
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    2**63,
+    10**400,
+    1e300,
+    float("nan"),
+    "",
+    "x",
+    "../../etc/passwd",
+    "latents/../../../etc/passwd",
+    "latents/nothing-here.parquet",
+    "\ud800",
+    "2026-13-45T99:00:00",
+    "c" * 64,
+    [],
+    {},
+    [[[[]]]],
+    {"a": {"b": None}},
+)
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
 def mutate(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     """One to eight small changes, and, half of the time, checksums that are right again."""
     changed = bytearray(data)
+    if data.startswith(b"{") and rng.random() < 0.5:
+        with suppress(ValueError):  # changed before, and no JSON any more
+            text, _ = mutate_record(data.decode(), rng)
+            return text.encode("utf-8", "surrogatepass")
     for _ in range(rng.randint(1, 8)):
         at = _place(len(changed), rng)
         end = min(len(changed), at + rng.choice((1, 2, 4, 8, 30, 300)))
@@ -192,6 +324,37 @@ def mutate(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
             changed[at:end] = str(rng.choice(NUMBERS)).encode()
     found = bytes(changed)
     return repaired(found) if rng.random() < 0.5 else found
+
+
+def mutate_record(text: str, chance: random.Random) -> tuple[str, str]:
+    """Another text of a JSON file, and what was done."""
+    if chance.random() < 0.25:
+        at, end = sorted(chance.sample(range(len(text)), 2))
+        made = chance.choice(
+            [text[:at], text[:at] + text[end:], text[:at] + "\x00" + text[at:], ""]
+        )
+        return made, f"text {at}:{end}"
+    record = json.loads(text)
+    owner, key = chance.choice([*places(record)])
+    what = chance.choice(["replace", "replace", "replace", "delete", "rename", "newer"])
+    if what == "newer":
+        record["version"] = 99
+    elif what == "delete":
+        del owner[key]
+    elif what == "rename" and isinstance(owner, dict):
+        owner[f"{key}_"] = owner.pop(key)
+    else:
+        owner[key] = chance.choice(VALUES)
+    return json.dumps(record), f"{what} {key}: {owner!r}"[:300]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in list(items):
+        yield value, key
+        if isinstance(child, dict | list):
+            yield from places(child)
 
 
 def _place(length: int, rng: random.Random) -> int:
@@ -233,12 +396,13 @@ def check(reader: Reader, data: bytes, folder: Path) -> float:
         Exception: what no reader may raise.
     """
     path = folder / reader.name
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-    before = sorted(folder.iterdir())
-    started = time.thread_time()
+    before = sorted(folder.rglob("*"))
+    started = time.process_time()
     with suppress(RefineryError):
         reader.read(path)
-    seconds = time.thread_time() - started
+    seconds = time.process_time() - started
     assert seconds < MOST_SECONDS, f"{seconds:.1f} s"
-    assert sorted(folder.iterdir()) == before
+    assert sorted(folder.rglob("*")) == before
     return seconds

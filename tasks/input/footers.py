@@ -15,8 +15,7 @@ from models.errors import ConfigError
 from tasks.input.parquet import (
     batch_rows,
     check_columns,
-    checked_groups,
-    groups_of,
+    check_groups,
     open_parquet,
     parquet_errors,
 )
@@ -53,19 +52,26 @@ def read_footer(uri: str, config: InputConfig) -> Footer | None:
     try:
         with ExitStack() as stack:
             file = open_parquet(uri, stack)
-            columns = check_columns(file.schema_arrow, config, uri, ConfigError)
-            groups = checked_groups(file, columns, config, uri)
+            check_groups(
+                file, check_columns(file.schema_arrow, config, uri, ConfigError), config, uri
+            )
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             hashes = None
             if config.key_column is not None:
                 hashes = np.fromiter(map(_hash, _read_keys(uri, config.key_column)), np.uint64)
             return Footer(
                 [group.num_rows for group in groups],
-                [sum(c.packed for c in group.of(config.image_column)) for group in groups],
+                [_image_bytes(group, config.image_column) for group in groups],
                 hashes,
             )
     except CorruptFileError as problem:
         logger.warning("planned although it cannot be read: %s", problem)
         return None
+
+
+def _image_bytes(group: pq.RowGroupMetaData, column: str) -> int:
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    return sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
 
 
 def row_ranges(group_rows: list[int], shard_size: int) -> Iterator[tuple[int, int]]:
@@ -108,7 +114,7 @@ def _read_keys(uri: str, column: str) -> Iterator[str]:
     first = 0
     with ExitStack() as stack, parquet_errors(uri):
         file = open_parquet(uri, stack)
-        for batch in _key_batches(file, column, uri):
+        for batch in _key_batches(file, column):
             for row, value in enumerate(batch.column(0).to_pylist(), start=first):
                 if value is None:
                     raise ConfigError(
@@ -119,9 +125,9 @@ def _read_keys(uri: str, column: str) -> Iterator[str]:
             first += batch.num_rows
 
 
-def _key_batches(file: pq.ParquetFile, column: str, uri: str) -> Iterator[pa.RecordBatch]:
-    for number, group in enumerate(groups_of(file, uri)):
-        rows = batch_rows(group, [column], KEYS_AT_ONCE)
+def _key_batches(file: pq.ParquetFile, column: str) -> Iterator[pa.RecordBatch]:
+    for number in range(file.metadata.num_row_groups):
+        rows = batch_rows(file.metadata.row_group(number), [column], KEYS_AT_ONCE)
         yield from file.iter_batches(rows, row_groups=[number], columns=[column])
 
 

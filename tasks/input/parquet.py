@@ -5,18 +5,18 @@ Only the row groups of the range and the columns in use are read.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import RefineryError, SampleError, ShardError
 from tasks.input.limits import AHEAD_BYTES, FREE_BYTES, FREE_ROWS, MAX_VALUES, too_many_bytes
-from tasks.input.row_groups import RowGroup, row_groups
 from tasks.input.sample import CorruptFileError, RawSample, failed, parse_landmarks
 from tasks.job import InputConfig, ShardSpec
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import is_local, local_path, open_filesystem
+from tasks.storage.footer import read_footer
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 BATCH_ROWS = 64
@@ -35,7 +35,7 @@ def read_parquet(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
     with ExitStack() as stack:
         file = open_parquet(spec.uri, stack)
         columns = check_columns(file.schema_arrow, config, spec.uri, ShardError)
-        groups = checked_groups(file, columns, config, spec.uri)
+        check_groups(file, columns, config, spec.uri)
         stop = spec.row_stop or file.metadata.num_rows
         if stop > file.metadata.num_rows:
             raise ShardError(
@@ -43,7 +43,7 @@ def read_parquet(spec: ShardSpec, config: InputConfig) -> Iterator[RawSample]:
                 "changed after planning: start a new run"
             )
         seen: set[str] = set()
-        for row, values in _rows(file, groups, columns, (spec.row_start, stop), spec.uri):
+        for row, values in _rows(file, columns, spec.row_start, stop, spec.uri):
             key = f"{name}:{row}"
             if config.key_column is not None:
                 key = _unique_key(values[config.key_column], row, seen, spec.uri, config)
@@ -77,12 +77,16 @@ def open_parquet(uri: str, stack: ExitStack) -> pq.ParquetFile:
     """
     with parquet_errors(uri):
         if is_local(uri):
+            with open(local_path(uri), "rb") as file:
+                footer = read_footer(file)
             # Mapped: row groups outside of the range cost nothing.
-            return stack.enter_context(pq.ParquetFile(local_path(uri), memory_map=True))
+            mapped = pq.ParquetFile(local_path(uri), memory_map=True, metadata=footer)
+            return stack.enter_context(mapped)
         fs, path = open_filesystem(uri)
         # No read-ahead cache: pyarrow asks for whole column chunks (`pre_buffer`).
         source = stack.enter_context(fs.open(path, "rb", cache_type="none"))
-        return stack.enter_context(pq.ParquetFile(source, pre_buffer=True))
+        footer = read_footer(cast(IO[bytes], source))
+        return stack.enter_context(pq.ParquetFile(source, pre_buffer=True, metadata=footer))
 
 
 @contextmanager
@@ -91,7 +95,7 @@ def parquet_errors(uri: str) -> Iterator[None]:
     try:
         with storage_errors("read Parquet file", uri):
             yield
-    except (pa.ArrowException, UnicodeDecodeError) as problem:  # the latter of names and keys
+    except (pa.ArrowException, UnicodeDecodeError) as problem:
         raise _corrupt(uri, problem) from problem
     except ShardError as problem:
         # pyarrow reports damaged pages as OSError without an errno.
@@ -145,52 +149,41 @@ def check_columns(
     return list(wanted.values())
 
 
-def checked_groups(
-    file: pq.ParquetFile, columns: list[str], config: InputConfig, uri: str
-) -> list[RowGroup]:
-    """The row groups of a file whose footer does not tell of far more than its bytes can hold.
+def check_groups(file: pq.ParquetFile, columns: list[str], config: InputConfig, uri: str) -> None:
+    """Refuse a file whose footer tells of far more than its bytes can hold.
 
     Raises:
         CorruptFileError: a row group expands beyond `input.max_expansion`, or has far too many rows
-            or values; the footer is damaged.
+            or values.
     """
-    groups = groups_of(file, uri)
-    for number, group in enumerate(groups):
-        for chunk in group.of(*columns):
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for chunk in _chunks_of(group, columns):
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            is_picture = chunk.path_in_schema.split(".")[0] == config.image_column
             if (
-                chunk.unpacked > FREE_BYTES + config.max_expansion * chunk.packed
+                unpacked > FREE_BYTES + config.max_expansion * packed
                 or chunk.num_values > MAX_VALUES * group.num_rows
-                or (
-                    chunk.column == config.image_column
-                    and group.num_rows > FREE_ROWS + chunk.packed
-                )
+                or (is_picture and group.num_rows > FREE_ROWS + packed)
             ):
                 raise _corrupt(
                     uri,
-                    f"row group {number}, column {chunk.column}: {chunk.packed} bytes are said to "
-                    f"hold {chunk.unpacked}, {chunk.num_values} values in {group.num_rows} rows; "
-                    f"at most {config.max_expansion:g} times as many bytes (input.max_expansion), "
+                    f"row group {number}, column {chunk.path_in_schema}: {packed} bytes are said "
+                    f"to hold {unpacked}, {chunk.num_values} values in {group.num_rows} rows; at "
+                    f"most {config.max_expansion:g} times as many bytes (input.max_expansion), "
                     f"{MAX_VALUES} values a row, and a picture a byte",
                 )
-    return groups
 
 
-def groups_of(file: pq.ParquetFile, uri: str) -> list[RowGroup]:
-    """The row groups of an open file.
-
-    Raises:
-        CorruptFileError: the footer is damaged.
-    """
-    try:
-        return row_groups(file.metadata)
-    except ValueError as problem:
-        raise _corrupt(uri, problem) from problem
+def _chunks_of(group: pq.RowGroupMetaData, columns: list[str]) -> Iterator[pq.ColumnChunkMetaData]:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
-def batch_rows(group: RowGroup, columns: list[str], most: int = BATCH_ROWS) -> int:
+def batch_rows(group: pq.RowGroupMetaData, columns: list[str], most: int = BATCH_ROWS) -> int:
     """Rows to turn into Python objects at once: a value that is stored once may stand in every row,
     so each may be as large as the row group."""
-    unpacked = sum(chunk.unpacked for chunk in group.of(*columns))
+    unpacked = sum(chunk.total_uncompressed_size for chunk in _chunks_of(group, columns))
     return max(1, min(most, AHEAD_BYTES // max(unpacked, 1)))
 
 
@@ -218,24 +211,20 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _rows(
-    file: pq.ParquetFile,
-    groups: list[RowGroup],
-    columns: list[str],
-    span: tuple[int, int],
-    uri: str,
+    file: pq.ParquetFile, columns: list[str], start: int, stop: int, uri: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number, values) of the half-open range. One row group is in memory at a time."""
-    first, (start, stop) = 0, span
-    for number, group in enumerate(groups):
-        after = first + group.num_rows
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        after = first + file.metadata.row_group(group).num_rows
         if first < stop and after > start:
             row = first
-            for batch in _batches(file, number, batch_rows(group, columns), columns, uri):
+            for batch in _batches(file, group, columns, uri):
                 skip = max(0, start - row)
                 kept = batch.slice(skip, max(0, min(batch.num_rows, stop - row) - skip))
                 with parquet_errors(uri):
-                    rows = kept.to_pylist()
-                for offset, values in enumerate(rows):
+                    objects = kept.to_pylist()
+                for offset, values in enumerate(objects):
                     yield row + skip + offset, values
                 row += batch.num_rows
                 if row >= stop:
@@ -244,9 +233,10 @@ def _rows(
 
 
 def _batches(
-    file: pq.ParquetFile, group: int, rows: int, columns: list[str], uri: str
+    file: pq.ParquetFile, group: int, columns: list[str], uri: str
 ) -> Iterator[pa.RecordBatch]:
     with parquet_errors(uri):
+        rows = batch_rows(file.metadata.row_group(group), columns)
         yield from file.iter_batches(rows, row_groups=[group], columns=columns)
 
 

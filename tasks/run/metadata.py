@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,7 @@ from models.errors import LedgerError
 from tasks.run import ledger
 from tasks.run.marker import Marker
 from tasks.storage.files import file_info, join, list_files, list_times, open_write, remove
+from tasks.storage.footer import read_footer
 from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, tuple[str, in
     """A metadata file, and tag and generation of each commit it was made from."""
     fetched = Fetched.tail(size, FOOTER_BYTES)
     with part_errors(uri):
-        footer = pq.read_metadata(PartFile(uri, size, fetched=fetched))
+        footer = read_footer(cast(IO[bytes], PartFile(uri, size, fetched=fetched)))
     fetched.add(_regions(footer))
     values = footer.metadata or {}
     try:

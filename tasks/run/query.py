@@ -120,6 +120,10 @@ def unknown_key(session: Session, uri: str, key: str) -> ConfigError:
 
 
 def _check_is_select(session: Session, sql: str) -> None:
+    try:
+        sql.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"query: no text in UTF-8 from character {error.start} on") from error
     found = session.statements(sql)
     if len(found) != 1:
         raise ConfigError(

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from models.errors import LedgerError
 from tasks.job import Job
 
 if TYPE_CHECKING:
@@ -63,13 +64,21 @@ def load_job(run_uri: str) -> Job:
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
-    from tasks.run.ledger import read_declared, read_run
+    from tasks.run.ledger import declared_by, read_run
 
-    kind = read_declared(run_uri).kind
-    config = {k: v for k, v in read_run(run_uri)["config"].items() if k != "kind"}
-    return TypeAdapter(job_class(kind)).validate_python(config)
+    record = read_run(run_uri)
+    kind = declared_by(record, run_uri).kind
+    config = {k: v for k, v in record["config"].items() if k != "kind"}
+    try:
+        return TypeAdapter(job_class(kind)).validate_python(config)
+    except (ValidationError, KeyError) as problem:
+        first = " ".join(str(problem).split())[:200]
+        raise LedgerError(
+            f"{run_uri}/run.json: damaged, its config is of no {kind} job ({first}); restore it "
+            "from a copy, or start again in another output folder"
+        ) from problem
 
 
 def _load(name: str) -> Any:

@@ -1,11 +1,9 @@
 """The small files of a run, edited by chance: the bad one is named, the rest works, no
 traceback."""
 
-import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +13,7 @@ from pipeline.run import carry_out
 from tasks.run import ledger
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import write_dataset
+from tests.fuzzing import mutate_record
 
 SEED, MUTATIONS, SHARD = 20261126, 150, 2
 FILES = (
@@ -24,27 +23,6 @@ FILES = (
     "_SEALED.json",
     "failed/00005.json",
     "drivers/0001.json",
-)
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    2**63,
-    10**400,
-    1e300,
-    float("nan"),
-    "",
-    "x",
-    "../../etc/passwd",
-    "latents/../../../etc/passwd",
-    "latents/nothing-here.parquet",
-    "\ud800",
-    "2026-13-45T99:00:00",
-    "c" * 64,
-    [],
-    {},
-    [[[[]]]],
-    {"a": {"b": None}},
 )
 ROWS = "SELECT count(*) AS n FROM latents"
 COMMANDS = (["query", ROWS], ["verify"], ["verify", "--no-deep"], ["query", ROWS], ["report"])
@@ -63,37 +41,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) 
     return run
 
 
-def mutate(text: str, chance: random.Random) -> tuple[str, str]:
-    """Another text, and what was done."""
-    if chance.random() < 0.25:
-        at, end = sorted(chance.sample(range(len(text)), 2))
-        made = chance.choice(
-            [text[:at], text[:at] + text[end:], text[:at] + "\x00" + text[at:], ""]
-        )
-        return made, f"text {at}:{end}"
-    record = json.loads(text)
-    owner, key = chance.choice([*places(record)])
-    what = chance.choice(["replace", "replace", "replace", "delete", "rename", "newer"])
-    if what == "newer":
-        record["version"] = 99
-    elif what == "delete":
-        del owner[key]
-    elif what == "rename" and isinstance(owner, dict):
-        owner[f"{key}_"] = owner.pop(key)
-    else:
-        owner[key] = chance.choice(VALUES)
-    return json.dumps(record), f"{what} {key}: {owner!r}"[:300]
-
-
-def places(value: Any) -> Any:
-    """(container, key) of everything in a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, child in list(items):
-        yield value, key
-        if isinstance(child, dict | list):
-            yield from places(child)
-
-
 @pytest.mark.timeout(600)
 def test_mutations(
     pristine: Path,
@@ -107,7 +54,7 @@ def test_mutations(
     shutil.copytree(pristine, run)
     for number in range(MUTATIONS):
         name = FILES[number % len(FILES)]
-        text, what = mutate((pristine / name).read_text(), chance)
+        text, what = mutate_record((pristine / name).read_text(), chance)
         (run / name).write_bytes(text.encode("utf-8", "surrogatepass"))
         for verb, *rest in (["status"], COMMANDS[number // len(FILES) % len(COMMANDS)]):
             code = run_app([verb, str(run), *rest])
@@ -166,3 +113,10 @@ def test_the_bad_one_is_named_and_the_rest_works(
     assert f"left out: {run}/commits/00002.json" in caplog.text
     assert run_app(["report", str(run)]) == 0
     assert run_app(["verify", str(run)]) == 1
+    capsys.readouterr()
+    assert run_app(["query", str(run), "SELECT '\udcff'"]) == 2  # how Python hands over b"\xff"
+    assert "no text in UTF-8 from character 8 on" in " ".join(capsys.readouterr().err.split())
+    record = (run / "run.json").read_text()
+    (run / "run.json").write_text(record.replace('"batch": 2', '"batch": "two"'))
+    assert run_app(["retry", str(run)]) == 2
+    assert "run.json: damaged, its config is of no invert job" in capsys.readouterr().err

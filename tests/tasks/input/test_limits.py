@@ -27,6 +27,7 @@ from tasks.input.read import read_shard
 from tasks.input.sample import RawSample
 from tasks.job import InputConfig
 from tasks.storage import files as storage
+from tasks.storage import footer
 from tests.gnarly import CLAIM, encoded, gnu_sparse, pax, pax_sparse, pax_sparse_1, tar_with
 from tests.tasks.input_files import LANDMARKS, add_member
 
@@ -105,6 +106,22 @@ def test_a_large_member_is_passed_by(tmp_path: Path) -> None:
     assert outcomes[1] == "too_large"
     assert len(outcomes) == 3
     assert outcomes[0] == outcomes[2]
+
+
+def test_a_tar_of_4_gib_needs_little_memory(tmp_path: Path) -> None:
+    """128 members just below input.max_bytes, which are holes on the disk."""
+    path, member = tmp_path / "long.tar", tarfile.TarInfo()
+    member.size = 32 * 2**20
+    with path.open("wb") as file:
+        for number in range(128):
+            member.name = f"{number:03d}.png"
+            file.write(member.tobuf())
+            file.seek(member.size, io.SEEK_CUR)
+        file.write(tar_with())
+    assert path.stat().st_size > 4 * 2**30
+    added, outcomes = measured(path, max_bytes=2**25)
+    assert added < 1500
+    assert outcomes[:128] == ["decode"] * 128
 
 
 def test_an_archive_that_expands_beyond_measure_ends(tmp_path: Path) -> None:
@@ -263,6 +280,35 @@ def test_tables_that_claim_too_much(tmp_path: Path) -> None:
         fit = "align" if "landmarks5" in columns else "crop"
         added, outcomes = measured(path, fit=fit)
         assert (outcomes, added < 100) == (["CorruptFileError"], True), name
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [(b"\x25\x02\x18\x02bb", b"\x25\x00\x18\x02bb"), (b"bb", b"\xff\xff")],
+    ids=["histogram", "name"],
+)
+def test_a_footer_that_pyarrow_does_not_survive(
+    found: bytes, wanted: bytes, tmp_path: Path
+) -> None:
+    """A column that is said to be never null, with counts of nulls, ends a process that looks."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [encoded()], "bb": ["x"]}), path)
+    data = path.read_bytes()
+    assert found in data
+    path.write_bytes(data.replace(found, wanted))
+    assert measured(path)[1] == ["CorruptFileError"]
+
+
+def test_a_footer_is_not_read_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [encoded()], "x" * 70_000: [1]}), path)
+    (spec,) = plan_shards(str(path), 5)
+    assert len(list(read_shard(spec, InputConfig()))) == 1  # its footer is not in one read
+    monkeypatch.setattr(footer, "MAX_FOOTER_BYTES", 60_000)
+    with pytest.raises(ShardError, match=r"a\.parquet is corrupt \(a footer of \d+ bytes; at most"):
+        list(read_shard(spec, InputConfig()))
 
 
 def test_a_large_value_that_stands_in_every_row(tmp_path: Path) -> None:
