@@ -5,8 +5,6 @@ Legend: N samples, D w_dim, K principal components, I input channels of a layer,
 
 import json
 import logging
-import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 from models.cache import cache_folder
 from models.checkpoints.bundled import find_for_generator
 from models.errors import AssetError
+from models.files import atomically
 from models.stylegan2.generator import Generator, weights_hash
 
 FORMAT = "style-refinery statistics 1"
@@ -187,13 +186,8 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Path:
         "generator_hash": statistics.generator_hash,
         "scalars": json.dumps(scalars),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        temporary.write_bytes(save(tensors, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomically(path) as file:
+        file.write(save(tensors, metadata))
     return path
 
 

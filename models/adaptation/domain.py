@@ -13,8 +13,6 @@ Legend: N batch, L num_ws, D w_dim.
 
 import difflib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -32,6 +30,7 @@ from models.adaptation.token_sets import TokenSets
 from models.checkpoints.bundled import ASSETS
 from models.encoders.checkpoint import file_sha256
 from models.errors import AssetError, ConfigError
+from models.files import atomically
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, check_made_for, weights_hash
 from models.stylegan2.residual import LowRank, Residual
@@ -116,7 +115,8 @@ def save_domain(domain: Domain, folder: str | Path) -> Path:
         tensors = {name: t.half() for name, t in tokens.tensors().items()}
         metadata = {"factorization": tokens.factorization}  # one key: more have no fixed order
     data = save({k: t.cpu().contiguous() for k, t in tensors.items()}, metadata)
-    _replace(file, data)
+    with atomically(file) as tokens_file:
+        tokens_file.write(data)
     card = {
         "format": FORMAT,
         "name": domain.name,
@@ -126,7 +126,8 @@ def save_domain(domain: Domain, folder: str | Path) -> Path:
         "bytes": len(data),
         **domain.card,
     }
-    _replace(folder / CARD, (json.dumps(card, indent=1) + "\n").encode())
+    with atomically(folder / CARD) as card_file:
+        card_file.write((json.dumps(card, indent=1) + "\n").encode())
     return folder
 
 
@@ -312,12 +313,3 @@ def _read_weights(file: Path) -> dict[str, WeightDelta]:
             )
             for name in names
         }
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """One door for every checkpoint format: the kind of a file is read from its first bytes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,11 @@ from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator
 
 FileKind = Literal["rosinality", "nvidia", "native"]
+LOADERS: dict[FileKind, tuple[Callable[[Path], Generator], Callable[[Path], Discriminator]]] = {
+    "rosinality": (load_rosinality_generator, load_rosinality_discriminator),
+    "nvidia": (load_nvidia_generator, load_nvidia_discriminator),
+    "native": (load_native_generator, load_native_discriminator),
+}
 
 SUPPORTED = (
     "supported: rosinality .pt (also pSp/e4e files), NVIDIA .pkl (stylegan2-ada-pytorch, stylegan2 "
@@ -53,12 +59,7 @@ def load_generator(path: str | Path) -> Generator:
         generator.provenance |= {"format": "bundled", "source": name}
         return generator
     file = _existing(path)
-    load = {
-        "rosinality": load_rosinality_generator,
-        "nvidia": load_nvidia_generator,
-        "native": load_native_generator,
-    }[sniff(file)]
-    return load(file)
+    return LOADERS[sniff(file)][0](file)
 
 
 def load_discriminator(path: str | Path) -> Discriminator:
@@ -71,12 +72,7 @@ def load_discriminator(path: str | Path) -> Discriminator:
     if name in bundled.bundled_names():
         return load_native_discriminator(bundled.asset_path(name, bundled.GENERATOR_FILE))
     file = _existing(path)
-    load = {
-        "rosinality": load_rosinality_discriminator,
-        "nvidia": load_nvidia_discriminator,
-        "native": load_native_discriminator,
-    }[sniff(file)]
-    return load(file)
+    return LOADERS[sniff(file)][1](file)
 
 
 def sniff(path: Path) -> FileKind:

@@ -10,7 +10,6 @@ over those values, so that loading, saving and loading again keeps the hash.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from models.checkpoints.state_dict import (
     settle_latent_avg,
 )
 from models.errors import AssetError
+from models.files import atomically
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture, weights_hash
 
@@ -178,25 +178,22 @@ def _save(
 ) -> Path:
     stored = {name: _stored(name, value, dtype) for name, value in module.state_dict().items()}
     rounded = _Values({name: value.float() for name, value in stored.items()})
-    temporary = path.with_name(path.name + ".tmp")
     try:
         # One entry only: several would be written in random order, and change the sha256.
-        temporary.write_bytes(save(stored, metadata={"format": f"{FORMAT} {kind}"}))
+        weights = save(stored, metadata={"format": f"{FORMAT} {kind}"})
         card = {
             "format": FORMAT,
             "kind": kind,
             **card,
             "dtype": str(dtype).removeprefix("torch."),
-            "sha256": _file_sha256(temporary),
+            "sha256": hashlib.sha256(weights).hexdigest(),
             f"{kind}_hash": weights_hash(rounded),
         }
         card |= {"format": FORMAT, "kind": kind}
-        card_temporary = card_path(path).with_name(card_path(path).name + ".tmp")
-        card_temporary.write_text(json.dumps(card, indent=2) + "\n")
-        os.replace(temporary, path)
-        os.replace(card_temporary, card_path(path))
+        with atomically(card_path(path)) as card_file, atomically(path) as file:
+            card_file.write((json.dumps(card, indent=2) + "\n").encode())
+            file.write(weights)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise AssetError(
             f"{path}: cannot write the {kind}: {error}; check folder and space"
         ) from error

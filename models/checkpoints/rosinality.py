@@ -12,7 +12,6 @@ Legend: L num_ws, D w_dim.
 import argparse
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from models.checkpoints.state_dict import (
     with_noise_maps,
 )
 from models.errors import AssetError
+from models.files import atomically
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator
 from models.stylegan2.resample import filter_2d
@@ -144,9 +144,8 @@ def save_rosinality(generator: Generator, discriminator: Discriminator | None, p
             saved["d"][f"convs.{block}.skip.0.kernel"] = filter_2d(1.0)
         architecture = DiscriminatorArchitecture.of(discriminator)
         saved["discriminator_architecture"] = json.dumps(architecture.to_dict())
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(saved, temporary)
-    os.replace(temporary, path)
+    with atomically(path) as file:
+        torch.save(saved, file)
 
 
 def read_torch_file(path: Path) -> Any:

@@ -8,8 +8,6 @@ Legend: N batch, L num_ws, D w_dim, I input channels of a layer, S style channel
 """
 
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from models.checkpoints.bundled import ASSETS
 from models.errors import AssetError
+from models.files import atomically
 from models.stylegan2.generator import Generator, check_made_for, weights_hash
 
 FORMAT = "style-refinery direction 1"
@@ -168,14 +167,9 @@ def save_direction(direction: Direction, path: str | Path) -> Path:
     record = {k: v for k, v in asdict(direction).items() if k not in ("vector", "card")}
     record = {"format": FORMAT, **record, "space": direction.space, "card": dict(direction.card)}
     vector = _shortest(direction.vector)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        text = json.dumps(record, indent=1)
-        temporary.write_text(f'{text[:-2]},\n "vector": {json.dumps(vector)}\n}}\n')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(record, indent=1)
+    with atomically(path) as file:
+        file.write(f'{text[:-2]},\n "vector": {json.dumps(vector)}\n}}\n'.encode())
     return path
 
 

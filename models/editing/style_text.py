@@ -11,23 +11,21 @@ C channels of the 3x3 layers.
 """
 
 import logging
-import os
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from models.cache import cache_folder
 from models.editing.direction import Direction
 from models.errors import ConfigError
+from models.files import atomically
 from models.losses.clip_direction import Embeds
 from models.statistics import Statistics
 from models.stylegan2.generator import Generator, weights_hash
@@ -157,20 +155,11 @@ def cached_relevance(
         generator, clip, statistics, samples=samples, strength=strength, on_progress=on_progress
     )
     try:
-        _save(found.vectors, path)
+        with atomically(path) as file:
+            file.write(save({"vectors": found.vectors.contiguous()}))
     except OSError as error:
         logger.warning("the channels' relevance cannot be kept for the next time: %s", error)
     return found
-
-
-def _save(vectors: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        save_file({"vectors": vectors.contiguous()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def style_text_direction(

@@ -9,7 +9,6 @@ Legend: L num_ws, D w_dim.
 import argparse
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from models.encoders.latent_discriminator import LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, PyramidEncoder
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError
+from models.files import atomically
 
 OFFICIAL_KINDS = {
     "Encoder4Editing": "e4e",
@@ -121,20 +121,17 @@ def save_encoder(
         name: (t.to(dtype) if t.ndim > 1 and t.is_floating_point() else t).cpu().contiguous()
         for name, t in encoder.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save(state))  # save_file would make it readable by the owner alone
+    weights = save(state)
     card = {
         "kind": encoder.architecture.kind,
         **card,
         "architecture": encoder.architecture.to_dict(),
-        "sha256": file_sha256(temporary),
+        "sha256": hashlib.sha256(weights).hexdigest(),
     }
     text = json.dumps(card, indent=2, sort_keys=True) + "\n"
-    card_temporary = path.with_suffix(".json.tmp")
-    card_temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    os.replace(card_temporary, path.with_suffix(".json"))
+    with atomically(path.with_suffix(".json")) as card_file, atomically(path) as file:
+        card_file.write(text.encode())
+        file.write(weights)
     return path
 
 

@@ -76,9 +76,9 @@ class Pti(Method):
 
     def __init__(self, generator: Generator, config: PtiConfig) -> None:
         super().__init__(generator, config)
-        self.picture_loss = PictureLoss(config)
         self.stop = config.or_preset("stop_perceptual")
         self.locality_weight = config.or_preset("locality_weight")
+        self.picture_loss = PictureLoss(config)
         if generator.c_dim and self.locality_weight:
             raise ConfigError(
                 "pti: its locality term needs samples of the mapping network, and this generator "

@@ -8,7 +8,6 @@ byte; a finished one is not run again.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from models.adaptation.domain import CARD, Domain, add_domains, save_domain, wit
 from models.checkpoints.bundled import asset_path
 from models.checkpoints.load import load_generator
 from models.errors import AssetError, ConfigError
+from models.files import atomically
 from models.inversion.base import Inversion, SampleRng, sample_seed
 from models.inversion.registry import load_method, method_class
 from models.losses.clip import load_clip
@@ -230,10 +230,8 @@ class _Job:
             save_grid(torch.cat([before, after]).cpu(), path, len(codes))
 
     def _save(self) -> None:
-        self.place.mkdir(parents=True, exist_ok=True)
-        temporary = self.place / "checkpoint.tmp"
-        torch.save({"seconds": self.seconds, **self.descent.state()}, temporary)
-        os.replace(temporary, self.place / "checkpoint.pt")
+        with atomically(self.place / "checkpoint.pt") as file:
+            torch.save({"seconds": self.seconds, **self.descent.state()}, file)
 
     def _resume(self) -> None:
         path = self.place / "checkpoint.pt"
@@ -355,9 +353,8 @@ def _write_row(
         "bytes": sum(2 * t.numel() for t in tensors)
         or sum(d.codes.numel() for d in (made.weights or {}).values()),
     }
-    temporary = folder / ".job.parquet.partial"
-    pq.write_table(pa.Table.from_pylist([row]), temporary)
-    os.replace(temporary, folder / "job.parquet")
+    with atomically(folder / "job.parquet") as file:
+        pq.write_table(pa.Table.from_pylist([row]), file)
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:

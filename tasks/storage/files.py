@@ -9,15 +9,13 @@ AWS_MAX_ATTEMPTS, AWS_REQUEST_CHECKSUM_CALCULATION and the profile files (FSSPEC
 options as JSON).
 """
 
-import errno
 import hashlib
 import os
 import re
 import tempfile
 import threading
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,9 +25,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from models.cache import cache_folder
 from models.errors import AssetError, ConfigError, LedgerError, RefineryError, ShardError
+from models.files import PARTIAL_SUFFIX, atomically
 from tasks.storage.errors import is_missing, storage_errors
 
-PARTIAL_SUFFIX = ".partial"
 """Ends the hidden names of files being written; no reader's pattern matches it."""
 S3_RETRIES = 8
 
@@ -175,7 +173,7 @@ def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[B
     """
     with storage_errors("write", uri, error):
         if is_local(uri):
-            with open_local(local_path(uri)) as file:
+            with atomically(local_path(uri)) as file:
                 yield file
             return
         fs, path = open_filesystem(uri)
@@ -183,49 +181,6 @@ def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[B
             yield cast(BinaryIO, file)
             file.flush()
             fs.put_file(file.name, path)
-
-
-@contextmanager
-def open_local(path: str, publish: Callable[[str, str], None] = os.replace) -> Iterator[BinaryIO]:
-    """A file to write to that gets its name when the block ends.
-
-    Args:
-        publish: gives the complete file of the first name the second one.
-    """
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name[:150]}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except BaseException:
-        with _ignored(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename survive a power cut. Network mounts may refuse: that promise is then void."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _ignored(kind: type[BaseException]) -> Iterator[None]:
-    try:
-        yield
-    except kind:
-        return
 
 
 def exists(uri: str, error: type[RefineryError] = LedgerError) -> bool:
@@ -269,7 +224,7 @@ def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
         error: one of them cannot be deleted.
     """
     for uri in uris:
-        with storage_errors("delete", uri, error), _ignored(FileNotFoundError):
+        with storage_errors("delete", uri, error), suppress(FileNotFoundError):
             if is_local(uri):
                 os.unlink(local_path(uri))
             else:
@@ -410,6 +365,6 @@ def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
     target = cache_folder() / "files" / name / uri.rsplit("/", 1)[-1]
     if not target.is_file() or target.stat().st_size != info[0]:
         fs, path = open_filesystem(uri)
-        with storage_errors("fetch", uri, error), open_local(str(target)) as file:
+        with storage_errors("fetch", uri, error), atomically(str(target)) as file:
             fs.get_file(path, file.name)
     return target

@@ -16,13 +16,13 @@ from contextlib import nullcontext
 from fsspec import AbstractFileSystem
 
 from models.errors import LedgerError, RefineryError
+from models.files import atomically
 from tasks.storage.errors import error_code, storage_errors
 from tasks.storage.files import (
     find_bytes,
     is_local,
     local_path,
     open_filesystem,
-    open_local,
     scheme_of,
     write_bytes,
 )
@@ -65,7 +65,7 @@ def create_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError
     with storage_errors("create", uri, error):
         try:
             if is_local(uri):
-                with open_local(local_path(uri), _link) as file:
+                with atomically(local_path(uri), _link) as file:
                     file.write(data)
             else:
                 with _memory_lock if scheme_of(uri) == "memory" else nullcontext():

@@ -310,18 +310,9 @@ def _update_average(state: GeneratorState, config: FitGeneratorConfig) -> None:
 
 
 @torch.no_grad()
-def save_samples(
-    generator: Generator,
-    path: Path,
-    rows: int = 6,
-    columns: int = 10,
-    seed: int = 1,
-    truncation_psi: float = 1.0,
-) -> None:
-    """A PNG grid of samples from fixed seeds, with the stored noise."""
-    rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(rows * columns, generator.z_dim, generator=rng)
-    device = generator.input.input.device
-    w_plus = generator.mapping(z.to(device), truncation_psi=truncation_psi)
+def save_samples(generator: Generator, path: Path) -> None:
+    """A PNG grid of 6 x 10 samples from fixed seeds, with the stored noise."""
+    z = torch.randn(60, generator.z_dim, generator=torch.Generator().manual_seed(1))
+    w_plus = generator.mapping(z.to(generator.input.input.device))
     images = [generator.synthesis(part).float().cpu() for part in w_plus.split(16)]
-    save_grid(torch.cat(images), path, columns)
+    save_grid(torch.cat(images), path, columns=10)

@@ -4,7 +4,6 @@ Legend: N batch.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import AssetError, ConfigError
+from models.files import atomically
 from models.settings import Count, CountOrNone, NotNegative, Positive, Share
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture
@@ -35,11 +35,16 @@ class FitGeneratorConfig(DeviceConfig):
     w_dim: Count = 128
     mapping_layers: Count = 4
     learning_rate: Positive = 2e-3
+    """Adam's, of both networks."""
     r1_gamma: NotNegative = 2.0
+    """Weight of the gradient penalty on real pictures."""
     r1_interval: Count = 16
+    """Steps from one such penalty to the next, which is scaled by as many."""
     path_length_weight: NotNegative = 2.0
     path_length_interval: Count = 4
+    """The same of the path length penalty."""
     mixing_probability: Share = 0.9
+    """Share of the samples whose rows come from two w."""
     loss: Literal["logistic", "relativistic"] = "logistic"
     """"logistic" is StyleGAN2's non-saturating loss with R1. "relativistic" compares each fake with
     a real picture of the batch, with R1 and R2 (R3GAN, arXiv 2501.05441)."""
@@ -98,27 +103,24 @@ class GeneratorState:
         self.ada_p, self.real_sign, self.path_length_mean = torch.zeros(3, device=config.device)
 
     def save(self, path: Path, config: FitGeneratorConfig) -> None:
-        temporary = path.with_suffix(".tmp")
-        torch.save(
-            {
-                "config": json.dumps(asdict(config)),
-                "architecture": json.dumps(self.architecture.to_dict()),
-                "g": self.g.state_dict(),
-                "d": self.d.state_dict(),
-                "g_ema": self.ema.state_dict(),
-                "optimizer_g": self.optimizer_g.state_dict(),
-                "optimizer_d": self.optimizer_d.state_dict(),
-                "images": self.images,
-                "step": self.step,
-                "ada_p": self.ada_p.clone(),
-                "path_length_mean": self.path_length_mean.clone(),
-                "real_sign": self.real_sign.clone(),
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-            temporary,
-        )
-        os.replace(temporary, path)
+        saved = {
+            "config": json.dumps(asdict(config)),
+            "architecture": json.dumps(self.architecture.to_dict()),
+            "g": self.g.state_dict(),
+            "d": self.d.state_dict(),
+            "g_ema": self.ema.state_dict(),
+            "optimizer_g": self.optimizer_g.state_dict(),
+            "optimizer_d": self.optimizer_d.state_dict(),
+            "images": self.images,
+            "step": self.step,
+            "ada_p": self.ada_p.clone(),
+            "path_length_mean": self.path_length_mean.clone(),
+            "real_sign": self.real_sign.clone(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        with atomically(path) as file:
+            torch.save(saved, file)
 
     def load(self, path: Path, device: str) -> None:
         saved = torch.load(path, map_location="cpu", weights_only=True)

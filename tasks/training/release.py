@@ -99,7 +99,7 @@ def fit(config: ReleaseConfig) -> Path:
         generator, SAMPLES, seed=config.seed, anchor_samples=config.anchor_samples
     )
     save_statistics(statistics, out / "statistics.safetensors")
-    save_samples(generator, out / "samples.png", rows=6, columns=10, truncation_psi=1.0)
+    save_samples(generator, out / "samples.png")
     _save_discriminator(saved, out / "discriminator.safetensors")
     scores = _scores(generator, config)
     card = json.loads((out / "generator.json").read_text())

@@ -9,7 +9,6 @@ Legend: M pictures held in memory, N batch, H W image.
 import json
 import logging
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from models.errors import AssetError, ConfigError
+from models.files import atomically
 from models.settings import Count, CountOrNone, NotNegative, Share, check_fields
 from tasks.training.data import load_pictures
 from tasks.training.distributed import is_main_process
@@ -248,19 +248,16 @@ def validate(
 
 def save_checkpoint(path: Path, objective: Objective, config: TrainingConfig, shown: int) -> None:
     """Write everything an exact resume needs, atomically."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "config": json.dumps(asdict(config)),
-            "identity": json.dumps(objective.identity, sort_keys=True),
-            "parts": {name: part.state_dict() for name, part in objective.parts.items()},
-            "images": shown,
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-        temporary,
-    )
-    os.replace(temporary, path)
+    saved = {
+        "config": json.dumps(asdict(config)),
+        "identity": json.dumps(objective.identity, sort_keys=True),
+        "parts": {name: part.state_dict() for name, part in objective.parts.items()},
+        "images": shown,
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    with atomically(path) as file:
+        torch.save(saved, file)
 
 
 def load_checkpoint(path: Path, objective: Objective) -> int:

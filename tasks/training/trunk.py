@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from models.errors import AssetError
+from models.files import atomically
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
 from models.settings import Count, NotNegative, Positive
@@ -127,19 +127,16 @@ class _State:
         self.images = 0
 
     def save(self, path: Path) -> None:
-        temporary = path.with_suffix(".tmp")
-        torch.save(
-            {
-                "trunk": self.trunk.state_dict(),
-                "heads": self.heads.state_dict(),
-                "log_ratio": self.log_ratio.detach(),
-                "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.get_state(),
-                "images": self.images,
-            },
-            temporary,
-        )
-        os.replace(temporary, path)
+        saved = {
+            "trunk": self.trunk.state_dict(),
+            "heads": self.heads.state_dict(),
+            "log_ratio": self.log_ratio.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": self.rng.get_state(),
+            "images": self.images,
+        }
+        with atomically(path) as file:
+            torch.save(saved, file)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, map_location="cpu", weights_only=True)

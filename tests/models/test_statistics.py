@@ -190,7 +190,7 @@ def test_a_failed_write_leaves_the_old_file(tiny_generator, tmp_path, monkeypatc
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(statistics.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
         save_statistics(replace(found, w_std=0.0), path)
     assert path.read_bytes() == before

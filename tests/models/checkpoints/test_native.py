@@ -132,5 +132,6 @@ def test_discriminator_beside_its_generator(tmp_path, tiny_generator):
 
 
 def test_folder_that_cannot_be_written(tmp_path, tiny_generator):
+    (tmp_path / "file").touch()
     with pytest.raises(AssetError, match="cannot write the generator"):
-        save_generator(tiny_generator, tmp_path / "nowhere" / "g", {})
+        save_generator(tiny_generator, tmp_path / "file" / "g", {})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import AssetError, ConfigError, LedgerError, ShardError
+from models.files import PARTIAL_SUFFIX
 from tasks.storage import errors as storage_errors
 from tasks.storage import files as storage
 from tests.s3_server import S3Server
@@ -110,7 +111,7 @@ def test_partial_files_match_no_pattern_of_readers(tmp_path: Path) -> None:
         names = os.listdir(tmp_path)
         assert len(names) == 1
         assert names[0].startswith(".")
-        assert names[0].endswith(storage.PARTIAL_SUFFIX)
+        assert names[0].endswith(PARTIAL_SUFFIX)
         assert not list(tmp_path.glob("*.parquet"))
         listed = storage.list_files(str(tmp_path), include_partial=True)
         assert [name for name, _, _ in listed] == names

@@ -1,11 +1,13 @@
 """What a training run of a moment reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
@@ -40,3 +42,15 @@ def places(tmp_path: Path, generator_file: str, face_bytes: list[bytes]) -> dict
         "validation": data,
         "out": str(tmp_path / "run"),
     }
+
+
+def check_half_precision(make: Callable[[str], Any], term: str) -> None:
+    """The first loss of an objective, made for a precision, is close to full precision's."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        objective = make(precision)
+        torch.manual_seed(1)
+        losses.append(float(objective.step(torch.empty(0, 3, 32, 32), 0)[term].mean().detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert losses[0] != losses[1]
