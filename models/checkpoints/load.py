@@ -53,13 +53,11 @@ def load_generator(path: str | Path) -> Generator:
     Raises:
         AssetError: no such name or file, a wrong or unsafe file, an unsupported architecture.
     """
-    name = str(path)
-    if name in bundled.bundled_names():
-        generator = load_native_generator(bundled.asset_path(name, bundled.GENERATOR_FILE))
-        generator.provenance |= {"format": "bundled", "source": name}
-        return generator
-    file = _existing(path)
-    return LOADERS[sniff(file)][0](file)
+    file = _file_of(path)
+    generator = LOADERS[sniff(file)][0](file)
+    if str(path) in bundled.bundled_names():
+        generator.provenance |= {"format": "bundled", "source": str(path)}
+    return generator
 
 
 def load_discriminator(path: str | Path) -> Discriminator:
@@ -68,10 +66,7 @@ def load_discriminator(path: str | Path) -> Discriminator:
     Raises:
         AssetError: the checkpoint has none, or as for `load_generator`.
     """
-    name = str(path)
-    if name in bundled.bundled_names():
-        return load_native_discriminator(bundled.asset_path(name, bundled.GENERATOR_FILE))
-    file = _existing(path)
+    file = _file_of(path)
     return LOADERS[sniff(file)][1](file)
 
 
@@ -101,6 +96,13 @@ def sniff(path: Path) -> FileKind:
     raise AssetError(
         f"{path}: not a checkpoint: found {found}; {SUPPORTED}; check the path or download again"
     )
+
+
+def _file_of(path: str | Path) -> Path:
+    """The file of a bundled name, or the one that was named."""
+    if str(path) in bundled.bundled_names():
+        return bundled.asset_path(str(path), bundled.GENERATOR_FILE)
+    return _existing(path)
 
 
 def _existing(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,26 @@ class Starts:
 
 
 @pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """No Ray is there, and one that is started fails so many times first."""
     import ray
+
+    def starting(failures: int) -> Any:
+        starts = Starts(failures, tmp_path)
+        monkeypatch.setattr(module, "_start_local", starts)
+        return starts
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(module, "_daemons", list)
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
+    return starting
 
 
-@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("failures", [0, 2, 3])
-def test_a_busy_machine_gets_another_try(
-    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts: Any = Starts(failures, tmp_path)
-    monkeypatch.setattr(module, "_start_local", starts)
+def test_a_busy_machine_gets_another_try(failures: int, starting: Callable[[int], Any]) -> None:
+    starts = starting(failures)
     if failures < 3:
         with ray_session():
             assert starts.tries == failures + 1
@@ -59,12 +63,8 @@ def test_a_busy_machine_gets_another_try(
         assert process.wait(30) == -9  # what it had started is not left behind
 
 
-@pytest.mark.usefixtures("no_ray")
-def test_a_session_takes_the_ray_that_is_on_its_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts: Any = Starts(0, tmp_path)
-    monkeypatch.setattr(module, "_start_local", starts)
+def test_a_session_takes_the_ray_that_is_on_its_way(starting: Callable[[int], Any]) -> None:
+    starts = starting(0)
     with ray_on_its_way():
         wait_for(lambda: starts.tries == 1, 30, "Ray, before anybody asks for it")
         with ray_session():
@@ -73,15 +73,13 @@ def test_a_session_takes_the_ray_that_is_on_its_way(
             assert starts.tries == 2
 
 
-@pytest.mark.usefixtures("no_ray")
 def test_a_ray_on_its_way_that_nobody_takes_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starting: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     ends: list[int] = []
-    starts: Any = Starts(0, tmp_path)
-    monkeypatch.setattr(module, "_start_local", starts)
+    starts = starting(0)
     monkeypatch.setattr(ray, "shutdown", lambda: ends.append(starts.tries))
     with pytest.raises(KeyError), ray_on_its_way():
         raise KeyError
@@ -91,12 +89,10 @@ def test_a_ray_on_its_way_that_nobody_takes_is_ended(
     assert starts.tries == 1
 
 
-@pytest.mark.usefixtures("no_ray")
 def test_a_ray_on_its_way_that_does_not_start_is_an_error_of_the_session(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starting: Callable[[int], Any],
 ) -> None:
-    starts: Any = Starts(3, tmp_path)
-    monkeypatch.setattr(module, "_start_local", starts)
+    starts = starting(3)
     with ray_on_its_way(), pytest.raises(ConfigError, match="a local Ray does not start"):
         ray_session().__enter__()
     for process in starts.left:

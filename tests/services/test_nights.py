@@ -123,17 +123,23 @@ def nights(
         found.stack.close()
 
 
+def next_night(nights: Nights) -> float:
+    """Server and worker start again; seconds until the next night of the deployment runs."""
+    nights.start()
+    nights.start_worker()
+    following = nights.night()
+    waited_s = nights.wait(following, NEXT_NIGHT_S, "RUNNING", "COMPLETED")
+    nights.wait(following, 300, "COMPLETED")
+    return waited_s
+
+
 def test_everything_dies_while_a_night_runs(nights: Nights) -> None:
     nights.start_worker()
     lost = nights.night(LONG)
     nights.wait(lost, 300, "RUNNING")
     time.sleep(45)  # at least one heartbeat
     nights.lose_everything()
-    nights.start()
-    nights.start_worker()
-    following = nights.night()
-    waited_s = nights.wait(following, NEXT_NIGHT_S, "RUNNING", "COMPLETED")
-    nights.wait(following, 300, "COMPLETED")
+    waited_s = next_night(nights)
     assert nights.run(lost)["state_type"] == "CRASHED"
     note(nights, "running", waited_s)
 
@@ -145,11 +151,7 @@ def test_a_worker_dies_before_its_run_begins(nights: Nights) -> None:
     answer = nights.site.api(f"/flow_runs/{lost}/set_state", state)
     assert answer["status"] == "ACCEPT"
     nights.lose_everything()
-    nights.start()
-    nights.start_worker()
-    following = nights.night()
-    waited_s = nights.wait(following, NEXT_NIGHT_S, "RUNNING", "COMPLETED")
-    nights.wait(following, 300, "COMPLETED")
+    waited_s = next_night(nights)
     note(nights, "pending", waited_s)
 
 
