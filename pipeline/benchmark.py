@@ -107,9 +107,9 @@ def benchmark_inversion(
                 continue
             with fixed_threads(config.engine.threads):
                 has_reencoder = chain.reencoder is not None
-                rows[chain.name] = score_run(place, judges, inverter, has_reencoder)
+                rows[chain.name] = score_run(place, judges, inverter, has_reencoder, chain.kept)
                 notes[chain.name] = _note(chain, config)
-                stored = read_stored(place, generator)
+                stored = read_stored(place, generator, chain.kept)
                 inputs = stored.inputs[:SHOWN]
                 shown = [edit for edit in edits if edit.name in SHOWN_EDITS]
                 pictures[chain.name] = edited_examples(stored, judges, shown, SHOWN)

@@ -55,7 +55,8 @@ class VariantConfig:
     """Path or URL of a .csv or .parquet table with the columns sample_key, domain and, if wanted,
     strength: each sample's own domain, beside `domains`. Samples that are not in it get none."""
     residual: Annotated[float, Ge(0)] = 1.0
-    """Strength of the sample's own kernel residual; below 1 it lets go of the picture's details."""
+    """Strength of what the sample has beside its codes (kernel residual, map F); below 1 the edit
+    moves more and the picture's own details go."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,21 +160,24 @@ class Inversion:
         """The same pictures at other codes: noise, residual and tuned weights stay attached.
 
         Features move by what the plain generator's activations move by (CLCAE, arXiv 2211.11448:
-        f + G5(edited w+) - G5(w+)).
+        f + G5(edited w+) - G5(w+)); with a strength s they are G5(edited w+) + s (f - G5(w+)).
 
         Args:
             w_plus: the edited codes.
-            strength: factor of the kernel residual; below 1 it lets go of the picture's details.
+            strength: factor of what the picture has beside its codes, the kernel residual and the
+                features' distance from the generator's; below 1 an edit moves more, and the
+                picture's own details go.
             style_shift: an edit in style space (`Generator.synthesis`), [N I] or [1 I] by layer.
         """
         features, residual = self.features, self.residual
         if features is not None:
-            features = {
-                layer: f
-                + generator.activations(w_plus, layer, self.noise or "const", style_shift)
-                - generator.activations(self.w_plus, layer, self.noise or "const", self.style_shift)
-                for layer, f in features.items()
-            }
+            noise, moved = self.noise or "const", {}
+            for layer, f in features.items():
+                before = generator.activations(self.w_plus, layer, noise, self.style_shift)
+                after = generator.activations(w_plus, layer, noise, style_shift)
+                kept = f + after - before
+                moved[layer] = kept if strength == 1.0 else after + strength * (f - before)
+            features = moved
         if residual is not None and strength != 1.0:
             residual = {k: LowRank(u=strength * r.u, v=r.v) for k, r in residual.items()}
         shift = style_shift and {k: s.expand(len(self), -1) for k, s in style_shift.items()}

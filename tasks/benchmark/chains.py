@@ -62,11 +62,13 @@ class Chain:
         name: also of its run's folder.
         links: its methods, the first one first.
         note: how it is run, for the table.
+        kept: under edit, the strength of what a picture has beside its codes, an edit's `residual`.
     """
 
     name: str
     links: tuple[Link, ...]
     note: str = ""
+    kept: float = 1.0
 
     @property
     def reencoder(self) -> str | None:
@@ -97,6 +99,9 @@ CHAINS: tuple[Chain, ...] = (
     Chain(name="cycle", links=(CYCLE,)),
     Chain(name="cycle_refine", links=(_network("cycle_refine", weights="cycle", is_search=True),)),
     Chain(name="clcae", links=(_network("clcae"),)),
+    Chain(
+        name="clcae-half", links=(_network("clcae"),), note="edits keep half of the map", kept=0.5
+    ),
     Chain(name="refine", links=(E4E, _network("refine"))),
     Chain(
         name="refine-one-stage",

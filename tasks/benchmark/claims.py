@@ -88,6 +88,13 @@ CLAIMS: tuple[_Ratio, ...] = (
     ),
     _claim("CLCAE: MSE against e4e", "<= 0.5 x", ("clcae", "e4e"), "mse", _below(0.5)),
     _claim("CLCAE: an edit ages as far", ">= 0.8 x", ("clcae", "e4e"), "age_change", _above(0.8)),
+    _claim(
+        "CLCAE, half of the map kept: an edit ages as far",
+        ">= 0.8 x",
+        ("clcae-half", "e4e"),
+        "age_change",
+        _above(0.8),
+    ),
     _claim("RefineStyle two-stage: MSE", "<= 0.5 x", ("refine", "e4e"), "mse", _below(0.5)),
     _claim(
         "RefineStyle two-stage: an edit ages as far",

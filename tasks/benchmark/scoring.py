@@ -9,7 +9,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -87,15 +87,24 @@ class Stored:
 
     inversion: Inversion
     inputs: Float[Tensor, "N 3 H W"]
+    kept: float = 1.0
+
+    def edited(self, generator: Generator, edit: Edit) -> Inversion:
+        found = self.inversion
+        return found.edited(generator, edit(found.w_plus), self.kept)
 
 
-def read_stored(run_uri: str, generator: Generator) -> Stored:
-    """All inverted samples of a run."""
+def read_stored(run_uri: str, generator: Generator, kept: float = 1.0) -> Stored:
+    """All inverted samples of a run.
+
+    Args:
+        kept: under edit, the strength of what a sample has beside its codes.
+    """
     batches = list(read_inversions(run_uri, generator, with_inputs=True))
     inputs = [data for batch in batches for data in batch.inputs or ()]
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in inputs])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-    return Stored(inversion=Inversion.cat([b.inversion for b in batches]), inputs=images)
+    return Stored(inversion=Inversion.cat([b.inversion for b in batches]), inputs=images, kept=kept)
 
 
 def trimmed_mean(values: Float[Tensor, " N"], share: float = TRIM) -> float:
@@ -152,9 +161,11 @@ def drift_outside(
 
 
 @torch.no_grad()
-def score_run(run_uri: str, judges: Judges, inverter: Inverter, has_reencoder: bool) -> dict:
+def score_run(
+    run_uri: str, judges: Judges, inverter: Inverter, has_reencoder: bool, kept: float = 1.0
+) -> dict:
     """Everything that the table says of one chain. See docs/benchmark.md for the definitions."""
-    stored = read_stored(run_uri, judges.generator)
+    stored = read_stored(run_uri, judges.generator, kept)
     found: dict[str, object] = {"pictures": len(stored.inputs), **column_means(run_uri)}
     reconstruction = _render(stored.inversion, judges.generator)
     known = _Known(
@@ -252,7 +263,7 @@ def _identities(pictures: Tensor, known: _Known, judges: Judges) -> dict[str, fl
 
 def _score_edit(edit: Edit, stored: Stored, known: _Known, judges: Judges) -> dict[str, Any]:
     generator, codes = judges.generator, stored.inversion.w_plus
-    edited = _render(stored.inversion.edited(generator, edit(codes)), generator)
+    edited = _render(stored.edited(generator, edit), generator)
     plain, moved = (_batched(generator.synthesis, w_plus) for w_plus in (codes, edit(codes)))
     mask = edit_mask(plain, moved)
     drift = _batched(
@@ -282,7 +293,7 @@ def edited_examples(
     stored: Stored, judges: Judges, edits: Sequence[Edit], count: int
 ) -> list[Float[Tensor, "K 3 H W"]]:
     """Reconstruction and each edit of the first pictures."""
-    few = stored.inversion[:count]
-    shown = [few, *(few.edited(judges.generator, edit(few.w_plus)) for edit in edits)]
+    few = replace(stored, inversion=stored.inversion[:count])
+    shown = [few.inversion, *(few.edited(judges.generator, edit) for edit in edits)]
     with torch.no_grad():
         return [_render(found, judges.generator) for found in shown]

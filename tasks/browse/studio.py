@@ -130,7 +130,7 @@ class Studio:
             for name, domain in self.domains.items()
             if inversion.weights is None or domain.weights is None
         ]
-        if inversion.residual is not None:
+        if inversion.residual is not None or inversion.features is not None:
             residual = Slider(kind="residual", name="own", low=0.0, high=1.0, step=0.05, start=1.0)
             found.append(residual)
         return found

@@ -121,7 +121,7 @@ def test_a_file_names_many_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "reason"),
     [
-        (["batch=0"], "batch: expected greater than or equal to 1; found 0"),
+        (["batch=0"], "batch: expected 'auto' or greater than or equal to 1; found 0"),
         (["variant=[{name='a', residual=-1.0}]"], r"variant\.0\.residual: expected greater than"),
         (["source_run=x"], "source_run: unknown key"),
         (["batc=2"], "batc: unknown key; did you mean 'batch'"),

@@ -123,7 +123,11 @@ def test_edits_keep_the_tuned_weights(tiny_generator: Generator) -> None:
     shift = tiny_generator.activations(moved, 3, maps) - tiny_generator.activations(
         found.w_plus, 3, maps
     )
-    torch.testing.assert_close((edited.features or {})[3], (found.features or {})[3] + shift)
+    plain = tiny_generator.activations(found.w_plus, 3, maps)
+    own = (found.features or {})[3] - plain
+    torch.testing.assert_close((edited.features or {})[3], plain + shift + 0.5 * own)
+    whole = found.edited(tiny_generator, moved)
+    torch.testing.assert_close((whole.features or {})[3], plain + shift + own)
     torch.testing.assert_close(
         found.edited(tiny_generator, found.w_plus).render(tiny_generator),
         found.render(tiny_generator),

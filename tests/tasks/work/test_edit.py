@@ -16,6 +16,7 @@ from models.adaptation.domain import load_domain
 from models.editing.direction import load_direction
 from models.errors import AssetError, ConfigError, LedgerError, ShardError
 from models.inversion.base import Inversion
+from models.inversion.clcae import Clcae
 from models.pictures import to_bytes
 from models.stylegan2.generator import Generator
 from tasks.edit_job import BlendConfig
@@ -29,6 +30,7 @@ from tasks.work.device import fixed_threads
 from tasks.work.edit import Editor
 from tasks.work.kinds import load_job
 from tests.conftest import make_tiny_generator
+from tests.models.tiny_networks import save_network
 from tests.tasks.small_edit import (
     make_edit_job,
     make_source,
@@ -155,19 +157,24 @@ def test_blends_take_codes_of_another_sample(
             assert np.abs(found[name][key].astype(int) - want.astype(int)).max() <= 1
 
 
-def test_own_residual_follows_its_strength(
-    generator: Generator, tmp_path: Path, face_bytes: list[bytes]
+@pytest.mark.parametrize("method", ["refine_opt", "clcae"])
+def test_own_residual_or_map_follows_its_strength(
+    method: str, generator: Generator, tmp_path: Path, face_bytes: list[bytes]
 ) -> None:
     chain = (
         MethodConfig(name="wplus", settings={"steps": 1, "perceptual": "none"}),
         MethodConfig(name="refine_opt", settings={"steps": 3, "perceptual": "none"}),
     )
+    if method == "clcae":
+        path = tmp_path / "clcae.safetensors"
+        save_network(path, generator, lambda: Clcae.tiny_network(generator))
+        chain = (MethodConfig(name="clcae", settings={"checkpoint": str(path)}),)
     source = make_source(generator, tmp_path, face_bytes, methods=chain)
     job = make_edit_job(source, variant("without", residual=0.0), variant("with"))
     run_edits(str(tmp_path / "out"), job)
     found = pictures(str(tmp_path / "out"))
     keys, inversions = stored(source, generator)
-    assert inversions.residual
+    assert inversions.features if method == "clcae" else inversions.residual
     for at, key in enumerate(keys):
         np.testing.assert_array_equal(found["with"][key], found["inversion"][key])
         one = inversions[at : at + 1]
