@@ -7,3 +7,8 @@ boundary.py: InterFaceGAN's boundary between two kinds of codes.
 ganspace.py, sefa.py: directions without labels: principal components of W, and closed form.
 style_text.py: StyleCLIP's global directions in style space from a pair of texts.
 """
+
+from models.editing.direction import Direction, apply_edits
+from models.editing.find import find_direction
+
+__all__ = ["Direction", "apply_edits", "find_direction"]

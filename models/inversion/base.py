@@ -20,6 +20,8 @@ from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.weight_delta import TunedWeights, WeightDelta
 
 HALF_MAX = float(torch.finfo(torch.float16).max)
+FAR_OUT = 10.0
+"""No picture in [-1, 1] comes near it, nor noise about it; one in 0..255 is beyond."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,13 +291,20 @@ class Method(ABC):
 
         Raises:
             ConfigError: `init` is missing where `needs_init`.
-            ValueError: pictures of another size than the generator's, or counts that differ.
+            ValueError: pictures of another size than the generator's, not of about [-1, 1], or
+                counts that differ.
         """
         size = self.generator.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
                 f"{type(self).__name__}.invert: expected pictures [N 3 {size} {size}], "
                 f"found {list(images.shape)}"
+            )
+        largest = images.nan_to_num(0.0, 0.0, 0.0).abs().amax().item() if images.numel() else 0
+        if not images.is_floating_point() or largest > FAR_OUT:
+            raise ValueError(
+                f"{type(self).__name__}.invert: expected pictures of floats in [-1, 1], found "
+                f"{images.dtype} up to {largest:g}; bytes become that by x / 127.5 - 1"
             )
         if init is None and self.needs_init:
             raise ConfigError(

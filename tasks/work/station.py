@@ -226,7 +226,7 @@ class Station(ABC):
     @property
     def worker_bytes(self) -> int:
         """Memory of a worker on a CPU, estimated: libraries, weights as they are read and as they
-        are used, and a batch in work. `benchmarks/ffhq.md` has what was measured."""
+        are used, and a batch in work."""
         networks = {id(m): m for m in _modules(self)}.values()
         weights = {p.data_ptr(): p.nbytes for m in networks for p in m.state_dict().values()}
         pixels = self.job.batch * self.generator.resolution**2
