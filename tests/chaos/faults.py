@@ -157,7 +157,7 @@ def _adapting(number: signal.Signals) -> Callable[[Trial], None]:
 
     def fault(trial: Trial) -> None:
         trial.kind = "adapt"
-        calm = Path(trial.site.undisturbed("adapt")) / "warm"
+        calm = Path(trial.site.undisturbed("adapt"))
         for _ in range(trial.dice.randint(1, 2)):
             driver = trial.start()
             time.sleep(trial.moment_s())
@@ -172,14 +172,13 @@ def _adapting(number: signal.Signals) -> Callable[[Trial], None]:
         last = trial.start()
         if (code := last.end()) != 0:
             trial.problems.append(f"exit code {code}: {last.said[-300:]}")
-        found = Path(trial.run) / "warm"
-        if sorted(p.name for p in found.iterdir()) != sorted(p.name for p in calm.iterdir()):
-            trial.problems.append(f"other files than the undisturbed: {[*found.iterdir()]}")
-        for name in ("tokens.safetensors", "preview.png"):
+        found = Path(trial.run)
+        names, wanted = ({p.relative_to(f) for p in f.rglob("*")} for f in (found, calm))
+        if names != wanted:
+            trial.problems.append(f"other files than the undisturbed: {names ^ wanted}")
+        for name in ("warm/tokens.safetensors", "warm/preview.png"):
             if (found / name).read_bytes() != (calm / name).read_bytes():
                 trial.problems.append(f"{name} has other bytes than the undisturbed one")
-        if [p.name for p in Path(trial.run).iterdir()] != ["warm"]:
-            trial.problems.append(f"left behind: {[*Path(trial.run).iterdir()]}")
         trial.problems += check_processes([driver.pid for driver in trial.drivers], trial.mark)
 
     return fault

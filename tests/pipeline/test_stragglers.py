@@ -36,9 +36,8 @@ class Site:
         self.first, self.second = slots = [_Slot(n, None, is_ready=True) for n in (0, 1)]
         self.pool._slots.extend(slots)
         self.pool._took_s.extend([20.0, 20.0, 500.0])
-        taken = schedule.take(0.0, is_idle=True)
-        assert taken == Taken(7, is_alone=False)
-        self.first.in_flight["first"] = taken, 0.0
+        assert schedule.take(0.0, is_idle=True) == Taken(7, is_alone=False)
+        self.first.in_flight["first"] = Taken(7, is_alone=False), 0.0
         self.now = seconds
         self.results: dict[str, ShardResult] = {}
         monkeypatch.setattr(pool_module.ray, "get", self.results.__getitem__)
