@@ -54,6 +54,9 @@ class EngineConfig(BaseModel):
     """A worker that holds a shard for longer, and finishes no batch of it, is restarted."""
     heartbeat_s: float = Field(default=45.0, gt=0)
     """A worker that gives no sign of life for longer is restarted."""
+    straggler_factor: float = Field(default=3.0, ge=0)
+    """When nothing else is left, a shard that takes so many times the median is also given to an
+    idle worker; the first commit counts. 0: never."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """The driver's own Prometheus endpoint; 0: none. Ray's has the metrics in any case."""
     metrics_address: str = "127.0.0.1"

@@ -5,6 +5,8 @@ here, because a shard may be done twice. So every error is requeued; the ledger 
 
     starting --start() ok--> ready --any actor error--> resting --back-off--> starting
 
+Near the end an idle actor gets a shard that another is slow with; the first result is booked.
+
 Beside its work every actor answers heartbeats (`pipeline.pulse`). One that does not is ended; so is
 one that holds a shard for too long. A Ray of ours whose daemons die is started anew.
 """
@@ -15,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import ray
@@ -43,6 +46,8 @@ GROW_INTERVAL_S = 5.0
 MAX_REST_S = 10.0
 MAX_FAILED_STARTS = 5
 MAX_RAY_LOSSES = 3
+STRAGGLER_S = 30.0
+"""A shard at work for less is not given to another worker, whatever the others took."""
 FORWARDED_PREFIX = "REFINERY_"
 
 
@@ -109,6 +114,8 @@ class Pool:
         self._slots: list[_Slot] = []
         self._all_down_since = time.monotonic()
         self._grown_at = -math.inf
+        self._took_s: list[float] = []
+        """Of the shards that this pool has committed."""
 
     def run(self) -> None:
         """Work until every shard is committed or quarantined.
@@ -136,8 +143,9 @@ class Pool:
     def _at_work(self) -> tuple[int, tuple[ShardProgress, ...]]:
         beats = [slot.pulse.last for slot in self._slots if slot.pulse.last is not None]
         held = {taken.shard for slot in self._slots for taken, _ in slot.in_flight.values()}
-        found = tuple(shard for beat in beats for shard in beat.shards if shard.shard in held)
-        return sum(slot.is_ready for slot in self._slots), found
+        found = (shard for beat in beats for shard in beat.shards if shard.shard in held)
+        furthest = {at.shard: at for at in sorted(found, key=lambda at: at.rows)}
+        return sum(slot.is_ready for slot in self._slots), tuple(furthest.values())
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -253,12 +261,35 @@ class Pool:
     def _fill(self, slot: _Slot, now: float) -> None:
         while slot.room(self._engine.shards_in_flight) > 0:
             taken = self._tally.schedule.take(now, is_idle=not slot.in_flight)
+            taken = taken or self._straggler(slot, now)
             if taken is None:
                 return
             slot.in_flight[slot.actor.run.remote(taken.shard)] = (taken, now)
 
+    def _straggler(self, slot: _Slot, now: float) -> Taken | None:
+        """The shard that takes far longer than others did, for a worker with nothing to do when
+        nothing is left: whichever is done first is the commit (`tasks.run.ledger`)."""
+        factor = self._engine.straggler_factor
+        if slot.in_flight or not factor or not self._took_s or not self._tally.schedule.is_empty():
+            return None
+        at_work = [entry for other in self._slots for entry in other.in_flight.values()]
+        held = [taken.shard for taken, _ in at_work]
+        late = [
+            (since, t.shard) for t, since in at_work if held.count(t.shard) == 1 and not t.is_alone
+        ]
+        since, shard = min(late, default=(now, -1))
+        if now - since < max(STRAGGLER_S, factor * median(self._took_s)):
+            return None
+        logger.info("shard=%05d is slow (%.0f s); worker %d, too", shard, now - since, slot.number)
+        return Taken(shard, is_alone=False)
+
+    def _held(self, shard: int) -> list[tuple[_Slot, Any]]:
+        """Where a shard is at work."""
+        places = ((slot, ref) for slot in self._slots for ref in slot.in_flight)
+        return [(slot, ref) for slot, ref in places if slot.in_flight[ref][0].shard == shard]
+
     def _finish_shard(self, slot: _Slot, ref: Any) -> None:
-        taken, _ = slot.in_flight.pop(ref)
+        taken, since = slot.in_flight.pop(ref)
         result: ShardResult
         try:
             result = ray.get(ref)  # type: ignore[assignment]
@@ -266,6 +297,14 @@ class Pool:
             result = failed_result(taken.shard, _cause(error))
         except RayError as error:
             result = self._lost(slot, taken.shard, error)
+        others = self._held(taken.shard)
+        if result.error is None:
+            self._took_s.append(time.monotonic() - since)
+            for other, copy in others:  # it finds the commit, or comes second
+                del other.in_flight[copy]
+        elif others and not result.is_fatal:
+            logger.info("shard=%05d is at work elsewhere, too: %s", taken.shard, result.error)
+            return
         self._tally.book(result)
 
     def _lost(self, slot: _Slot, shard: int, error: RayError) -> ShardResult:
@@ -318,10 +357,10 @@ class Pool:
         slot.pulse = Pulse()
 
     def _take_back(self) -> None:
-        for slot in self._slots:
-            for taken, _ in slot.in_flight.values():
-                lost = ShardResult(shard=taken.shard, error="Ray died", failure=Failure.NEIGHBOUR)
-                self._tally.book(lost)
+        held = {taken.shard for slot in self._slots for taken, _ in slot.in_flight.values()}
+        for shard in sorted(held):
+            lost = ShardResult(shard=shard, error="Ray died", failure=Failure.NEIGHBOUR)
+            self._tally.book(lost)
 
 
 def run_on_ray(make_order: Callable[[str], WorkOrder], engine: EngineConfig, tally: Tally) -> None:

@@ -9,7 +9,7 @@ import struct
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -262,7 +262,7 @@ READERS = {
 }
 
 
-def _made(kind: dict[str, tuple[gnarly.Maker, object]]) -> list[bytes]:
+def _made(kind: Mapping[str, tuple[gnarly.Maker, object]]) -> list[bytes]:
     found = [make() for make, _ in kind.values()]
     return [data for data in found if len(data) <= MOST_BYTES]
 

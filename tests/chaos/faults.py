@@ -149,6 +149,41 @@ def _other(trial: Trial) -> tuple[str, ...]:
     return (f"engine.if_busy={trial.dice.choice(['wait', 'take'])}",)
 
 
+# ---------------------------------------------------------------------------- adaptation
+
+
+def _adapting(number: signal.Signals) -> Callable[[Trial], None]:
+    """A signal to who learns a domain, up to twice; a stopped one goes on after a while."""
+
+    def fault(trial: Trial) -> None:
+        trial.kind = "adapt"
+        calm = Path(trial.site.undisturbed("adapt"))
+        for _ in range(trial.dice.randint(1, 2)):
+            driver = trial.start()
+            time.sleep(trial.moment_s())
+            trial.hits += driver.process.is_alive()
+            driver.send(number)
+            if number == signal.SIGSTOP:
+                time.sleep(2.0)
+                driver.send(signal.SIGCONT)
+            code = driver.end()
+            if code not in (0, 130, -number):
+                trial.problems.append(f"exit code {code}: {driver.said[-300:]}")
+        last = trial.start()
+        if (code := last.end()) != 0:
+            trial.problems.append(f"exit code {code}: {last.said[-300:]}")
+        found = Path(trial.run)
+        names, wanted = ({p.relative_to(f) for p in f.rglob("*")} for f in (found, calm))
+        if names != wanted:
+            trial.problems.append(f"other files than the undisturbed: {names ^ wanted}")
+        for name in ("warm/tokens.safetensors", "warm/preview.png"):
+            if (found / name).read_bytes() != (calm / name).read_bytes():
+                trial.problems.append(f"{name} has other bytes than the undisturbed one")
+        trial.problems += check_processes([driver.pid for driver in trial.drivers], trial.mark)
+
+    return fault
+
+
 # ---------------------------------------------------------------------------- disks
 
 
@@ -330,6 +365,9 @@ QUICK: dict[str, Callable[[Trial], None]] = {
     "s3-expired-credentials": _weather("expired", 1.0),
     "s3-late-marker": s3_late_marker,
     "s3-driver-killed": s3_driver_killed,
+    "adapt-killed": _adapting(signal.SIGKILL),
+    "adapt-terminated": _adapting(signal.SIGTERM),
+    "adapt-stopped": _adapting(signal.SIGSTOP),
 }
 """Drivers with the inline engine: seconds a trial."""
 DISKS: dict[str, Callable[[Trial], None]] = {

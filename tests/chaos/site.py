@@ -19,6 +19,12 @@ from tests.s3_server import S3Server
 from tests.tasks.small_edit import write_direction, write_domain
 
 KINDS = ("invert", "edit", "rescore")
+ADAPT = (
+    *("steps=40", "batch=2", "rank=2", "preview_every=4"),
+    *("validation_every=4", "validation_codes=4"),
+    *("domain.0.weights.patches=0", "domain.0.weights.adversarial=0"),
+)
+"""Settings of a domain of seconds."""
 PATIENCE_S = 240.0
 """For a driver that must end; the machine may be busy."""
 
@@ -116,6 +122,9 @@ class Site:
         dataset = write_dataset(folder / "dataset", generator, pictures)
         write_direction(generator, folder / "turn.json")
         write_domain(generator, folder / "oil")
+        (folder / "warm").mkdir()
+        for seed in range(10):
+            (folder / "warm" / f"{seed}.png").write_bytes(make_picture_bytes(seed))
         context = multiprocessing.get_context("forkserver")
         modules = ["tests.chaos.site", "pipeline.cli", "pipeline.run", "pipeline.inline"]
         modules += ["pipeline.config", "pipeline.edit", "tasks.report", "tasks.verify.run"]
@@ -126,12 +135,18 @@ class Site:
         site = Site(folder, dataset, context, server, FaultProxy(server.endpoint))
         site.start("invert", str(folder / "first")).end()  # the fork server loads PyTorch
         for kind in KINDS:
-            run, began = str(folder / "calm" / kind), time.monotonic()
-            driver = site.start(kind, run)
+            site.undisturbed(kind)
+        return site
+
+    def undisturbed(self, kind: str) -> str:
+        """The run of a kind that nothing happens to."""
+        if kind not in self.calm:
+            run, began = str(self.folder / "calm" / kind), time.monotonic()
+            driver = self.start(kind, run)
             code = driver.end()
             assert code == 0, f"the undisturbed {kind} ended with {code}: {driver.said}"
-            site.calm[kind], site.calm_s[kind] = run, time.monotonic() - began
-        return site
+            self.calm[kind], self.calm_s[kind] = run, time.monotonic() - began
+        return self.calm[kind]
 
     def close(self) -> None:
         self.proxy.close()
@@ -148,6 +163,10 @@ class Site:
 
     def words(self, kind: str, run: str, *sets: str) -> list[str]:
         """The command line of a kind of job."""
+        if kind == "adapt":
+            settings = [f"generator={self.folder}/dataset/tiny.safetensors", *ADAPT, *sets]
+            found = ["adapt", "warm", f"--images={self.folder}/warm", f"--out={run}"]
+            return [*found, *(f"--set={item}" for item in settings)]
         engine = ["engine.kind=inline", "engine.retry_wait_s=0.1", *sets]
         found = {"invert": ["invert", self.dataset.source, run, "--config", self.dataset.config]}
         if kind != "invert":

@@ -27,7 +27,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     os.environ.update(before)
 
 
-LONG = ("driver-stopped", "s3-503-burst", "s3-outage", "s3-slow", "s3-truncated")
+LONG = (
+    *("adapt-stopped", "adapt-terminated", "driver-stopped"),
+    *("s3-503-burst", "s3-outage", "s3-slow", "s3-truncated"),
+)
 
 
 @pytest.mark.timeout(400)

@@ -54,10 +54,8 @@ class FakeActor:
         if what == "meet":  # ends when another worker is at work
             while len({path.suffix for path in self.folder.glob("*")}) < 2:
                 time.sleep(0.05)
-        if what == "hang":
-            time.sleep(60)
-        if what == "nap":
-            time.sleep(4)
+        time.sleep({"hang": 60, "nap": 4}.get(what, 0))
+        self.dawdle(what, shard, attempt)
         if what == "stop-once" and attempt == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
         if what == "raise":
@@ -67,6 +65,17 @@ class FakeActor:
         if what == "storage":
             return ShardResult(shard=shard, error="no answer", failure=Failure.STORAGE)
         return ShardResult(shard=shard, rows=10, failed=1)
+
+    def dawdle(self, what: str, shard: int, attempt: int) -> None:
+        if what == "slow-once" and attempt == 0:
+            time.sleep(60)
+            (self.folder / "late").touch()
+        if what == "both-die-once":  # the first one when a second has begun, which goes on
+            while len(list(self.folder.glob(f"{shard}.*"))) < 2:
+                time.sleep(0.05)
+            if attempt == 0:
+                os._exit(1)
+            time.sleep(2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,6 +157,27 @@ def test_a_shard_that_hangs_is_stopped(tmp_path: Path) -> None:
     booked.pool.run()
     assert booked.reasons == {0: "finished no batch within engine.shard_timeout_s = 1.5 s"}
     assert booked.tally.shards_done == 2
+
+
+@pytest.mark.parametrize("what", ["slow-once", "both-die-once"])
+def test_a_straggler_is_done_by_an_idle_worker_too(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "STRAGGLER_S", 2.0)
+    booked = Booked(tmp_path, 4, f"0={what}", actors=2, shards_in_flight=1, max_attempts=1)
+    booked.pool.run()
+    assert (booked.attempts(0), [booked.attempts(n) for n in (1, 2, 3)]) == (2, [1, 1, 1])
+    assert (booked.tally.shards_done, booked.tally.rows_done, booked.reasons) == (4, 40, {})
+    assert not (tmp_path / "late").exists()  # nobody waited for it
+
+
+def test_a_straggler_is_left_alone_where_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "STRAGGLER_S", 0.0)
+    booked = Booked(tmp_path, 3, "0=nap", actors=2, shards_in_flight=1, straggler_factor=0)
+    booked.pool.run()
+    assert [booked.attempts(shard) for shard in range(3)] == [1, 1, 1]
 
 
 def test_a_stopped_worker_is_noticed_by_its_silence(
