@@ -71,7 +71,10 @@ def page(state: Mapping[str, Any]) -> str:
     versions = [f"{k} {m[k]}" for k in ("torch", "python", "cuda", "cudnn", "driver") if k in m]
     lines = [INTRODUCTION, f"{m['date']}, {m['chip']}; {', '.join(versions)}; `{m['command']}`."]
     if m["device"] == "cpu":
-        lines += ["", "**No GPU here: smaller sizes, on the CPU.**"]
+        lines += [
+            "",
+            "**No GPU here: smaller sizes, on the CPU.** No TF32, fp16, graphs, busy share.",
+        ]
     if state["is_quick"]:
         lines += ["", "**Tiny networks (`--quick`): these figures mean nothing.**"]
 
