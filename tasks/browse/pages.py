@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import RefineryError
+from models.inversion.base import Inversion
 from tasks.browse.address import Parameters, first, link, page_link, wish_of, wished
 from tasks.browse.library import Library, OpenRun
 from tasks.browse.neighbours import Neighbours
 from tasks.browse.sql import Answer
-from tasks.browse.studio import Photo, Slider
+from tasks.browse.studio import Photo, Slider, Studio
 from tasks.browse.table import PAGE, Page
 from tasks.job import INPUTS
 from tasks.report.look import environment
@@ -34,7 +35,8 @@ EXAMPLES = (
 
 
 def _page(template: str, **values: Any) -> str:
-    return environment("tasks.browse").get_template(template).render(link=link, **values)
+    values = {"link": link, "tab": template.removesuffix(".html"), **values}
+    return environment("tasks.browse").get_template(template).render(values)
 
 
 def index_page(library: Library) -> str:
@@ -79,7 +81,6 @@ def grid_page(run: OpenRun, parameters: Parameters) -> str:
     return _page(
         "grid.html",
         run=run,
-        tab="grid",
         wish=wish,
         page=found,
         problem=problem,
@@ -121,6 +122,12 @@ def _groups(sliders: Sequence[Slider]) -> tuple[tuple[str, list[Slider]], ...]:
     return tuple((title, found) for title, found in by_kind.items() if found)
 
 
+def _stage(base: str, studio: Studio, inversion: Inversion, run: OpenRun) -> Stage:
+    groups = _groups(studio.sliders(inversion))
+    resolution = studio.generator.resolution
+    return Stage(base=base, groups=groups, run_uri=run.uri, resolution=resolution)
+
+
 def stage_of(library: Library, run: OpenRun, key: str) -> Stage:
     """The live editor of a stored sample; without sliders where it cannot be rendered."""
     try:
@@ -132,9 +139,7 @@ def stage_of(library: Library, run: OpenRun, key: str) -> Stage:
     if inversion is None:
         return Stage(problem="This sample was not inverted.")
     base = link("/render", run=source.name, key=key, version=source.version)
-    groups = _groups(studio.sliders(inversion))
-    size = studio.generator.resolution
-    return Stage(base=base, groups=groups, run_uri=source.uri, resolution=size)
+    return _stage(base, studio, inversion, source)
 
 
 def picture_page(library: Library, run: OpenRun, key: str) -> str:
@@ -185,18 +190,11 @@ def photo_page(library: Library, run: OpenRun, token: str, photo: Photo | None) 
     """The place to drop a photo; with one, its inversion and the live editor."""
     stage = Stage()
     if photo is not None:
-        studio = library.studio(run)
         base = link("/render", run=run.name, photo=token)
-        stage = Stage(
-            base=base,
-            groups=_groups(studio.sliders(photo.inversion)),
-            run_uri=run.uri,
-            resolution=studio.generator.resolution,
-        )
+        stage = _stage(base, library.studio(run), photo.inversion, run)
     return _page(
         "photo.html",
         run=run,
-        tab="photo",
         token=token,
         photo=photo,
         stage=stage,
@@ -224,7 +222,6 @@ def statistics_page(library: Library, run: OpenRun, against: str) -> str:
     return _page(
         "statistics.html",
         run=run,
-        tab="statistics",
         histograms=[histogram(metric) for metric in metrics],
         found=statistics,
         against=against,
@@ -241,7 +238,6 @@ def sql_page(run: OpenRun, sql: str, answer: Answer | None, problem: str) -> str
     return _page(
         "sql.html",
         run=run,
-        tab="sql",
         sql=sql,
         answer=answer,
         problem=problem,
