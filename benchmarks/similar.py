@@ -192,7 +192,7 @@ def open_parts(folder: Path, projection: Projection, parts: dict[str, list[Part]
 
 
 @dataclass
-class Library:
+class Peer:
     """How one of them is built and asked.
 
     Attributes:
@@ -322,14 +322,14 @@ def _numpy(codes: Codes, folder: Path) -> Callable[[Any], Search]:
 
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LIBRARIES = {
-    "faiss flat, float32": Library(_faiss_flat),
-    "faiss IVF, 8 bit": Library(_faiss_ivf, PROBES, bytes_each=lambda codes: 128 + 8.0),
-    "usearch HNSW, 8 bit": Library(
+    "faiss flat, float32": Peer(_faiss_flat),
+    "faiss IVF, 8 bit": Peer(_faiss_ivf, PROBES, bytes_each=lambda codes: 128 + 8.0),
+    "usearch HNSW, 8 bit": Peer(
         _usearch, (32, 64, 128, 256, 512, 1024), 100_000, lambda codes: 128 + 4.0 * 16 * 2 + 16
     ),
-    "LanceDB IVF_PQ": Library(_lancedb, PROBES, bytes_each=lambda codes: 512 + 32.0),
-    "DuckDB array_distance": Library(_duckdb),
-    "numpy": Library(_numpy),
+    "LanceDB IVF_PQ": Peer(_lancedb, PROBES, bytes_each=lambda codes: 512 + 32.0),
+    "DuckDB array_distance": Peer(_duckdb),
+    "numpy": Peer(_numpy),
 }
 
 

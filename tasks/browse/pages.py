@@ -11,7 +11,7 @@ from typing import Any
 from models.errors import RefineryError
 from models.inversion.base import Inversion
 from tasks.browse.address import Parameters, first, link, page_link, wish_of, wished
-from tasks.browse.library import Library, OpenRun
+from tasks.browse.library import BrowsedRun, Library
 from tasks.browse.neighbours import Neighbours
 from tasks.browse.sql import Answer
 from tasks.browse.studio import Photo, Slider, Studio
@@ -52,7 +52,7 @@ def error_page(status: int, error: str) -> str:
 # ------------------------------------------------------------------ the grid
 
 
-def shown_columns(run: OpenRun, parameters: Parameters) -> list[str]:
+def shown_columns(run: BrowsedRun, parameters: Parameters) -> list[str]:
     """The pictures that a grid shows of each row."""
     stored = run.declared.pictures
     chosen = [name for name in stored if name in parameters.get("show", ())]
@@ -65,7 +65,7 @@ def shown_columns(run: OpenRun, parameters: Parameters) -> list[str]:
     return [*base, *variants[:VARIANTS_SHOWN]]
 
 
-def grid_page(run: OpenRun, parameters: Parameters) -> str:
+def grid_page(run: BrowsedRun, parameters: Parameters) -> str:
     """A page of rows, and the form that asks for others.
 
     Raises:
@@ -99,7 +99,7 @@ def grid_page(run: OpenRun, parameters: Parameters) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class LiveEditor:
     """What the live editor needs.
 
     Attributes:
@@ -122,27 +122,27 @@ def _groups(sliders: Sequence[Slider]) -> tuple[tuple[str, list[Slider]], ...]:
     return tuple((title, found) for title, found in by_kind.items() if found)
 
 
-def _stage(base: str, studio: Studio, inversion: Inversion, run: OpenRun) -> Stage:
+def _live_editor(base: str, studio: Studio, inversion: Inversion, run: BrowsedRun) -> LiveEditor:
     groups = _groups(studio.sliders(inversion))
     resolution = studio.generator.resolution
-    return Stage(base=base, groups=groups, run_uri=run.uri, resolution=resolution)
+    return LiveEditor(base=base, groups=groups, run_uri=run.uri, resolution=resolution)
 
 
-def stage_of(library: Library, run: OpenRun, key: str) -> Stage:
+def stage_of(library: Library, run: BrowsedRun, key: str) -> LiveEditor:
     """The live editor of a stored sample; without sliders where it cannot be rendered."""
     try:
         source = library.codes_of(run)
         studio = library.studio(source)
         inversion = studio.sample(source.shard_of(key), key)
     except RefineryError as error:
-        return Stage(problem=str(error))
+        return LiveEditor(problem=str(error))
     if inversion is None:
-        return Stage(problem="This sample was not inverted.")
+        return LiveEditor(problem="This sample was not inverted.")
     base = link("/render", run=source.name, key=key, version=source.version)
-    return _stage(base, studio, inversion, source)
+    return _live_editor(base, studio, inversion, source)
 
 
-def picture_page(library: Library, run: OpenRun, key: str) -> str:
+def picture_page(library: Library, run: BrowsedRun, key: str) -> str:
     """One sample: live editor, stored pictures, metrics, provenance.
 
     Raises:
@@ -160,7 +160,7 @@ def picture_page(library: Library, run: OpenRun, key: str) -> str:
         key=key,
         row=row,
         is_ok=is_ok,
-        stage=stage_of(library, run, key) if is_ok else Stage(problem=""),
+        stage=stage_of(library, run, key) if is_ok else LiveEditor(problem=""),
         metrics=[(name, row[name], ranks[name]) for name in run.table.metrics if name in ranks],
         notes=METRIC_NOTES,
         provenance=[
@@ -175,7 +175,7 @@ def picture_page(library: Library, run: OpenRun, key: str) -> str:
     )
 
 
-def neighbours_part(run: OpenRun, near: Neighbours) -> str:
+def neighbours_part(run: BrowsedRun, near: Neighbours) -> str:
     """The nearest codes, as a part of the picture's page."""
     columns = shown_columns(run, {})
     column = next((c for c in columns if c not in INPUTS), next(iter(columns), ""))
@@ -186,12 +186,12 @@ def neighbours_part(run: OpenRun, near: Neighbours) -> str:
 # ------------------------------------------------------------------ a photo of one's own
 
 
-def photo_page(library: Library, run: OpenRun, token: str, photo: Photo | None) -> str:
+def photo_page(library: Library, run: BrowsedRun, token: str, photo: Photo | None) -> str:
     """The place to drop a photo; with one, its inversion and the live editor."""
-    stage = Stage()
+    stage = LiveEditor()
     if photo is not None:
         base = link("/render", run=run.name, photo=token)
-        stage = _stage(base, library.studio(run), photo.inversion, run)
+        stage = _live_editor(base, library.studio(run), photo.inversion, run)
     return _page(
         "photo.html",
         run=run,
@@ -210,7 +210,7 @@ def new_token() -> str:
 # ------------------------------------------------------------------ statistics and SQL
 
 
-def statistics_page(library: Library, run: OpenRun, against: str) -> str:
+def statistics_page(library: Library, run: BrowsedRun, against: str) -> str:
     """Distributions, outliers, clusters, drift.
 
     Raises:
@@ -231,7 +231,7 @@ def statistics_page(library: Library, run: OpenRun, against: str) -> str:
     )
 
 
-def sql_page(run: OpenRun, sql: str, answer: Answer | None, problem: str) -> str:
+def sql_page(run: BrowsedRun, sql: str, answer: Answer | None, problem: str) -> str:
     """The SQL box with what it answered."""
     metric = next(iter(run.table.metrics), "seed")
     examples = [text.format(metric=f'"{metric}"') for text in EXAMPLES]
