@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -177,10 +177,10 @@ def test_every_shipped_deployment_runs(
         deployment["name"] for deployment in shipped
     }
 
-    def complete(name: str, parameters: dict[str, object]) -> None:
+    def complete(name: str, parameters: Mapping[str, object]) -> None:
         deployment = site.api(f"/deployments/name/{name}")["id"]
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        site.api(f"/deployments/{deployment}/create_flow_run", body)
+        words = [f"--param={key}={json.dumps(value)}" for key, value in parameters.items()]
+        site.command("deployment", "run", name, *words)
         finished = wait_for_run(site, deployment, patience_s=300)
         assert finished["state_type"] == "COMPLETED", site.log("worker")
 

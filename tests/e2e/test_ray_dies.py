@@ -1,4 +1,4 @@
-"""`refinery invert` while its own Ray, its workers or itself are killed from outside."""
+"""`refinery invert` while its Ray, a node of its cluster, its workers or itself are killed."""
 
 import os
 import signal
@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 
+from pipeline.ray_session import LOOPBACK, OBJECT_STORE_BYTES
 from tasks.run.ledger import committed
-from tests.e2e.small_dataset import Dataset, fingerprint, run_inline
+from tests.e2e.small_dataset import NUM_SHARDS, Dataset, fingerprint, rows, run_inline
 from tests.processes import below, command_line, named, send, wait_for
 
 SLOW = "method=[{name='wplus', steps=400, perceptual='none'}]"
@@ -116,3 +119,53 @@ def test_a_ray_that_dies_again_and_again_ends_the_run_with_the_reason(driver: Dr
     assert "3 times without a commit in between" in driver.said
     assert "gpus_per_actor" not in driver.said
     assert "Traceback" not in driver.said
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without a place for workers."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    sigterm = signal.getsignal(signal.SIGTERM)  # a node in this process would answer it
+    found = Cluster()
+    try:
+        add_node(found, num_cpus=0, include_dashboard=False)
+        yield found
+    finally:
+        found.shutdown()
+        signal.signal(signal.SIGTERM, sigterm)
+
+
+def add_node(cluster: Cluster, **settings: Any) -> Any:
+    memory = OBJECT_STORE_BYTES
+    return cluster.add_node(node_ip_address=LOOPBACK, object_store_memory=memory, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nodes_of_a_cluster_join_and_die(
+    cluster: Cluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    first = add_node(cluster, num_cpus=1)
+    raylet = first.all_processes["raylet"][0].process.pid
+    method = SLOW.replace("400", "100")
+    # A stopped worker keeps its shard: the node is to die with it.
+    sets = [method, "engine.actors=auto", "engine.heartbeat_s=600", "engine.straggler_factor=0"]
+    run, log, calm = str(tmp_path / "run"), tmp_path / "log", str(tmp_path / "calm")
+    driver = Driver(dataset, run, log, f"engine.address={cluster.address}", *sets)
+    try:
+        driver.wait_for_commits(1)
+        (worker,) = named(raylet, "ray::PoolActor")
+        send([worker], signal.SIGSTOP)
+        before = len(committed(run))
+        add_node(cluster, num_cpus=1)
+        driver.wait_for_commits(before + 2)  # by the second node
+        cluster.remove_node(first, allow_graceful=False)
+        send([worker], signal.SIGKILL)
+        assert len(committed(run)) < NUM_SHARDS
+        assert driver.process.wait(240) == 0, driver.said
+    finally:
+        driver.end()
+    assert run_inline(dataset, calm, method).is_clean
+    assert fingerprint(run) == fingerprint(calm)
+    assert rows(run).equals(rows(calm))
