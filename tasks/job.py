@@ -126,7 +126,9 @@ class Job:
     generator: str = field(metadata=PLACE)
     """A bundled name ("faces64") or a path or URL of a checkpoint."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    batch: Literal["auto"] | Annotated[int, Ge(1)] = field(default="auto", metadata=ROUNDING)
+    batch: Literal["auto"] | Annotated[int, Ge(1)] = field(
+        default="auto", metadata=ROUNDING | SINCE_3 | {"before": 16}
+    )
     """Samples worked on together. It never changes a result by more than rounding, and a run may go
     on with another: less of it needs less memory. "auto": 16 up to 256 px, then fewer, as memory
     goes with the pixels: on a CPU 4 at 512 px and 1 at 1024 px, on a GPU four times as many."""

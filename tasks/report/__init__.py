@@ -1,7 +1,5 @@
 """The report of a run: one self-contained HTML page."""
 
-from tasks.report.data import gather
-from tasks.report.page import render_page
 from tasks.storage.files import join, write_bytes
 
 
@@ -17,6 +15,10 @@ def write_report(run_uri: str, against: str | None = None) -> str:
     Raises:
         LedgerError: no run at this place, a damaged one, or the page cannot be written.
     """
+    # Pictures and templates: who wants only a word of `words` does not wait for them.
+    from tasks.report.data import gather
+    from tasks.report.page import render_page
+
     page = render_page(gather(run_uri, against))
     uri = join(run_uri, "report.html")
     write_bytes(uri, page.encode())

@@ -39,7 +39,8 @@ def make_identity(
         identity |= {"version": version, "places": sorted(places(job))}
     if version > 2:
         fields = dataclasses.fields(job)
-        identity["rounding"] = [each.name for each in fields if dict(each.metadata) == ROUNDING]
+        rounding = ROUNDING.items()
+        identity["rounding"] = [each.name for each in fields if each.metadata.items() >= rounding]
     return json.loads(json.dumps(identity))  # tuples become lists, as they will be read back
 
 

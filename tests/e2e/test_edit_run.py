@@ -138,7 +138,7 @@ def test_a_run_goes_on_after_everything_has_moved(
     Path(out, "commits", "00001.json").unlink()
     capsys.readouterr()
     assert run_app(command(second)) == 0
-    assert "verify     clean" in " ".join(capsys.readouterr().out.split("\t"))
+    assert "verify clean" in " ".join(capsys.readouterr().out.split())
     assert fingerprint(out) == before
     assert (read_run(out)["run_id"], read_run(out)["config"]["source"]) == (
         run_id,

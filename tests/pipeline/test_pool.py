@@ -267,6 +267,9 @@ def test_sizes() -> None:
     assert pool_size(auto, 0.25, {"CPU": 8.0, "GPU": 2.0}) == 8
     assert pool_size(auto, 1.0, {"CPU": 8.0}) == 1  # waits for a GPU node
     assert pool_size(EngineConfig(actors=3), 1.0, {}) == 3
+    assert gpus_per_actor(auto, {"CPU": 2.0}) == 0.0
+    assert gpus_per_actor(auto, {"GPU": 2.0}) == 1.0
+    assert gpus_per_actor(EngineConfig(gpus_per_actor=0.5), {}) == 0.5
 
 
 def test_workers_fit_into_the_memory_of_the_machine() -> None:
@@ -276,9 +279,6 @@ def test_workers_fit_into_the_memory_of_the_machine() -> None:
     assert pool_size(EngineConfig(), 0.0, node, memory_bytes=10**11) == 1
     assert pool_size(EngineConfig(actors=6), 0.0, node, memory_bytes=4 * 10**9) == 6
     assert pool_size(EngineConfig(), 1.0, {**node, "GPU": 2.0}, memory_bytes=10**11) == 2
-    assert gpus_per_actor(auto, {"CPU": 2.0}) == 0.0
-    assert gpus_per_actor(auto, {"GPU": 2.0}) == 1.0
-    assert gpus_per_actor(EngineConfig(gpus_per_actor=0.5), {}) == 0.5
 
 
 def test_only_our_variables_travel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from models.errors import LedgerError
 from tasks.job import ShardSpec
@@ -61,7 +62,7 @@ class Clock:
 class Station:
     """No pictures: what the attempt stores is in `write_parts`."""
 
-    stages, layout, device_name = ("write",), SimpleNamespace(pictures=()), "cpu"
+    stages, layout, device = ("write",), SimpleNamespace(pictures=()), torch.device("cpu")
 
     def read(self, *_: Any) -> Iterator[Any]:
         return iter(())
