@@ -33,7 +33,16 @@ _HOME = {
     "sample_seed": "models.inversion.base",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "Generator",
+    "Inversion",
+    "LowRank",
+    "Method",
+    "SampleRng",
+    "load_generator",
+    "load_method",
+    "sample_seed",
+]
 
 
 def __getattr__(name: str) -> Any:

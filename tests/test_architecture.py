@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import models
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("models", "tasks", "pipeline")
 PIPELINE_ONLY = {"ray", "prefect", "cyclopts", "rich", "fastapi", "starlette", "uvicorn"}
@@ -97,6 +99,12 @@ def test_what_a_run_holds_is_read_without_torch() -> None:
         text = path.read_text()
         found = {name for name in device_code if f"from {name} import" in text}
         assert found == set() or path.name == "stored.py", path
+
+
+def test_the_public_names_of_models_are_those_that_load() -> None:
+    assert sorted(models.__all__) == sorted(models._HOME)
+    for name in models.__all__:
+        assert getattr(models, name).__name__ == name
 
 
 def test_models_have_no_postponed_annotations() -> None:
