@@ -50,7 +50,7 @@ PIVOT, BATCH, AGE = 0.06, 16, 3.0
 
 
 @dataclass
-class Row:
+class ChainRow:
     """A chain of two methods, and what was found of it so far."""
 
     first: str
@@ -102,13 +102,13 @@ class Row:
         }
 
 
-def rows(stops: Sequence[float]) -> list[Row]:
+def rows(stops: Sequence[float]) -> list[ChainRow]:
     """Pivotal tuning at its own threshold, `refine_opt` at several."""
     own = SETTINGS["refine_opt"]
-    found = [Row("e4e", "pti", PIVOT, settings=SETTINGS["pti"])]
-    found += [Row("clcae", "refine_opt", stop, settings=own) for stop in stops]
-    found.append(Row("clcae", "refine_opt", PIVOT, "bfloat16", own))
-    found.append(Row("e4e", "refine_opt", PIVOT, settings=EVERYWHERE))
+    found = [ChainRow("e4e", "pti", PIVOT, settings=SETTINGS["pti"])]
+    found += [ChainRow("clcae", "refine_opt", stop, settings=own) for stop in stops]
+    found.append(ChainRow("clcae", "refine_opt", PIVOT, "bfloat16", own))
+    found.append(ChainRow("e4e", "refine_opt", PIVOT, settings=EVERYWHERE))
     return found
 
 
@@ -121,7 +121,7 @@ def read_pictures(source: str, limit: int, size: int) -> Tensor:
     return to_images(torch.stack(pixels).numpy(), torch.device("cpu"))
 
 
-class Judges:
+class RowScorer:
     """Scores of a batch of one row."""
 
     def __init__(self, generator: Generator) -> None:
@@ -155,7 +155,7 @@ def measure(source: str, limit: int, stops: Sequence[float]) -> dict[str, Any]:
     """Every row on the same pictures, batch by batch."""
     torch.set_num_threads(1)
     generator = load_generator("faces64")
-    images, judges = read_pictures(source, limit, generator.resolution), Judges(generator)
+    images, judges = read_pictures(source, limit, generator.resolution), RowScorer(generator)
     table = rows(stops)
     for row in table:
         row.load(generator)

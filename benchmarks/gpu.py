@@ -31,7 +31,7 @@ Group = tuple[str, float, Callable[[], list[Row]]]
 """Its name, the seconds that must be left to begin it, and what measures it."""
 
 
-class Plan:
+class GroupsToCome:
     """The groups to come, in order."""
 
     def __init__(self, bench: Bench) -> None:
@@ -66,7 +66,7 @@ class Plan:
 
 def groups(bench: Bench) -> list[Group]:
     """Every group, the most wanted first; most graphs before the profiler, long ones last."""
-    plan, sizes = Plan(bench), bench.sizes
+    plan, sizes = GroupsToCome(bench), bench.sizes
     first, *others = sizes.batches
     main, single = sizes.batches[first][:2]
     small, middle, large = sizes.step_batches

@@ -203,6 +203,23 @@ class Bench:
             return torch.compile(task, dynamic=False)
         return captured(task) if "graph" in mode else task
 
+    def switched(
+        self, task: Task, generator: Generator | None, precision: str, mode: str
+    ) -> Callable[[], Task]:
+        """What makes the task in one form; it puts every switch each time that it runs."""
+
+        def make() -> Task:
+            self.set(generator, precision, mode)
+            formed = self.formed(task, mode)
+
+            def run() -> Tensor:
+                self.set(generator, precision, mode)
+                return formed()
+
+            return run
+
+        return make
+
     # ------------------------------------------------------------------ clock
 
     def sync(self) -> None:
@@ -383,17 +400,7 @@ def synthesis(
             return generator.synthesis(w_plus)
 
     def maker(precision: str, mode: str) -> Callable[[], Task]:
-        def make() -> Task:
-            bench.set(generator, precision, mode)
-            formed = bench.formed(task, mode)
-
-            def switched() -> Tensor:
-                bench.set(generator, precision, mode)
-                return formed()
-
-            return switched
-
-        return make
+        return bench.switched(task, generator, precision, mode)
 
     timed = bench.timed({form: maker(*form) for form in bench.forms(precisions, modes)})
     bench.set(generator, "fp32", "eager")
@@ -594,17 +601,7 @@ def encoder(
             with torch.no_grad(), torch.autocast(bench.device.type, dtype, enabled=bool(dtype)):
                 return own(images.contiguous(memory_format=order)).float() + offset
 
-        def make() -> Task:
-            bench.set(None, precision, mode)
-            formed = bench.formed(codes, mode)
-
-            def switched() -> Tensor:
-                bench.set(None, precision, mode)
-                return formed()
-
-            return switched
-
-        return make
+        return bench.switched(codes, None, precision, mode)
 
     timed = bench.timed({form: maker(*form) for form in bench.forms(ENCODED, modes)})
     exact = maker("fp32", "eager, contiguous")()().clone()

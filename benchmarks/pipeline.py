@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from benchmarks.cpu_meter import CpuMeter
 from pipeline.config import InvertConfig, load_config
 from pipeline.run import plan, run
-from pipeline.tally import Snapshot
+from pipeline.tally import TallySnapshot
 from tasks.benchmark.machine import describe_machine
 from tasks.input.plan import plan_shards
 from tasks.input.read import RawSample, read_shard
@@ -111,7 +111,7 @@ def pipeline_run(source: str, config: InvertConfig, limit: int, out: str) -> dic
     ended = 0.0
     with CpuMeter(os.getpid()) as meter:
 
-        def listen(snapshot: Snapshot) -> None:
+        def listen(snapshot: TallySnapshot) -> None:
             nonlocal ended
             if snapshot.seconds > 0 and not begun:
                 begun.append(meter.seconds())

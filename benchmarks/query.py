@@ -355,9 +355,7 @@ def main() -> None:
                 found["sizes"][name] = figures
             found["machine"] = describe_machine()
             path.write_text(json.dumps(found, indent=2) + "\n")
-    text = page(found)
-    write_section(HERE / "query.md", text)
-    sys.stdout.write(text)
+    sys.stdout.write(write_section(HERE / "query.md", page(found)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.sections import write_section
 from tasks.benchmark.machine import describe_machine
 from tasks.run.ledger import read_markers
 from tasks.run.marker import Part
@@ -191,7 +192,7 @@ def open_parts(folder: Path, projection: Projection, parts: dict[str, list[Part]
 
 
 @dataclass
-class Library:
+class Peer:
     """How one of them is built and asked.
 
     Attributes:
@@ -321,14 +322,14 @@ def _numpy(codes: Codes, folder: Path) -> Callable[[Any], Search]:
 
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LIBRARIES = {
-    "faiss flat, float32": Library(_faiss_flat),
-    "faiss IVF, 8 bit": Library(_faiss_ivf, PROBES, bytes_each=lambda codes: 128 + 8.0),
-    "usearch HNSW, 8 bit": Library(
+    "faiss flat, float32": Peer(_faiss_flat),
+    "faiss IVF, 8 bit": Peer(_faiss_ivf, PROBES, bytes_each=lambda codes: 128 + 8.0),
+    "usearch HNSW, 8 bit": Peer(
         _usearch, (32, 64, 128, 256, 512, 1024), 100_000, lambda codes: 128 + 4.0 * 16 * 2 + 16
     ),
-    "LanceDB IVF_PQ": Library(_lancedb, PROBES, bytes_each=lambda codes: 512 + 32.0),
-    "DuckDB array_distance": Library(_duckdb),
-    "numpy": Library(_numpy),
+    "LanceDB IVF_PQ": Peer(_lancedb, PROBES, bytes_each=lambda codes: 512 + 32.0),
+    "DuckDB array_distance": Peer(_duckdb),
+    "numpy": Peer(_numpy),
 }
 
 
@@ -566,16 +567,6 @@ def _goals(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {what} | {goal} | {value:.4g} | {of_processors} | {verdict} |"
 
 
-def write_section(path: Path, text: str) -> None:
-    """Put the section into the page, in the place of the one that is there."""
-    title = text.partition("\n")[0]
-    before, found, rest = (path.read_text() if path.exists() else "").partition(f"{title}\n")
-    after = rest[rest.index("\n## ") + 1 :] if found and "\n## " in rest else ""
-    path.write_text(
-        "\n".join(filter(None, [before.rstrip("\n") + "\n" * bool(before), text, after]))
-    )
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -604,9 +595,7 @@ def main() -> None:
                     table[name] = theirs(name, codes, folder, args.rounds)
                 sys.stderr.write(f"{rows} {name} {table.get(name)}\n")
                 path.write_text(json.dumps(found, indent=1) + "\n")
-    text = page(found)
-    write_section(HERE / "query.md", text)
-    sys.stdout.write(text)
+    sys.stdout.write(write_section(HERE / "query.md", page(found)))
 
 
 if __name__ == "__main__":

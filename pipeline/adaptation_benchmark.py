@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class DomainRow:
     """One line of the table.
 
     Attributes:
@@ -87,18 +87,18 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def rows_of(styles: Sequence[str]) -> list[Row]:
+def rows_of(styles: Sequence[str]) -> list[DomainRow]:
     """Every style by ten pictures, by text and by one picture; the other forms for the first."""
     found = []
     for style in styles:
-        found.append(Row(name=f"{style}, 10 pictures", style=style))
+        found.append(DomainRow(name=f"{style}, 10 pictures", style=style))
         text = {"guidance": "text", "target_text": PROMPTS.get(style, f"{style} of a face")}
-        found.append(Row(name=f"{style}, text", style=style, domain=text, references=0))
+        found.append(DomainRow(name=f"{style}, text", style=style, domain=text, references=0))
         one = {"guidance": "image"}
-        found.append(Row(name=f"{style}, 1 picture", style=style, domain=one, references=1))
+        found.append(DomainRow(name=f"{style}, 1 picture", style=style, domain=one, references=1))
     first = "impasto" if "impasto" in styles else styles[0]
     curve = (
-        Row(name=f"{first}, 10 pictures, {name}", style=first, settings=settings)
+        DomainRow(name=f"{first}, 10 pictures, {name}", style=first, settings=settings)
         for name, settings in CURVE
     )
     return [*found, *curve]
@@ -146,7 +146,7 @@ def benchmark_adaptation(
     face = networks.get("identity")
     with fixed_threads(1):
         source = make_source(generator, eyes)
-        scorer = Scorer(
+        scorer = DomainScorer(
             source=source,
             eyes=eyes,
             identity=_face_network(face),
@@ -191,7 +191,7 @@ def _face_network(name: str | None) -> Identity | SFace | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scorer:
+class DomainScorer:
     """What a domain is scored with."""
 
     source: Source
@@ -220,7 +220,7 @@ class _Bench:
         generator_name: str,
         generator: Generator,
         portraits: str,
-        scorer: Scorer,
+        scorer: DomainScorer,
         steps: int,
         console: Any,
     ) -> None:
@@ -239,7 +239,7 @@ class _Bench:
             found[name] = {**scores, **same, "guidance": card["guidance"]}
         return found
 
-    def row(self, row: Row) -> dict[str, Any]:
+    def row(self, row: DomainRow) -> dict[str, Any]:
         """Adapt and score one row; its numbers."""
         folder = self._adapted(row)
         card = json.loads((folder / CARD).read_text())
@@ -254,7 +254,7 @@ class _Bench:
         same = {k: card[k] for k in ("seconds", "bytes", "status", "steps", "best_step")}
         return {**scores, **same, "rank": card["settings"]["rank"], "form": card["form"]}
 
-    def _adapted(self, row: Row, settings: Mapping[str, Any] | None = None) -> Path:
+    def _adapted(self, row: DomainRow, settings: Mapping[str, Any] | None = None) -> Path:
         """The row's domain, made now if it is not there."""
         name = row.name.replace(", ", "-").replace(" ", "-")
         tables = self._tables([row], [name])
@@ -262,7 +262,7 @@ class _Bench:
         config = load_adapt_config(None, self._sets(sets), domains=tables)
         return adapt(replace(config, invert=INVERT))[0]
 
-    def _tables(self, rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
+    def _tables(self, rows: Sequence[DomainRow], names: Sequence[str]) -> list[dict[str, Any]]:
         tables = []
         for row, name in zip(rows, names, strict=True):
             table = {"name": name, **row.domain}
@@ -295,7 +295,7 @@ class _Bench:
         kept = self.place / "timing.json"
         if kept.is_file():
             return json.loads(kept.read_text())
-        row = Row(name="timing", style=styles[0])
+        row = DomainRow(name="timing", style=styles[0])
         found: dict[str, Any] = {"steps": []}
         for one, four in TIMED_CODES:
             seconds = [self._step_seconds([row], one), self._step_seconds([row] * 4, four)]
@@ -305,7 +305,7 @@ class _Bench:
         kept.write_text(json.dumps(found))
         return json.loads(kept.read_text())
 
-    def _step_seconds(self, rows: Sequence[Row], batch: int) -> float:
+    def _step_seconds(self, rows: Sequence[DomainRow], batch: int) -> float:
         """Median over the steps of a short job without scores and previews in between."""
         names = [f"timing-{index}" for index in range(len(rows))]
         tables = self._tables(rows, names)
@@ -323,7 +323,7 @@ class _Bench:
         steps = [b - a for a, b in itertools.pairwise(moments)]
         return statistics.median(steps[1:])
 
-    def grid(self, rows: Sequence[Row]) -> None:
+    def grid(self, rows: Sequence[DomainRow]) -> None:
         """The same generated people: the source, the bundled domains, a line for each row."""
         codes = self.scorer.source.w_plus[:SHOWN]
         lines = [self.scorer.source.images[:SHOWN]]

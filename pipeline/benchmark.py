@@ -29,7 +29,7 @@ from tasks.benchmark.figures import grid, scatter
 from tasks.benchmark.machine import describe_machine
 from tasks.benchmark.scoring import (
     Edit,
-    Judges,
+    Instruments,
     edited_examples,
     edits_for,
     read_stored,
@@ -74,7 +74,7 @@ def benchmark_inversion(
     edits = edits_for(bundled_directions(generator))
     # Directions of age and smile are what tells that a generator makes faces.
     faces, missing_faces = face_networks() if edits else ((), {})
-    judges = Judges(
+    judges = Instruments(
         generator=generator,
         perceptual=load_perceptual("auto"),
         features=FrechetFeatures(),

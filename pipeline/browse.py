@@ -27,7 +27,7 @@ from models.errors import ConfigError, LedgerError, RefineryError, SampleError
 from pipeline.browse_guard import guard
 from tasks.browse import dataset, pages, sql
 from tasks.browse.address import Parameters, first, link, wish_of
-from tasks.browse.library import Library, OpenRun, UnknownError
+from tasks.browse.library import BrowsedRun, Library, UnknownError
 from tasks.browse.neighbours import nearest
 from tasks.browse.pictures import media_type
 from tasks.browse.studio import Photo
@@ -115,7 +115,7 @@ class Site:
     def __init__(self, library: Library) -> None:
         self.library, self.photos = library, Photos()
 
-    def _run(self, request: Request) -> tuple[OpenRun, Parameters]:
+    def _run(self, request: Request) -> tuple[BrowsedRun, Parameters]:
         asked = parameters_of(request)
         return self.library.open(first(asked, "run")), asked
 
@@ -295,7 +295,7 @@ def _keys(form: Parameters) -> list[str]:
     return keys
 
 
-def _answer(run: OpenRun, text: str, format: str) -> Response:
+def _answer(run: BrowsedRun, text: str, format: str) -> Response:
     try:
         table = sql.ask(run.uri, text)
     except (ConfigError, LedgerError) as error:
@@ -306,7 +306,7 @@ def _answer(run: OpenRun, text: str, format: str) -> Response:
     return HTMLResponse(pages.sql_page(run, text, sql.shown(table), ""))
 
 
-def _dataset(run: OpenRun, keys: list[str], format: str) -> Response:
+def _dataset(run: BrowsedRun, keys: list[str], format: str) -> Response:
     shards = run.table.shards(keys)
     if not shards:
         raise UnknownError(f"{run.name} has none of these samples")

@@ -34,7 +34,7 @@ from pipeline.config import EngineConfig, RunConfig, load_config, load_stored_co
 from pipeline.faults import OUTAGE_WAITS_S, is_passing
 from pipeline.preview import preview_png
 from pipeline.run import Outcome, Plan, Summary
-from pipeline.tally import OnProgress, Snapshot, ignore_progress
+from pipeline.tally import OnProgress, TallySnapshot, ignore_progress
 from tasks.run.lease import hold
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def plan_run(
 def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
     listener, bar = _listener.get(), ProgressBar("Shards done")
 
-    def on_progress(snapshot: Snapshot) -> None:
+    def on_progress(snapshot: TallySnapshot) -> None:
         listener(snapshot)
         bar(snapshot.shards_done + snapshot.shards_quarantined, snapshot.shards_total)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipeline.tally import Snapshot
+from pipeline.tally import TallySnapshot
 from pipeline.worker import ShardResult
 from tasks.run.ledger import utc_now
 from tasks.run.prediction import Prediction, write_prediction
@@ -20,7 +20,7 @@ class Forecaster:
         if outcome == "committed" and not self.is_over:
             self.committed.append(result)
 
-    def on_progress(self, snapshot: Snapshot) -> None:
+    def on_progress(self, snapshot: TallySnapshot) -> None:
         if self.is_over or not self.committed or len(self.committed) < snapshot.workers:
             return
         self.is_over = True

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from models.errors import RefineryError
-from pipeline.tally import OnProgress, Snapshot
+from pipeline.tally import OnProgress, TallySnapshot
 from tasks.run.metadata import EVERY, refresh_metadata
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ def metadata_kept(run_uri: str, on_progress: OnProgress) -> Iterator[OnProgress]
     with ThreadPoolExecutor(1, "metadata") as pool:
         written, running = 0, None
 
-        def listen(snapshot: Snapshot) -> None:
+        def listen(snapshot: TallySnapshot) -> None:
             nonlocal written, running
             on_progress(snapshot)
             is_free = running is None or running.done()

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from models.errors import ConfigError
 from pipeline.config import EngineConfig
-from pipeline.tally import Snapshot, Tally
+from pipeline.tally import Tally, TallySnapshot
 from pipeline.worker import ShardResult
 
 DEVICE_FREE_STAGES = ("read", "decode", "write")
@@ -19,7 +19,7 @@ DEVICE_FREE_STAGES = ("read", "decode", "write")
 
 
 @dataclass(frozen=True)
-class Metric:
+class Series:
     """One metric. A counter's name is exported with `_total` behind it."""
 
     kind: Literal["counter", "gauge"]
@@ -27,18 +27,18 @@ class Metric:
     labels: tuple[str, ...] = ()
 
 
-METRICS: Mapping[str, Metric] = {
-    "refinery_images": Metric("counter", "Samples committed", ("status",)),
-    "refinery_failures": Metric("counter", "Failed samples, by their error_kind", ("kind",)),
-    "refinery_bytes": Metric("counter", "Bytes of committed parts"),
-    "refinery_stage_seconds": Metric("counter", "Busy seconds of all workers", ("stage",)),
-    "refinery_shards": Metric("counter", "Shards finished", ("outcome",)),
-    "refinery_retries": Metric("counter", "Attempts that are made again", ("reason",)),
-    "refinery_shards_pending": Metric("gauge", "Shards neither committed nor given up"),
-    "refinery_shards_at_work": Metric("gauge", "Shards that workers hold"),
-    "refinery_images_at_work": Metric("gauge", "Samples computed and not yet committed"),
-    "refinery_workers": Metric("gauge", "Workers that are up"),
-    "refinery_device_busy_share": Metric(
+METRICS: Mapping[str, Series] = {
+    "refinery_images": Series("counter", "Samples committed", ("status",)),
+    "refinery_failures": Series("counter", "Failed samples, by their error_kind", ("kind",)),
+    "refinery_bytes": Series("counter", "Bytes of committed parts"),
+    "refinery_stage_seconds": Series("counter", "Busy seconds of all workers", ("stage",)),
+    "refinery_shards": Series("counter", "Shards finished", ("outcome",)),
+    "refinery_retries": Series("counter", "Attempts that are made again", ("reason",)),
+    "refinery_shards_pending": Series("gauge", "Shards neither committed nor given up"),
+    "refinery_shards_at_work": Series("gauge", "Shards that workers hold"),
+    "refinery_images_at_work": Series("gauge", "Samples computed and not yet committed"),
+    "refinery_workers": Series("gauge", "Workers that are up"),
+    "refinery_device_busy_share": Series(
         "gauge", "Share of the workers' time in which a device was at work on committed shards"
     ),
 }
@@ -128,7 +128,7 @@ class Metrics:
             self._add("refinery_stage_seconds", seconds, stage=stage)
             self._device_s += 0.0 if stage in DEVICE_FREE_STAGES else seconds
 
-    def on_progress(self, snapshot: Snapshot) -> None:
+    def on_progress(self, snapshot: TallySnapshot) -> None:
         """How things stand."""
         pending = snapshot.shards_total - snapshot.shards_done - snapshot.shards_quarantined
         self._add("refinery_shards_pending", pending)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 if TYPE_CHECKING:
-    from pipeline.tally import OnProgress, Snapshot
+    from pipeline.tally import OnProgress, TallySnapshot
     from tasks.adapt.job import AdaptProgress
 
 PLAIN_INTERVAL_S = 10.0
@@ -24,7 +24,7 @@ Shown = tuple[int, int, str]
 def progress_line(console: Console) -> "AbstractContextManager[OnProgress]":
     """A listener that shows snapshots of a run until the block ends."""
 
-    def shown(snapshot: "Snapshot") -> Shown:
+    def shown(snapshot: "TallySnapshot") -> Shown:
         finished = snapshot.shards_done + snapshot.shards_quarantined
         return finished, snapshot.shards_total, describe(snapshot)
 
@@ -80,7 +80,7 @@ class _PlainLines(Generic[T]):
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
-def describe(snapshot: "Snapshot") -> str:
+def describe(snapshot: "TallySnapshot") -> str:
     """ "12/40 shards, 3072/10240 images, 3 failed, 41.2 images/s, ETA 0:02:54"."""
     images = f"{snapshot.rows_done}"
     if snapshot.rows_total is not None:

@@ -21,7 +21,7 @@ from pipeline.forecaster import Forecaster
 from pipeline.metadata import metadata_kept
 from pipeline.run_log import kept_log
 from pipeline.schedule import Schedule
-from pipeline.tally import OnProgress, Snapshot, Tally, ignore_progress
+from pipeline.tally import OnProgress, Tally, TallySnapshot, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import THUMBNAIL_PX, Job
 from tasks.run import ledger, manifest
@@ -188,7 +188,7 @@ def run(
     """
     with hold(run_uri, engine.if_busy) as lease:
 
-        def tell(snapshot: Snapshot) -> None:
+        def tell(snapshot: TallySnapshot) -> None:
             lease.check()
             on_progress(snapshot)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from models.errors import RefineryError
-from pipeline.tally import Snapshot, Tally
+from pipeline.tally import Tally, TallySnapshot
 from pipeline.worker import ShardResult
 from tasks.run.ledger import utc_now
 from tasks.storage.files import find_bytes, join, write_bytes
@@ -35,7 +35,7 @@ class RunLog(logging.Handler):
         self._uri, self._run = join(run_uri, "logs"), run_id
         self._lines: list[str] = []
         self._files = 0
-        self._progress: Snapshot | None = None
+        self._progress: TallySnapshot | None = None
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="run log", daemon=True)
         self._thread.start()
@@ -54,7 +54,7 @@ class RunLog(logging.Handler):
             told |= {"failure": str(result.failure), "reason": result.error}
         self.note(outcome, **told)
 
-    def on_progress(self, snapshot: Snapshot) -> None:
+    def on_progress(self, snapshot: TallySnapshot) -> None:
         """How things stand: written with the next file."""
         self._progress = snapshot
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class TallySnapshot:
     """Where a run stands. Counts are of the whole run; `seconds` and `rows_now` of this driver.
 
     Attributes:
@@ -51,7 +51,7 @@ class Snapshot:
         return rows_left / self.images_per_s
 
 
-OnProgress = Callable[[Snapshot], None]
+OnProgress = Callable[[TallySnapshot], None]
 
 
 class Listener(Protocol):
@@ -61,10 +61,10 @@ class Listener(Protocol):
         """Outcome: committed, retried or quarantined."""
         ...
 
-    def on_progress(self, snapshot: Snapshot) -> None: ...
+    def on_progress(self, snapshot: TallySnapshot) -> None: ...
 
 
-def ignore_progress(snapshot: Snapshot) -> None:
+def ignore_progress(snapshot: TallySnapshot) -> None:
     """The default listener."""
 
 
@@ -122,9 +122,9 @@ class Tally:
             listener.on_progress(snapshot)
         self.on_progress(snapshot)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> TallySnapshot:
         workers, at_work = self.at_work()
-        return Snapshot(
+        return TallySnapshot(
             shards_total=self.shards_total,
             shards_done=self.shards_done,
             shards_quarantined=len(self.quarantined),

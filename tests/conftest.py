@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from PIL import Image
 
 from models.stylegan2.generator import Generator, GeneratorArchitecture
 from tests.s3_server import S3Server
+
+if TYPE_CHECKING:
+    from tests.e2e.small_dataset import Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +85,14 @@ def as_png(picture: Image.Image | np.ndarray) -> bytes:
 def face_bytes() -> list[bytes]:
     """Eight encoded PNG pictures."""
     return [make_picture_bytes(seed) for seed in range(8)]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> "Dataset":
+    """Eleven loose pictures and a broken one, which nobody changes, and the config of a run."""
+    from tests.e2e.small_dataset import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("dataset"), make_tiny_generator(), face_bytes)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ UPRIGHT_POINTS = np.array([0.32 + 0.4j, 0.68 + 0.4j, 0.5 + 0.62j, 0.33 + 0.755j,
 faces, made symmetric."""
 
 
-class Stage(NamedTuple):
+class CascadeStage(NamedTuple):
     """How a network's layers follow each other.
 
     Attributes:
@@ -66,21 +66,21 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(
+    CascadeStage(
         "pnet.lz4",
         CELL,
         (2, 0, 0),
         False,
         "ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
     ),
-    Stage(
+    CascadeStage(
         "rnet.lz4",
         24,
         (3, 3, 0),
         True,
         "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee",
     ),
-    Stage(
+    CascadeStage(
         "onet.lz4",
         48,
         (3, 3, 2, 0),
@@ -392,7 +392,7 @@ def load_mtcnn() -> Mtcnn:
     return Mtcnn([_read(stage) for stage in STAGES])
 
 
-def _read(stage: Stage) -> list[Tensor]:
+def _read(stage: CascadeStage) -> list[Tensor]:
     path = packaged(PACKAGE, f"assets/weights/{stage.file}", "the detector mtcnn", INSTALL)
     if hashlib.sha256(path.read_bytes()).hexdigest() != stage.sha256:
         raise AssetError(

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from models.encoders.e4e import Encoder4Editing
-from models.encoders.latent_discriminator import LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, PyramidEncoder
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError
@@ -133,20 +132,6 @@ def save_encoder(
         card_file.write(text.encode())
         file.write(weights)
     return path
-
-
-def load_latent_discriminator(path: str | Path, w_dim: int = 512) -> LatentDiscriminator:
-    """The latent discriminator of an official e4e training checkpoint, or a bare state of it.
-
-    Raises:
-        AssetError: missing, unreadable or another layout.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise AssetError(f"latent discriminator {path}: no such file")
-    saved = _torch_load(path)
-    state = saved.get("discriminator_state_dict", saved)
-    return filled(LatentDiscriminator, (w_dim,), state, f"{path}: not e4e's latent discriminator")
 
 
 def check_layout(

@@ -289,8 +289,8 @@ class TokenBlock(nn.Module):
     def __init__(self, width: int, heads: int, feed_forward: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.cross = Attention(width, heads)
-        self.self_ = Attention(width, heads)
+        self.cross = TokenAttention(width, heads)
+        self.self_ = TokenAttention(width, heads)
         self.feed_forward = nn.Sequential(
             nn.Linear(width, feed_forward), nn.GELU(), nn.Linear(feed_forward, width)
         )
@@ -304,7 +304,7 @@ class TokenBlock(nn.Module):
         return x + self.feed_forward(self.norms[2](x))
 
 
-class Attention(nn.Module):
+class TokenAttention(nn.Module):
     """Multi-head attention without dropout."""
 
     def __init__(self, width: int, heads: int) -> None:

@@ -67,7 +67,7 @@ class WPlusConfig(SearchSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class SearchSchedule:
     """Rate and code noise over the steps (the projector's, with t = step / steps)."""
 
     steps: int
@@ -128,14 +128,14 @@ class WPlus(Method):
             search = _Search(self, images.detach().float().clone(), start, init is None, rng)
             return search.run()
 
-    def schedule(self, is_from_average: bool) -> Schedule:
+    def schedule(self, is_from_average: bool) -> SearchSchedule:
         """The settings with the presets of the start filled in."""
         c = self.config
 
         def preset(value: float | None, from_average: float, from_init: float) -> float:
             return (from_average if is_from_average else from_init) if value is None else value
 
-        return Schedule(
+        return SearchSchedule(
             steps=c.steps,
             learning_rate=preset(c.learning_rate, PROJECTOR_RATE, REFINING_RATE),
             ramp_up=preset(c.ramp_up, 0.05, 0.0),

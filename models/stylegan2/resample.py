@@ -35,7 +35,7 @@ def upfirdn2d(
     down: int = 1,
     padding: tuple[int, int] = (0, 0),
 ) -> Float[Tensor, "N C h w"]:
-    """Upsample by zero insertion, pad, filter, downsample: the reference definition.
+    """Upsample by zero insertion, pad, filter, downsample: the slow twin of what follows.
 
     Source: StyleGAN2 (Karras et al. 2020), `upfirdn_2d`. The filter is applied as a convolution
     (flipped), `padding` is (before, after) on both axes.

@@ -62,12 +62,6 @@ class TokenLayout:
         taps = {"per_tap": 1, "shared": self.kernel**2, "conv_lora": self.kernel}
         return self.in_channels * taps[self.factorization]
 
-    @property
-    def rank_bound(self) -> int:
-        """Largest rank of dW as a matrix [O, I k k]: R of the `LowRank`, no more than O."""
-        taps = {"per_tap": self.kernel**2, "shared": 1, "conv_lora": self.kernel}
-        return min(self.rank * taps[self.factorization], self.out_channels)
-
     def low_rank(
         self,
         p: Float[Tensor, "N T _"],

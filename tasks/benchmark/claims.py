@@ -8,7 +8,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ClaimResult:
     """One line of the claims table.
 
     Attributes:
@@ -33,20 +33,20 @@ class _Ratio:
     column: str
     holds: Callable[[float], bool]
 
-    def verdict(self, rows: Rows, perceptual: str) -> Verdict:
+    def verdict(self, rows: Rows, perceptual: str) -> ClaimResult:
         column = perceptual if self.column == "perceptual" else self.column
         a, b = (_number(rows, name, column) for name in (self.value, self.over))
         if a is None or b is None or not b:
             missing = " and ".join(
                 name for name, x in ((self.value, a), (self.over, b)) if x is None
             )
-            return Verdict(
+            return ClaimResult(
                 claim=self.claim,
                 wanted=self.wanted,
                 measured=f"not measured: {column} of {missing or self.over}",
                 is_met=None,
             )
-        return Verdict(
+        return ClaimResult(
             claim=self.claim,
             wanted=self.wanted,
             measured=f"{a:.4g} / {b:.4g} = {a / b:.3g}",
@@ -128,7 +128,7 @@ CLAIMS: tuple[_Ratio, ...] = (
 )
 
 
-def judge(result: Mapping[str, Any]) -> list[Verdict]:
+def judge(result: Mapping[str, Any]) -> list[ClaimResult]:
     """Every claim against the table.
 
     Args:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models.attributes import load_attributes
@@ -22,7 +21,6 @@ from models.editing.direction import Direction, apply_edits
 from models.editing.find import find_direction
 from models.inversion.base import Inversion
 from models.losses.perceptual import load_perceptual
-from models.pictures import to_bytes
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.benchmark.machine import describe_machine
 from tasks.run.ledger import read_run
@@ -222,36 +220,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells.append(f"{row['drift'][0]:.3f}, {row['drift'][-1]:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-@torch.no_grad()
-def response_grid(
-    generator: Generator,
-    directions: Mapping[str, Direction],
-    w_plus: Float[Tensor, "N L D"],
-    strengths: Sequence[float] = STRENGTHS,
-    side: int = 96,
-) -> Image.Image:
-    """A row for each code, a block of columns for each direction, a column for each strength.
-
-    Args:
-        side: of a picture in the grid, px.
-    """
-    head, gap = 16, 8
-    block = side * len(strengths) + gap
-    canvas = Image.new("RGB", (block * len(directions) - gap, head + side * len(w_plus)), "white")
-    draw = ImageDraw.Draw(canvas)
-    found = Inversion(w_plus=w_plus)
-    for at, (name, direction) in enumerate(directions.items()):
-        for column, strength in enumerate(strengths):
-            x = at * block + column * side
-            draw.text((x + 3, 3), f"{name} {strength:+g}", fill="black")
-            for row, pixels in enumerate(to_bytes(_edited(found, generator, direction, strength))):
-                tile = Image.fromarray(pixels.numpy()).resize(
-                    (side, side), Image.Resampling.BICUBIC
-                )
-                canvas.paste(tile, (x, head + row * side))
-    return canvas
 
 
 def write_response(result: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:

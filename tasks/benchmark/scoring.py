@@ -64,7 +64,7 @@ class Edit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judges:
+class Instruments:
     """What all chains are measured with.
 
     Attributes:
@@ -162,7 +162,7 @@ def drift_outside(
 
 @torch.no_grad()
 def score_run(
-    run_uri: str, judges: Judges, inverter: Inverter, has_reencoder: bool, kept: float = 1.0
+    run_uri: str, judges: Instruments, inverter: Inverter, has_reencoder: bool, kept: float = 1.0
 ) -> dict:
     """Everything that the table says of one chain. See docs/benchmark.md for the definitions."""
     stored = read_stored(run_uri, judges.generator, kept)
@@ -247,11 +247,11 @@ def _render(found: Inversion, generator: Generator) -> Float[Tensor, "N 3 H W"]:
     return torch.cat([part.render(generator).clamp(-1, 1) for part in _parts(found)])
 
 
-def _frechet(pictures: Tensor, known: _Known, judges: Judges) -> float:
+def _frechet(pictures: Tensor, known: _Known, judges: Instruments) -> float:
     return frechet_distance(_batched(judges.features, pictures), known.real)
 
 
-def _identities(pictures: Tensor, known: _Known, judges: Judges) -> dict[str, float]:
+def _identities(pictures: Tensor, known: _Known, judges: Instruments) -> dict[str, float]:
     """Mean similarity to the input pictures, by column."""
     return {
         face.name: float(
@@ -261,7 +261,7 @@ def _identities(pictures: Tensor, known: _Known, judges: Judges) -> dict[str, fl
     }
 
 
-def _score_edit(edit: Edit, stored: Stored, known: _Known, judges: Judges) -> dict[str, Any]:
+def _score_edit(edit: Edit, stored: Stored, known: _Known, judges: Instruments) -> dict[str, Any]:
     generator, codes = judges.generator, stored.inversion.w_plus
     edited = _render(stored.edited(generator, edit), generator)
     plain, moved = (_batched(generator.synthesis, w_plus) for w_plus in (codes, edit(codes)))
@@ -290,7 +290,7 @@ def edits_for(directions: dict[str, Direction]) -> tuple[Edit, ...]:
 
 
 def edited_examples(
-    stored: Stored, judges: Judges, edits: Sequence[Edit], count: int
+    stored: Stored, judges: Instruments, edits: Sequence[Edit], count: int
 ) -> list[Float[Tensor, "K 3 H W"]]:
     """Reconstruction and each edit of the first pictures."""
     few = replace(stored, inversion=stored.inversion[:count])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.benchmark.claims import Verdict, judge
+from tasks.benchmark.claims import ClaimResult, judge
 from tasks.benchmark.costs import TIMED
 
 Heads = tuple[tuple[str, str, str], ...]
@@ -105,7 +105,7 @@ def method_table(result: Mapping[str, Any], part: str) -> list[str]:
     return lines
 
 
-def claims_table(verdicts: Sequence[Verdict]) -> list[str]:
+def claims_table(verdicts: Sequence[ClaimResult]) -> list[str]:
     """Claim, wanted, measured, met or not."""
     words = {True: "met", False: "**not met**", None: "open"}
     return [

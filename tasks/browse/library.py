@@ -27,7 +27,7 @@ class UnknownError(RefineryError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenRun:
+class BrowsedRun:
     """A run at one moment: its rows and pictures are those of `markers`.
 
     Attributes:
@@ -77,7 +77,7 @@ class Library:
         self.place = place
         self._lock = threading.RLock()
         self._found, self._stale_at = browsed(place), time.monotonic() + FRESH_S
-        self._open: OrderedDict[str, tuple[OpenRun, float]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[BrowsedRun, float]] = OrderedDict()
         self._studios: OrderedDict[str, Studio] = OrderedDict()
         self._cards: dict[str, Card] = {}
 
@@ -123,7 +123,7 @@ class Library:
                 found.append(card)
         return sorted(found, key=lambda card: card.created, reverse=True)
 
-    def open(self, name: str) -> OpenRun:
+    def open(self, name: str) -> BrowsedRun:
         """A run as it is now.
 
         Raises:
@@ -142,7 +142,7 @@ class Library:
                 self._open.popitem(last=False)
             return run
 
-    def codes_of(self, run: OpenRun) -> OpenRun:
+    def codes_of(self, run: BrowsedRun) -> BrowsedRun:
         """The run that holds the codes of a run's samples: itself, or the one it was made from.
 
         Raises:
@@ -163,7 +163,7 @@ class Library:
             f"({run.record['config'].get('source')}) is not below {self.place}"
         )
 
-    def studio(self, run: OpenRun) -> Studio:
+    def studio(self, run: BrowsedRun) -> Studio:
         """What renders the samples of a run that stores codes.
 
         Raises:
@@ -176,15 +176,15 @@ class Library:
                 self._studios.popitem(last=False)
             return studio
 
-    def _folders(self, run: OpenRun) -> list[str | Path]:
+    def _folders(self, run: BrowsedRun) -> list[str | Path]:
         """Where directions and domains lie beside what ships: here, and beside the run."""
         beside = [Path(local_path(run.uri)).parent] if is_local(run.uri) else []
         return [".", *beside]
 
 
-def _open_run(name: str, uri: str) -> OpenRun:
+def _open_run(name: str, uri: str) -> BrowsedRun:
     snapshot = read_snapshot(uri)
-    return OpenRun(
+    return BrowsedRun(
         name=name,
         uri=uri,
         record=snapshot.record,
@@ -196,6 +196,6 @@ def _open_run(name: str, uri: str) -> OpenRun:
     )
 
 
-def _has_grown(run: OpenRun) -> bool:
+def _has_grown(run: BrowsedRun) -> bool:
     is_sealed = ledger.read_seal(run.uri) is not None
     return is_sealed or ledger.committed(run.uri) != run.markers.keys()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tasks.browse.library import OpenRun
+from tasks.browse.library import BrowsedRun
 from tasks.run.query import query
 from tasks.run.vectors import default_index
 from tasks.similar import open_index
@@ -23,7 +23,7 @@ class Neighbours:
     advice: str = ""
 
 
-def nearest(run: OpenRun, key: str, count: int) -> Neighbours:
+def nearest(run: BrowsedRun, key: str, count: int) -> Neighbours:
     """The samples nearest to one, without itself.
 
     Raises:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import RefineryError
+from models.inversion.base import Inversion
 from tasks.browse.address import Parameters, first, link, page_link, wish_of, wished
-from tasks.browse.library import Library, OpenRun
+from tasks.browse.library import BrowsedRun, Library
 from tasks.browse.neighbours import Neighbours
 from tasks.browse.sql import Answer
-from tasks.browse.studio import Photo, Slider
+from tasks.browse.studio import Photo, Slider, Studio
 from tasks.browse.table import PAGE, Page
 from tasks.job import INPUTS
 from tasks.report.look import environment
@@ -34,7 +35,8 @@ EXAMPLES = (
 
 
 def _page(template: str, **values: Any) -> str:
-    return environment("tasks.browse").get_template(template).render(link=link, **values)
+    values = {"link": link, "tab": template.removesuffix(".html"), **values}
+    return environment("tasks.browse").get_template(template).render(values)
 
 
 def index_page(library: Library) -> str:
@@ -50,7 +52,7 @@ def error_page(status: int, error: str) -> str:
 # ------------------------------------------------------------------ the grid
 
 
-def shown_columns(run: OpenRun, parameters: Parameters) -> list[str]:
+def shown_columns(run: BrowsedRun, parameters: Parameters) -> list[str]:
     """The pictures that a grid shows of each row."""
     stored = run.declared.pictures
     chosen = [name for name in stored if name in parameters.get("show", ())]
@@ -63,7 +65,7 @@ def shown_columns(run: OpenRun, parameters: Parameters) -> list[str]:
     return [*base, *variants[:VARIANTS_SHOWN]]
 
 
-def grid_page(run: OpenRun, parameters: Parameters) -> str:
+def grid_page(run: BrowsedRun, parameters: Parameters) -> str:
     """A page of rows, and the form that asks for others.
 
     Raises:
@@ -79,7 +81,6 @@ def grid_page(run: OpenRun, parameters: Parameters) -> str:
     return _page(
         "grid.html",
         run=run,
-        tab="grid",
         wish=wish,
         page=found,
         problem=problem,
@@ -98,7 +99,7 @@ def grid_page(run: OpenRun, parameters: Parameters) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class LiveEditor:
     """What the live editor needs.
 
     Attributes:
@@ -121,23 +122,27 @@ def _groups(sliders: Sequence[Slider]) -> tuple[tuple[str, list[Slider]], ...]:
     return tuple((title, found) for title, found in by_kind.items() if found)
 
 
-def stage_of(library: Library, run: OpenRun, key: str) -> Stage:
+def _live_editor(base: str, studio: Studio, inversion: Inversion, run: BrowsedRun) -> LiveEditor:
+    groups = _groups(studio.sliders(inversion))
+    resolution = studio.generator.resolution
+    return LiveEditor(base=base, groups=groups, run_uri=run.uri, resolution=resolution)
+
+
+def stage_of(library: Library, run: BrowsedRun, key: str) -> LiveEditor:
     """The live editor of a stored sample; without sliders where it cannot be rendered."""
     try:
         source = library.codes_of(run)
         studio = library.studio(source)
         inversion = studio.sample(source.shard_of(key), key)
     except RefineryError as error:
-        return Stage(problem=str(error))
+        return LiveEditor(problem=str(error))
     if inversion is None:
-        return Stage(problem="This sample was not inverted.")
+        return LiveEditor(problem="This sample was not inverted.")
     base = link("/render", run=source.name, key=key, version=source.version)
-    groups = _groups(studio.sliders(inversion))
-    size = studio.generator.resolution
-    return Stage(base=base, groups=groups, run_uri=source.uri, resolution=size)
+    return _live_editor(base, studio, inversion, source)
 
 
-def picture_page(library: Library, run: OpenRun, key: str) -> str:
+def picture_page(library: Library, run: BrowsedRun, key: str) -> str:
     """One sample: live editor, stored pictures, metrics, provenance.
 
     Raises:
@@ -155,7 +160,7 @@ def picture_page(library: Library, run: OpenRun, key: str) -> str:
         key=key,
         row=row,
         is_ok=is_ok,
-        stage=stage_of(library, run, key) if is_ok else Stage(problem=""),
+        stage=stage_of(library, run, key) if is_ok else LiveEditor(problem=""),
         metrics=[(name, row[name], ranks[name]) for name in run.table.metrics if name in ranks],
         notes=METRIC_NOTES,
         provenance=[
@@ -170,7 +175,7 @@ def picture_page(library: Library, run: OpenRun, key: str) -> str:
     )
 
 
-def neighbours_part(run: OpenRun, near: Neighbours) -> str:
+def neighbours_part(run: BrowsedRun, near: Neighbours) -> str:
     """The nearest codes, as a part of the picture's page."""
     columns = shown_columns(run, {})
     column = next((c for c in columns if c not in INPUTS), next(iter(columns), ""))
@@ -181,22 +186,15 @@ def neighbours_part(run: OpenRun, near: Neighbours) -> str:
 # ------------------------------------------------------------------ a photo of one's own
 
 
-def photo_page(library: Library, run: OpenRun, token: str, photo: Photo | None) -> str:
+def photo_page(library: Library, run: BrowsedRun, token: str, photo: Photo | None) -> str:
     """The place to drop a photo; with one, its inversion and the live editor."""
-    stage = Stage()
+    stage = LiveEditor()
     if photo is not None:
-        studio = library.studio(run)
         base = link("/render", run=run.name, photo=token)
-        stage = Stage(
-            base=base,
-            groups=_groups(studio.sliders(photo.inversion)),
-            run_uri=run.uri,
-            resolution=studio.generator.resolution,
-        )
+        stage = _live_editor(base, library.studio(run), photo.inversion, run)
     return _page(
         "photo.html",
         run=run,
-        tab="photo",
         token=token,
         photo=photo,
         stage=stage,
@@ -212,7 +210,7 @@ def new_token() -> str:
 # ------------------------------------------------------------------ statistics and SQL
 
 
-def statistics_page(library: Library, run: OpenRun, against: str) -> str:
+def statistics_page(library: Library, run: BrowsedRun, against: str) -> str:
     """Distributions, outliers, clusters, drift.
 
     Raises:
@@ -224,7 +222,6 @@ def statistics_page(library: Library, run: OpenRun, against: str) -> str:
     return _page(
         "statistics.html",
         run=run,
-        tab="statistics",
         histograms=[histogram(metric) for metric in metrics],
         found=statistics,
         against=against,
@@ -234,14 +231,13 @@ def statistics_page(library: Library, run: OpenRun, against: str) -> str:
     )
 
 
-def sql_page(run: OpenRun, sql: str, answer: Answer | None, problem: str) -> str:
+def sql_page(run: BrowsedRun, sql: str, answer: Answer | None, problem: str) -> str:
     """The SQL box with what it answered."""
     metric = next(iter(run.table.metrics), "seed")
     examples = [text.format(metric=f'"{metric}"') for text in EXAMPLES]
     return _page(
         "sql.html",
         run=run,
-        tab="sql",
         sql=sql,
         answer=answer,
         problem=problem,

@@ -155,7 +155,7 @@ def fit_text(config: FitTextConfig) -> list[Path]:
         statistics,
         samples=config.samples,
         strength=config.strength,
-        on_progress=_Progress(),
+        on_progress=_LoggedProgress(),
     )
     found = [
         style_text_direction(
@@ -224,7 +224,7 @@ def _save(found: list[Direction], config: FitDirectionsConfig) -> list[Path]:
     return [save_direction(d, Path(config.out) / f"{d.name}.json") for d in found]
 
 
-class _Progress:
+class _LoggedProgress:
     """Logs every tenth of the channels."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ MIN_BAR_PCT = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
-class Marker:
+class PlotLine:
     """A vertical line across the plot, with a short text at its top.
 
     Attributes:
@@ -72,7 +72,7 @@ def bars(
     y: Axis,
     *,
     title: str,
-    markers: Sequence[Marker] = (),
+    markers: Sequence[PlotLine] = (),
     height_px: int = 150,
 ) -> Markup:
     """Adjacent bars of equal width over `x`: a histogram, or a rate over time.
@@ -112,7 +112,7 @@ def _x_tick(at: float, label: str) -> dict[str, str]:
     return {"at": f"{at:.2f}", "anchor": anchor, "text": label}
 
 
-def _mark(marker: Marker, x: Axis) -> dict[str, object]:
+def _mark(marker: PlotLine, x: Axis) -> dict[str, object]:
     at = min(max(x.percent(marker.at), 0.0), 100.0)
     # The text stands on the side with more room.
     anchor, shift = ("start", 5) if at < 50 else ("end", -5)

@@ -17,7 +17,7 @@ from tasks.report.alignment import alignment_line
 from tasks.report.asking import asking
 from tasks.report.edits import EditData, gather_edits
 from tasks.report.forecast import Forecast, forecast
-from tasks.report.statistics import Statistics, gather_statistics, other_run
+from tasks.report.statistics import RunStatistics, gather_statistics, other_run
 from tasks.report.timeline import Timeline, timeline
 from tasks.run import ledger
 from tasks.run.manifest import read_skipped
@@ -72,7 +72,7 @@ class ReportData:
     stages: tuple[tuple[str, float], ...]
     columns: dict[str, tuple[str, ...]]
     edits: EditData | None
-    statistics: Statistics | None
+    statistics: RunStatistics | None
     warning: str | None = None
     forecast: tuple[Forecast, ...] = ()
     bytes: int = 0

@@ -3,11 +3,11 @@
 from typing import Any
 
 from tasks.report.aggregates import Metric
-from tasks.report.charts import Axis, Marker, bars, stacked
+from tasks.report.charts import Axis, PlotLine, bars, stacked
 from tasks.report.data import ReportData
 from tasks.report.look import section
 from tasks.report.pictures import is_pixelated
-from tasks.report.statistics import FAR, Statistics
+from tasks.report.statistics import FAR, RunStatistics
 from tasks.report.words import counted, duration, number, time_unit
 
 HEADROOM = 1.12
@@ -53,13 +53,13 @@ def histogram(metric: Metric) -> dict[str, Any]:
         Axis(low=0, high=HEADROOM * max(*metric.counts, 1), label="rows"),
         title=f"Histogram of {metric.name}: median {number(metric.median)}, "
         f"from {number(metric.smallest)} to {number(metric.largest)}",
-        markers=[Marker(at=metric.median, text=f"median {number(metric.median)}")],
+        markers=[PlotLine(at=metric.median, text=f"median {number(metric.median)}")],
     )
     text = "; ".join(filter(None, [note, *outside]))
     return {"name": metric.name, "chart": chart, "note": text}
 
 
-def codes(found: Statistics | None) -> str:
+def codes(found: RunStatistics | None) -> str:
     """Clusters and outliers of the codes, outliers of the metrics."""
     return section("codes", found, FAR)
 
@@ -73,11 +73,11 @@ def throughput(data: ReportData) -> str:
         return section("throughput", data, "")
     unit, scale = time_unit(line.seconds)
     pauses = [
-        Marker(at=at / scale, text=f"paused {duration(length)}", kind="pause")
+        PlotLine(at=at / scale, text=f"paused {duration(length)}", kind="pause")
         for at, length in line.pauses
     ]
     if len(pauses) > 3:  # texts would cover each other
-        pauses = [Marker(at=pause.at, text="", kind="pause") for pause in pauses]
+        pauses = [PlotLine(at=pause.at, text="", kind="pause") for pause in pauses]
     chart = bars(
         line.rates,
         Axis(low=0, high=line.seconds / scale, label=f"working time, {unit}"),

@@ -86,7 +86,7 @@ class Shift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class RunStatistics:
     """What `gather_statistics` found.
 
     Attributes:
@@ -131,7 +131,7 @@ def other_run(run_uri: str | None) -> Iterator[Other | None]:
 
 def read_statistics(
     run_uri: str, against: str | None = None
-) -> tuple[tuple[Metric, ...], Statistics | None]:
+) -> tuple[tuple[Metric, ...], RunStatistics | None]:
     """Distributions of a run's metrics, and what `gather_statistics` finds; nothing of a run that
     has no row yet.
 
@@ -148,7 +148,7 @@ def read_statistics(
 
 def gather_statistics(
     run_uri: str, ask: Ask, schemas: Mapping[str, pa.Schema], other: Other | None = None
-) -> Statistics:
+) -> RunStatistics:
     """Outliers, clusters and drift of a run.
 
     Args:
@@ -173,7 +173,7 @@ def gather_statistics(
     columns = [name for name in ("inversion", *INPUTS) if name in stored]
     found = pictures_of(ask, columns[:1], shown)
     pictures = {key: next(iter(row.values()), None) for key, row in found.items()}
-    return Statistics(
+    return RunStatistics(
         sampled=len(keys),
         clusters=tuple(
             CodeCluster(key=k, share=share, picture=pictures.get(k)) for k, share in clusters

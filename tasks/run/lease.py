@@ -99,11 +99,6 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
-    @property
-    def is_mine(self) -> bool:
-        """Whether no other driver has taken the run, as far as the last sign of life could see."""
-        return self._lost_to is None
-
     def check(self) -> None:
         """
         Raises:

@@ -13,42 +13,26 @@ from dataclasses import dataclass, replace
 from tasks.training.labels import MEDIA
 
 MEDIUM_WORDS: Mapping[str, tuple[str, ...]] = {
-    "photo": ("photo", "photograph", "realistic photo", "real photo", "portrait photo"),
-    "impasto": (
-        "impasto painting",
-        "impasto oil painting",
-        "impasto portrait",
-        "oil painting with thick brush strokes",
-        "painting",
-    ),
-    "fantasy": (
-        "fantasy painting",
-        "fantasy portrait",
-        "fantasy art",
-        "digital fantasy painting",
-        "painting",
-    ),
-    "illustration": (
-        "illustration",
-        "comic illustration",
-        "comic book drawing",
-        "drawn illustration",
-        "drawing",
-    ),
-    "pencil": ("pencil sketch", "pencil drawing", "sketch", "graphite pencil sketch"),
-    "charcoal": ("charcoal drawing", "charcoal sketch", "charcoal portrait"),
-    "ink": ("ink drawing", "pen and ink drawing", "line drawing", "black ink line art"),
-    "watercolour": (
-        "watercolour painting",
-        "watercolor painting",
-        "watercolour",
+    medium: tuple(words.split(", "))
+    for medium, words in {
+        "photo": "photo, photograph, realistic photo, real photo, portrait photo",
+        "impasto": "impasto painting, impasto oil painting, impasto portrait, "
+        "oil painting with thick brush strokes, painting",
+        "fantasy": "fantasy painting, fantasy portrait, fantasy art, "
+        "digital fantasy painting, painting",
+        "illustration": "illustration, comic illustration, comic book drawing, "
+        "drawn illustration, drawing",
+        "pencil": "pencil sketch, pencil drawing, sketch, graphite pencil sketch",
+        "charcoal": "charcoal drawing, charcoal sketch, charcoal portrait",
+        "ink": "ink drawing, pen and ink drawing, line drawing, black ink line art",
+        "watercolour": "watercolour painting, watercolor painting, watercolour, "
         "watercolor portrait",
-    ),
-    "oil": ("oil painting", "oil on canvas", "oil portrait", "oil paint on canvas"),
-    "cartoon": ("cartoon", "cartoon drawing", "flat cartoon"),
-    "poster": ("pop art poster", "poster", "pop art print"),
-    "engraving": ("engraving", "woodcut", "engraved print", "woodcut print"),
-    "mosaic": ("mosaic", "pixel art", "mosaic of tiles"),
+        "oil": "oil painting, oil on canvas, oil portrait, oil paint on canvas",
+        "cartoon": "cartoon, cartoon drawing, flat cartoon",
+        "poster": "pop art poster, poster, pop art print",
+        "engraving": "engraving, woodcut, engraved print, woodcut print",
+        "mosaic": "mosaic, pixel art, mosaic of tiles",
+    }.items()
 }
 """The first names the medium alone; "painting" and "drawing" are said of several."""
 ANY_MEDIUM = ("picture", "image", "portrait")

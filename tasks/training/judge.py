@@ -26,7 +26,7 @@ NEIGHBOURS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Quality:
     """Attributes:
     frechet: squared Frechet distance of the features; lower is better.
     precision: share of samples within the reach of a real picture.
@@ -62,9 +62,9 @@ class Judge:
             found.append(self.network.layers[: MODULE + 1](x).mean((2, 3)).cpu())
         return torch.cat(found)
 
-    def verdict(self, samples: Float[Tensor, "N D"], real: Float[Tensor, "M D"]) -> Verdict:
+    def verdict(self, samples: Float[Tensor, "N D"], real: Float[Tensor, "M D"]) -> Quality:
         """Compare two sets of `features`."""
-        return Verdict(
+        return Quality(
             frechet=frechet_distance(samples, real),
             precision=covered(samples, real),
             recall=covered(real, samples),

@@ -201,7 +201,7 @@ def disk_read_only(trial: Trial) -> None:
     """A disk that turns read-only in the middle, as one with errors does."""
     disk = str(trial.folder / "disk")
     with _small_disk(trial, "size=64m"):
-        driver = trial.start()
+        driver = trial.start("engine.patience_s=5")
         time.sleep(trial.moment_s())
         with suppress(subprocess.CalledProcessError):  # busy: a file is open for writing
             _mount("-o", "remount,ro", disk)

@@ -39,6 +39,17 @@ def site(tmp_path: Path) -> Iterator[PrefectSite]:
         yield found
 
 
+def write_job(folder: Path, generator: Generator, pictures: list[bytes]) -> tuple[Path, Path]:
+    """Five pictures in a folder and the config of their inversion: the paths of both."""
+    source, config = folder / "pictures", folder / "config.toml"
+    source.mkdir()
+    for index, data in enumerate(pictures[:5]):
+        (source / f"{index}.png").write_bytes(data)
+    weights = save_generator(generator, folder / "tiny.safetensors", {"terms": "test"})
+    config.write_text(CONFIG.format(generator=str(weights)))
+    return source, config
+
+
 def set_up(site: PrefectSite) -> None:
     """The commands of docs/operations.md that are given once, as they stand there."""
     block = (ROOT / "docs" / "operations.md").read_text().split("export PREFECT_API_URL=")[1]
@@ -82,13 +93,8 @@ def test_scheduled_run_of_the_shipped_deployment_completes(
         assert not [s for s in found["schedules"] if s["active"]]
 
     # The same file, with a small job and a schedule that is due in a moment.
-    pictures, runs = tmp_path / "pictures", tmp_path / "runs"
-    pictures.mkdir()
-    for index, data in enumerate(face_bytes[:5]):
-        (pictures / f"{index}.png").write_bytes(data)
-    save_generator(tiny_generator, tmp_path / "tiny.safetensors", {})
-    config = tmp_path / "config.toml"
-    config.write_text(CONFIG.format(generator=str(tmp_path / "tiny.safetensors")))
+    runs = tmp_path / "runs"
+    pictures, config = write_job(tmp_path, tiny_generator, face_bytes)
     soon = shipped["deployments"][0] | {
         "parameters": {
             "input_uri": str(pictures),
@@ -136,13 +142,9 @@ def test_every_shipped_deployment_runs(
     site: PrefectSite, tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]
 ) -> None:
     set_up(site)
-    pictures, place = tmp_path / "pictures", tmp_path / "place"
-    pictures.mkdir()
-    for index, data in enumerate(face_bytes[:5]):
-        (pictures / f"{index}.png").write_bytes(data)
-    generator = save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"})
-    config, adaptation = tmp_path / "config.toml", tmp_path / "adapt.toml"
-    config.write_text(CONFIG.format(generator=str(generator)))
+    pictures, config = write_job(tmp_path, tiny_generator, face_bytes)
+    generator = tmp_path / "tiny.safetensors"
+    place, adaptation = tmp_path / "place", tmp_path / "adapt.toml"
     adaptation.write_text(
         f'generator = "{generator}"\nout = "{place}/domains"\nsteps = 2\nbatch = 2\n'
         "validation_every = 1\nvalidation_codes = 2\nrank = 1\n"

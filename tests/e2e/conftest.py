@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_tiny_generator
-from tests.e2e.small_dataset import Dataset, run_aligned, run_inline, run_kind, write_dataset
+from tests.e2e.small_dataset import Dataset, run_aligned, run_inline, run_kind
 from tests.local_ray import shared_ray
 from tests.s3_server import S3Server
 from tests.tasks.small_edit import write_direction, write_domain
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("dataset"), make_tiny_generator(), face_bytes)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from models.errors import LedgerError
 from pipeline.config import load_stored_config
 from pipeline.run import carry_out
-from pipeline.tally import Snapshot
+from pipeline.tally import TallySnapshot
 from tasks import open_run
 from tasks.run.ledger import read_markers
 from tasks.run.query import query
@@ -35,7 +35,7 @@ def test_right_answers_while_workers_are_killed(
     asked = next(iter(codes.values()))
     sizes: list[int] = []
 
-    def ask(snapshot: Snapshot) -> None:
+    def ask(snapshot: TallySnapshot) -> None:
         try:
             opened = open_index(index, undisturbed)
         except LedgerError as error:

@@ -25,7 +25,7 @@ from pipeline import flows
 from pipeline.config import EngineConfig, load_config
 from pipeline.edit_flows import fit_directions, nightly_domains
 from pipeline.flows import IncompleteRun, gpus_wanted, invert_dataset, listening, run_over_run
-from pipeline.tally import Snapshot
+from pipeline.tally import TallySnapshot
 from tasks.run.query import query
 from tests.e2e.small_dataset import Dataset, fingerprint, write_tars
 
@@ -72,7 +72,7 @@ def test_a_kind_without_a_flow_of_its_own(calm: dict[str, str], tmp_path: Path) 
 def test_flow_completes_and_shows_the_run(
     dataset: Dataset, undisturbed: str, tmp_path: Path
 ) -> None:
-    seen: list[Snapshot] = []
+    seen: list[TallySnapshot] = []
     with listening(seen.append):
         summary = invert_dataset(
             dataset.source, str(tmp_path / "{date}"), dataset.config, ["engine.kind=inline"]

@@ -15,7 +15,7 @@ from pipeline.metrics import METRICS
 from pipeline.run import carry_out, finish, plan
 from pipeline.run_log import read_progress
 from pipeline.status import read_status
-from pipeline.tally import Snapshot
+from pipeline.tally import TallySnapshot
 from tasks.run.ledger import read_markers
 from tests.e2e.small_dataset import NUM_SHARDS, Dataset, write_tars
 from tests.services.prefect_site import free_port
@@ -46,7 +46,7 @@ def test_metrics_without_ray(dataset: Dataset, tmp_path: Path) -> None:
     seen: list[dict[tuple[str, str], float]] = []
     computed: list[int] = []
 
-    def look(snapshot: Snapshot) -> None:
+    def look(snapshot: TallySnapshot) -> None:
         computed.append(sum(shard.rows for shard in snapshot.at_work))
         if snapshot.rows_now:
             seen.append(scraped(f"http://127.0.0.1:{port}/metrics"))
@@ -54,7 +54,7 @@ def test_metrics_without_ray(dataset: Dataset, tmp_path: Path) -> None:
     sets = ["engine.kind=inline", f"engine.metrics_port={port}", "batch=1"]
     plan(dataset.source, run, load_config(dataset.config, sets))
 
-    def look_while_served(snapshot: Snapshot) -> None:
+    def look_while_served(snapshot: TallySnapshot) -> None:
         if snapshot.shards_done < NUM_SHARDS:  # after the last one the endpoint closes
             look(snapshot)
 

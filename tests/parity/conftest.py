@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.stylegan2.generator import Generator
+
 FORMS = ("auto", "grouped", "implicit", "folded")
 
 
@@ -43,6 +45,13 @@ def nv_ada_64(shared: Path) -> Golden:
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def net(generator: Generator, form: str) -> Generator:
+    """The module's generator, frozen, in every form."""
+    generator.form = form
+    return generator.requires_grad_(False)
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:

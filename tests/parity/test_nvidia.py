@@ -14,12 +14,6 @@ def generator(nv_ada_64) -> Generator:
     return load_generator(nv_ada_64.folder / "network.pkl")
 
 
-@pytest.fixture
-def net(generator, form) -> Generator:
-    generator.form = form
-    return generator
-
-
 def test_pickle_equals_its_rosinality_form(generator, nv_ada_64):
     other = load_generator(nv_ada_64.folder / "as_rosinality.pt")
     assert generator.architecture == other.architecture

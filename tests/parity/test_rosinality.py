@@ -14,13 +14,6 @@ def generator(rosinality_64) -> Generator:
     return load_generator(rosinality_64.folder / "checkpoint.pt")
 
 
-@pytest.fixture
-def net(generator, form) -> Generator:
-    generator.form = form
-    generator.requires_grad_(False)
-    return generator
-
-
 def test_latent_avg_is_the_file_s_own(generator, rosinality_64):
     assert torch.equal(generator.latent_avg, rosinality_64["in.latent_avg"])
     assert generator.provenance["latent_avg"] == "stored"

@@ -23,13 +23,7 @@ from pipeline.run import carry_out
 from tasks.report.words import size
 from tasks.run.ledger import read_markers
 from tasks.run.prediction import read_prediction
-from tests.conftest import make_tiny_generator
-from tests.e2e.small_dataset import Dataset, write_dataset
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("cli"), make_tiny_generator(), face_bytes)
+from tests.e2e.small_dataset import Dataset
 
 
 @pytest.fixture(scope="module")

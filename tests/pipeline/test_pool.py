@@ -18,7 +18,7 @@ from pipeline.config import EngineConfig
 from pipeline.pool import Pool, forwarded_environment, gpus_per_actor, pool_size
 from pipeline.pulse import Beat
 from pipeline.schedule import Failure, Schedule
-from pipeline.tally import Snapshot, Tally
+from pipeline.tally import Tally, TallySnapshot
 from pipeline.worker import ShardResult, WorkOrder
 from tasks.job import JobConfig, MethodConfig
 from tasks.run.ledger import RunHandle
@@ -95,7 +95,7 @@ class Booked:
         self.engine = EngineConfig(**settings)
         self.tries = dict[int, int]()
         self.folder, self.reasons = folder, dict[int, str]()
-        self.snapshots: list[Snapshot] = []
+        self.snapshots: list[TallySnapshot] = []
         self.tally = Tally(
             schedule=Schedule(
                 range(num_shards),

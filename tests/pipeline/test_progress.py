@@ -6,11 +6,11 @@ from rich.console import Console
 
 from pipeline.progress import describe, duration, progress_line
 from pipeline.schedule import Schedule
-from pipeline.tally import Snapshot, Tally
+from pipeline.tally import Tally, TallySnapshot
 from pipeline.worker import ShardResult
 
 
-def snapshot(**changes: object) -> Snapshot:
+def snapshot(**changes: object) -> TallySnapshot:
     values = {
         "shards_total": 40,
         "shards_done": 12,
@@ -21,7 +21,7 @@ def snapshot(**changes: object) -> Snapshot:
         "rows_now": 2048,
         "seconds": 50.0,
     }
-    return Snapshot(**{**values, **changes})  # type: ignore[arg-type]
+    return TallySnapshot(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_pace_and_eta() -> None:
@@ -65,7 +65,7 @@ def test_a_bar_on_a_terminal() -> None:
 
 
 def test_a_tally_goes_on_from_earlier_commits() -> None:
-    seen: list[Snapshot] = []
+    seen: list[TallySnapshot] = []
     tally = Tally(
         schedule=Schedule([7, 8], max_attempts=1, retry_wait_s=0, patience_s=1),
         quarantine=lambda shard, reason, attempts: None,

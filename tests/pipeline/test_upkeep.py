@@ -18,13 +18,7 @@ from tasks.run.query import open_views
 from tasks.run.source import plan_source, source_marker
 from tasks.run.stored import read_inversions
 from tasks.storage.crash import COMPACT_POINTS, EXIT_CODE
-from tests.conftest import make_tiny_generator
-from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline, write_dataset
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("upkeep"), make_tiny_generator(), face_bytes)
+from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
-from tests.deploy.test_prefect_deployment import CONFIG, PREFECT_YAML
+from tests.deploy.test_prefect_deployment import PREFECT_YAML, write_job
 from tests.processes import wait_for
 from tests.services.postgres import Postgres, postgres
 from tests.services.prefect_site import ROOT, PrefectSite, end_leftovers, prefect_site, server
@@ -39,13 +38,7 @@ class Nights:
     def __init__(self, folder: Path, generator: Generator, pictures: list[bytes]) -> None:
         self.folder, self.number = folder, 0
         self.stack, self.processes = ExitStack(), ExitStack()
-        source = folder / "pictures"
-        source.mkdir()
-        for index, data in enumerate(pictures[:5]):
-            (source / f"{index}.png").write_bytes(data)
-        save_generator(generator, folder / "tiny.safetensors", {})
-        config = folder / "config.toml"
-        config.write_text(CONFIG.format(generator=str(folder / "tiny.safetensors")))
+        source, config = write_job(folder, generator, pictures)
         self.common = {"input_uri": str(source), "config": str(config)}
         self.database: Postgres | None = None
 

@@ -13,11 +13,9 @@ import torch
 from models.encoders.checkpoint import (
     build_encoder,
     load_encoder,
-    load_latent_discriminator,
     save_encoder,
 )
 from models.encoders.e4e import Encoder4Editing
-from models.encoders.latent_discriminator import LatentDiscriminator
 from models.encoders.psp import GradualStyleEncoder
 from models.errors import AssetError
 from tests.models.tiny_networks import ARCHITECTURE
@@ -174,15 +172,3 @@ def test_a_pickle_that_runs_code_is_refused(
         with pytest.raises(AssetError, match="cannot read as a torch checkpoint"):
             load_encoder(name, 14, 512)
     assert not Path("executed").exists()
-
-
-def test_latent_discriminator_loads_strictly(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    original = LatentDiscriminator(512)
-    torch.save({"discriminator_state_dict": original.state_dict()}, tmp_path / "d.pt")
-    loaded = load_latent_discriminator(tmp_path / "d.pt")
-    w = torch.randn(4, 512)
-    assert torch.equal(loaded(w), original(w))
-    torch.save(LatentDiscriminator(64).state_dict(), tmp_path / "small.pt")
-    with pytest.raises(AssetError, match=r"mlp\.0\.weight expected \[512, 512\] found \[64, 64\]"):
-        load_latent_discriminator(tmp_path / "small.pt")

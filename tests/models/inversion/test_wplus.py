@@ -12,7 +12,7 @@ from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.lsap_o import LsapOConfig
 from models.inversion.noise_maps import noise_penalty
 from models.inversion.registry import load_method
-from models.inversion.wplus import Schedule, WPlus, WPlusConfig, _Search
+from models.inversion.wplus import SearchSchedule, WPlus, WPlusConfig, _Search
 from models.losses.style_space import StyleSpace
 from models.statistics import statistics_for
 from models.stylegan2.generator import Generator
@@ -61,7 +61,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 
 def test_schedule_is_the_projectors() -> None:
-    schedule = Schedule(
+    schedule = SearchSchedule(
         steps=1000,
         learning_rate=0.1,
         ramp_up=0.05,

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from models.editing.direction import Direction, save_direction
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion
-from models.pictures import to_bytes
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
 from tasks.benchmark import edits
@@ -22,7 +20,6 @@ from tasks.benchmark.edits import (
     is_monotone,
     markdown,
     measure,
-    response_grid,
     run_response,
     summary,
     write_response,
@@ -174,20 +171,6 @@ def test_the_table(tmp_path: Path) -> None:
     page, data = write_response(result, tmp_path / "new")
     assert page.read_text() == markdown(result)
     assert json.loads(data.read_text()) == result
-
-
-def test_the_grid_shows_each_picture_where_it_belongs(tiny_generator: Generator) -> None:
-    found = codes(tiny_generator, 2)
-    red, hat = reddest(tiny_generator), reddest(tiny_generator, "hat")
-    picture = response_grid(
-        tiny_generator, {"red": red, "hat": hat}, found.w_plus, (-1.0, 0.0, 2.0), side=32
-    )
-    assert picture.size == (2 * 3 * 32 + 8, 16 + 2 * 32)
-    pixels = torch.from_numpy(np.array(picture))
-    shift = {k: s[None] for k, s in (hat.style_shift(2.0) or {}).items()}
-    want = to_bytes(tiny_generator.synthesis(found.w_plus[1:], style_shift=shift).clamp(-1, 1))[0]
-    x = 3 * 32 + 8 + 2 * 32
-    assert torch.equal(pixels[16 + 32 :, x : x + 32], want)
 
 
 def test_a_run_is_measured(

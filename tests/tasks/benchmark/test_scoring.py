@@ -17,7 +17,7 @@ from models.stylegan2.residual import LowRank
 from tasks.benchmark import scoring
 from tasks.benchmark.scoring import (
     Edit,
-    Judges,
+    Instruments,
     drift_outside,
     edit_mask,
     edit_strengths,
@@ -130,7 +130,7 @@ def test_a_run_is_scored_from_what_it_stored(
     inverter = Inverter(job, "cpu")
     pictures = write_pictures(tmp_path / "in", face_bytes, broken=0)
     run = begin(str(tmp_path / "out"), str(pictures), job, inverter).finish()
-    judges = Judges(
+    judges = Instruments(
         generator=inverter.generator,
         perceptual=load_perceptual("refinery"),
         features=FrechetFeatures(),
@@ -176,7 +176,7 @@ def test_scores_do_not_depend_on_how_many_fit_into_memory(
 ) -> None:
     job = make_job(tiny_generator, tmp_path, perceptual="refinery")
     inverter = Inverter(job, "cpu")
-    judges = Judges(
+    judges = Instruments(
         generator=inverter.generator,
         perceptual=load_perceptual("refinery"),
         features=FrechetFeatures(),

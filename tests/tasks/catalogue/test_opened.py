@@ -23,12 +23,7 @@ from tasks.run.metadata import write_metadata
 from tasks.run.query import query
 from tasks.run.stored import read_inversions
 from tests.conftest import ROOT, make_tiny_generator
-from tests.e2e.small_dataset import Dataset, run_inline, write_dataset
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, face_bytes: list[bytes]) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("dataset"), make_tiny_generator(), face_bytes)
+from tests.e2e.small_dataset import Dataset, run_inline
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])

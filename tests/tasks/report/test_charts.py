@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tasks.report.charts import Axis, Marker, bars, stacked, ticks
+from tasks.report.charts import Axis, PlotLine, bars, stacked, ticks
 from tasks.report.words import counted, duration, number, when
 
 
@@ -72,7 +72,7 @@ def test_bars_have_the_heights_of_their_counts() -> None:
         Axis(low=0, high=3, label="x <unit>"),
         Axis(low=0, high=4, label="rows"),
         title='a "title"',
-        markers=[Marker(at=2.7, text="median 2.7")],
+        markers=[PlotLine(at=2.7, text="median 2.7")],
     )
 
     tree = ElementTree.fromstring(html)

@@ -94,7 +94,7 @@ def test_force_takes_it_and_the_first_notices(run: str) -> None:
     with hold(run) as mine:
         other_driver(run, if_busy="take")
         deadline = time.monotonic() + 60
-        while mine.is_mine and time.monotonic() < deadline:
+        while mine._lost_to is None and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(LedgerError, match="taken over by another driver"):
             mine.check()
