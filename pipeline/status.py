@@ -1,6 +1,7 @@
 """Where a run stands, read from its markers: while it runs, after a crash, from any machine."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -8,6 +9,7 @@ from pipeline.run_log import read_progress
 from tasks.run import ledger
 from tasks.run.lease import Driver, read_driver
 from tasks.run.manifest import read_skipped
+from tasks.run.marker import Marker
 from tasks.run.records import DamagedError
 
 
@@ -89,7 +91,7 @@ def read_status(run_uri: str) -> Status:
         driver=f"{driver}, {driver.state}" if driver else "",
         at_work=_at_work(run_uri) if driver and driver.state == "at work" else (),
         problems=tuple(problems),
-        images_per_s=_pace(rows, [m.started_at for m in markers], [m.finished_at for m in markers]),
+        images_per_s=_pace(markers),
         seconds=dict(seconds),
         last_commit_at=max((m.finished_at for m in markers), default=""),
     )
@@ -100,8 +102,11 @@ def _at_work(run_uri: str) -> tuple[tuple[int, int, float], ...]:
     return tuple((s["shard"], s["rows"], s["seconds"]) for s in told.get("at_work", ()))
 
 
-def _pace(rows: int, started: list[str], finished: list[str]) -> float | None:
-    if not rows:
+def _pace(markers: Collection[Marker]) -> float | None:
+    timed = [marker for marker in markers if marker.started_at and marker.finished_at]
+    if not timed:
         return None
-    span = datetime.fromisoformat(max(finished)) - datetime.fromisoformat(min(started))
-    return rows / span.total_seconds() if span.total_seconds() > 0 else None
+    stop, start = max(m.finished_at for m in timed), min(m.started_at for m in timed)
+    span_s = (datetime.fromisoformat(stop) - datetime.fromisoformat(start)).total_seconds()
+    rows = sum(marker.rows for marker in timed)
+    return rows / span_s if rows and span_s > 0 else None

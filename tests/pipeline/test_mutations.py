@@ -10,6 +10,7 @@ import pytest
 from pipeline.cli import run_app
 from pipeline.config import load_config
 from pipeline.run import carry_out
+from pipeline.status import read_status
 from tasks.run import ledger
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import write_dataset
@@ -120,3 +121,19 @@ def test_the_bad_one_is_named_and_the_rest_works(
     (run / "run.json").write_text(record.replace('"batch": 2', '"batch": "two"'))
     assert run_app(["retry", str(run)]) == 2
     assert "run.json: damaged, its config is of no invert job" in capsys.readouterr().err
+
+
+def test_a_marker_without_a_moment_counts_and_has_no_pace(pristine: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pristine, run)
+    whole = read_status(str(run))
+    path = run / FILES[0]
+    path.write_text(path.read_text().replace("started_at", "begun_at"))
+    found = read_status(str(run))
+    assert (found.num_committed, found.rows, found.problems) == (5, 10, ())
+    assert whole.images_per_s
+    assert found.images_per_s
+    for path in (run / "commits").iterdir():
+        path.write_text(path.read_text().replace("started_at", "begun_at"))
+    found = read_status(str(run))
+    assert (found.rows, found.images_per_s) == (10, None)
