@@ -280,7 +280,7 @@ def _work(
     from pipeline.pool import run_on_ray
 
     # This process waits for its workers: it loads meanwhile what the report is made with.
-    Thread(target=importlib.import_module, args=("tasks.report",)).start()
+    Thread(target=importlib.import_module, args=("tasks.report.page",)).start()
     run_on_ray(order, engine, tally)
 
 

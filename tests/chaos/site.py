@@ -127,7 +127,7 @@ class Site:
             (folder / "warm" / f"{seed}.png").write_bytes(make_picture_bytes(seed))
         context = multiprocessing.get_context("forkserver")
         modules = ["tests.chaos.site", "pipeline.cli", "pipeline.run", "pipeline.inline"]
-        modules += ["pipeline.config", "pipeline.edit", "tasks.report", "tasks.verify.run"]
+        modules += ["pipeline.config", "pipeline.edit", "tasks.report.page", "tasks.verify.run"]
         modules += [f"tasks.work.{name}" for name in (*KINDS, "station")]
         context.set_forkserver_preload(modules)
         server = server or S3Server()
