@@ -41,8 +41,8 @@ from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
 from tasks.benchmark.machine import describe_machine
 from tasks.job import InputConfig, MethodConfig
+from tasks.training.assets.trunk import Teacher
 from tasks.training.trainer import has_bfloat16_instructions
-from tasks.training.trunk import Teacher
 from tasks.work.device import fixed_threads
 
 STEPS, TIMED_STEPS, FEW = 120, 8, 10

@@ -22,10 +22,10 @@ FITS = {
     "clcae-align": ("tasks.training.clcae_align", "FitClcaeAlignConfig"),
     "clcae": ("tasks.training.clcae", "FitClcaeConfig"),
     "refine": ("tasks.training.refine", "FitRefineConfig"),
-    "clip": ("tasks.training.clip", "FitClipConfig"),
-    "attributes": ("tasks.training.attributes", "FitAttributesConfig"),
-    "trunk": ("tasks.training.trunk", "FitTrunkConfig"),
-    "release": ("tasks.training.release", "ReleaseConfig"),
+    "clip": ("tasks.training.assets.clip", "FitClipConfig"),
+    "attributes": ("tasks.training.assets.attributes", "FitAttributesConfig"),
+    "trunk": ("tasks.training.assets.trunk", "FitTrunkConfig"),
+    "release": ("tasks.training.assets.release", "ReleaseConfig"),
 }
 """What to make -> module with `fit`, and its config."""
 DISTRIBUTED = ("generator",)

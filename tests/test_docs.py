@@ -14,9 +14,9 @@ from models.stylegan2.generator import Generator
 from pipeline.cli import app
 from pipeline.config import load_config, validated
 from tasks.directions.ways import WAYS
+from tasks.training.assets.release import ReleaseConfig
 from tasks.training.encoder import FitEncoderConfig
 from tasks.training.generator import FitGeneratorConfig
-from tasks.training.release import ReleaseConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {

@@ -125,7 +125,7 @@ def load_trunk(path: str | Path) -> tuple[PerceptualTrunk, dict[str, Any]]:
         if not file.is_file():
             raise AssetError(
                 f"perceptual trunk: {file} is missing; reinstall the package, or train one with "
-                f"tasks.training.trunk.fit and copy trunk.safetensors and trunk.json there"
+                f"tasks.training.assets.trunk.fit and copy trunk.safetensors and trunk.json there"
             )
     try:
         card = json.loads(card_path.read_text())

@@ -20,7 +20,7 @@ from models.losses.identity import Identity
 from models.losses.sface import SFace
 from models.losses.trunk import PerceptualTrunk, unit_normalise
 from models.stylegan2.generator import Generator
-from tasks.training.trunk import Teacher
+from tasks.training.assets.trunk import Teacher
 
 CODES, PSI = 192, 0.7
 """Codes that are rendered in every domain, and their truncation."""

@@ -16,11 +16,11 @@ from models.files import atomically
 from models.settings import Count, CountOrNone, NotNegative, Positive, Share
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture
-from tasks.training.trainer import PRECISIONS, DeviceConfig
+from tasks.training.trainer import PRECISIONS, BudgetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitGeneratorConfig(DeviceConfig):
+class FitGeneratorConfig(BudgetConfig):
     """Settings of one training run. Images are counted as shown to the discriminator as real.
 
     With several processes `batch` is that of each, and gradients are averaged.

@@ -35,7 +35,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """Settings of every training: what it reads and writes, for how long, on what."""
+    """Settings of every training: what it reads and writes, for how long, on what device."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -54,22 +54,17 @@ class BudgetConfig:
     time_limit_s: NotNegative = math.inf
     """Write a checkpoint and return after so many seconds; run again to go on."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceConfig(BudgetConfig):
-    """Settings of a training that runs on a GPU as well."""
-
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the convolutions while training."""
     device: str = "cpu"
     log_images: Count = 1_000
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(DeviceConfig):
+class TrainingConfig(BudgetConfig):
     """Settings of the loop, part of every encoder's config."""
 
     images: Count = 120_000

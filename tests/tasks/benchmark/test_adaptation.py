@@ -27,7 +27,7 @@ from tasks.benchmark.adaptation import (
     score_pictures,
 )
 from tasks.benchmark.adaptation_page import curve_table, domain_table, goal_table, markdown
-from tasks.training.labels import is_held_out
+from tasks.training.assets.labels import is_held_out
 from tests.conftest import make_picture
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tasks.training.captions import MEDIUM_WORDS
-from tasks.training.clip_media import FILTERS, edges, in_medium, kuwahara, luma, saturated
-from tasks.training.labels import MEDIA
+from tasks.training.assets.captions import MEDIUM_WORDS
+from tasks.training.assets.clip_media import FILTERS, edges, in_medium, kuwahara, luma, saturated
+from tasks.training.assets.labels import MEDIA
 from tasks.training.views import zoomed
 
 

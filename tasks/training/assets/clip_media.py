@@ -118,7 +118,7 @@ FILTERS: Mapping[str, Filter] = {
     "engraving": engraving,
     "mosaic": mosaic,
 }
-"""By medium (`tasks.training.labels.MEDIA`)."""
+"""By medium (`tasks.training.assets.labels.MEDIA`)."""
 
 
 def in_medium(images: Float[Tensor, "N 3 H W"], name: str) -> Float[Tensor, "N 3 H W"]:

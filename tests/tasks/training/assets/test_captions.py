@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tasks.training.captions import (
+from tasks.training.assets.captions import (
     DRAWS,
     FUNCTION_WORDS,
     MEDIUM_WORDS,
@@ -17,7 +17,7 @@ from tasks.training.captions import (
     vocabulary,
     wording,
 )
-from tasks.training.labels import MEDIA
+from tasks.training.assets.labels import MEDIA
 
 WOMAN = Subject(medium="photo", age=27, gender=1, is_smiling=True)
 SERIOUS = {word for phrase in SMILE_WORDS[0][0] + SMILE_WORDS[0][1] for word in split(phrase)}

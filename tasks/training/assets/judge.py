@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.losses.frechet import frechet_distance
-from tasks.training.trunk import Teacher
+from tasks.training.assets.trunk import Teacher
 
 MODULE = 7
 """Of SqueezeNet's `features`: the fourth fire module, 256 channels at an eighth of the input."""

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from models.encoders.contrastive import info_nce
 from models.errors import AssetError, ConfigError
 from models.losses.clip import load_clip
-from tasks.training.captions import Subject, vocabulary
-from tasks.training.clip import (
+from tasks.training.assets.captions import Subject, vocabulary
+from tasks.training.assets.clip import (
     ClipObjective,
     FitClipConfig,
     balanced_rows,
@@ -25,15 +25,15 @@ from tasks.training.clip import (
     refiltered,
     same,
 )
-from tasks.training.clip_files import build_tokenizer
-from tasks.training.clip_scores import (
+from tasks.training.assets.clip_files import build_tokenizer
+from tasks.training.assets.clip_scores import (
     age_group,
     balanced_accuracy,
     clip_scores,
     medium_directions,
     medium_prompts,
 )
-from tasks.training.labels import MEDIA, LabelledPictures, is_held_out
+from tasks.training.assets.labels import MEDIA, LabelledPictures, is_held_out
 from tests.conftest import as_png, make_picture
 from tests.tasks.training.conftest import check_half_precision
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.errors import AssetError
-from tasks.training.labels import draw_weights, is_held_out, load_labelled
+from tasks.training.assets.labels import draw_weights, is_held_out, load_labelled
 
 
 def write(path: Path, **columns: list) -> str:

@@ -2,6 +2,9 @@
 
 import json
 import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,9 +17,10 @@ from models.checkpoints.bundled import asset_path
 from models.errors import AssetError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import load_trunk
+from tasks.training.assets.trunk import FitTrunkConfig, Teacher, evaluate, fit, spearman
 from tasks.training.data import load_pictures
 from tasks.training.distortions import Distorter
-from tasks.training.trunk import FitTrunkConfig, Teacher, evaluate, fit, spearman, to_float
+from tasks.training.trainer import to_images
 
 
 @pytest.fixture(scope="module")
@@ -43,34 +47,37 @@ def config(face_bytes, tmp_path) -> FitTrunkConfig:
         teacher=str(tmp_path / "teacher.safetensors"),
         out=str(tmp_path / "straight"),
         images=12,
-        batch=2,
+        batch=4,
     )
+
+
+def card_of(weights: Path) -> dict[str, Any]:
+    return json.loads(weights.with_suffix(".json").read_text())
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(config, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    card = fit(config)
-    again = FitTrunkConfig(**{**vars(config), "out": str(tmp_path / "again"), "time_limit_s": 0.0})
-    assert fit(again) == {}
-    found: dict = {}
-    for _ in range(8):
-        found = found or fit(again)
+    straight = fit(config)
+    again = replace(config, out=str(tmp_path / "again"), time_limit_s=0.0)
+    assert fit(again).name == "checkpoint.pt"
+    found = fit(again)
+    while found.name == "checkpoint.pt":
+        found = fit(again)
     assert "resumed" in caplog.text
-    assert found["sha256"] == card["sha256"]
-    assert found["images_shown"] == card["images_shown"] >= 12
-    first = load_file(tmp_path / "straight" / "trunk.safetensors")
+    assert found.read_bytes() == straight.read_bytes()
+    assert card_of(found)["images_shown"] == card_of(straight)["images_shown"] == 12
+    first = load_file(straight)
     assert all(value.dtype == torch.float16 for value in first.values())
 
 
 def test_the_card_describes_the_file(config, tmp_path):
-    card = fit(config)
-    assert json.loads((tmp_path / "straight/trunk.json").read_text()) == card
-    trunk, loaded = load_trunk(tmp_path / "straight/trunk.safetensors")
+    trunk, loaded = load_trunk(fit(config))
+    assert loaded == card_of(tmp_path / "straight/trunk.safetensors")
     assert loaded["parameters"] == sum(p.numel() for p in trunk.parameters())
     assert loaded["scores"]["pairs"] == 9
     assert set(loaded["scores"]["by_distortion"]) >= {"blur", "warp", "blend", "low_rank"}
     assert loaded["settings"]["data"] == ["faces.parquet"]
-    assert str(tmp_path) not in json.dumps(card)
+    assert str(tmp_path) not in json.dumps(loaded)
 
 
 def test_missing_and_wrong_teacher(config, tmp_path):
@@ -82,10 +89,9 @@ def test_missing_and_wrong_teacher(config, tmp_path):
 
 
 def test_a_checkpoint_of_something_else_is_refused(config, tmp_path):
-    (tmp_path / "straight").mkdir()
-    torch.save({"trunk": {}, "heads": {}}, tmp_path / "straight/checkpoint.pt")
-    with pytest.raises(AssetError, match="not a checkpoint of this trunk"):
-        fit(config)
+    fit(replace(config, time_limit_s=0.0))
+    with pytest.raises(AssetError, match=r"it cannot be resumed.*batch was 4, is 6"):
+        fit(replace(config, batch=6))
 
 
 def test_spearman_equals_scipy():
@@ -127,7 +133,7 @@ def test_a_full_rank_reconstruction_is_exact(pictures):
 
 
 def test_the_shipped_trunk_follows_its_teacher(shared):
-    held_out = to_float(load_pictures([str(shared / "data/faces/val64-000.parquet")], 64))
+    held_out = to_images(load_pictures([str(shared / "data/faces/val64-000.parquet")], 64), "cpu")
     teacher = Teacher(shared / "weights/squeezenet1_1/squeezenet1_1_features_caffe.safetensors")
     trunk, _ = load_trunk(asset_path("trunk", "trunk.safetensors"))
     distorter = Distorter(held_out[96:])

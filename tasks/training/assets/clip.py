@@ -24,12 +24,12 @@ from models.errors import AssetError, ConfigError
 from models.losses.clip import Clip, load_clip
 from models.losses.torchvision_shim import ensure_torchvision
 from models.settings import Count, NotNegative, Positive, Several, Share
+from tasks.training.assets.captions import DRAWS, Subject, said, subject, vocabulary, wording
+from tasks.training.assets.clip_files import MEAN, STD, build_tokenizer, save_clip
+from tasks.training.assets.clip_media import FILTERS, in_medium
+from tasks.training.assets.clip_scores import clip_scores
+from tasks.training.assets.labels import MEDIA, LabelledPictures, draw_weights, load_labelled
 from tasks.training.blocks import descend
-from tasks.training.captions import DRAWS, Subject, said, subject, vocabulary, wording
-from tasks.training.clip_files import MEAN, STD, build_tokenizer, save_clip
-from tasks.training.clip_media import FILTERS, in_medium
-from tasks.training.clip_scores import clip_scores
-from tasks.training.labels import MEDIA, LabelledPictures, draw_weights, load_labelled
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
 from tasks.training.views import views, zoomed
@@ -55,7 +55,7 @@ class FitClipConfig(TrainingConfig):
     portraits: Share = 0.35
     """Share of a batch that is painted or drawn, from the files."""
     filtered: Share = 0.5
-    """Share of the photographs that a filter draws or paints (tasks/training/clip_media.py)."""
+    """Share of the photographs that a filter draws or paints (clip_media.py)."""
     zoomed: Share = 0.3
     """Share of the pictures of which a part is shown alone."""
     age_balance: Share = 0.5

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.training.judge import Judge, covered
+from tasks.training.assets.judge import Judge, covered
 
 
 def test_coverage_is_by_the_distance_to_the_third_neighbour() -> None:

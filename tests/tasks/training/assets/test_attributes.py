@@ -15,7 +15,7 @@ from models.attributes import AttributeScorer, load_attributes
 from models.checkpoints.bundled import asset_path
 from models.errors import AssetError, ConfigError
 from models.losses.trunk import load_trunk
-from tasks.training.attributes import (
+from tasks.training.assets.attributes import (
     AttributesObjective,
     FitAttributesConfig,
     _ranks,
@@ -25,7 +25,7 @@ from tasks.training.attributes import (
     correlation,
     fit,
 )
-from tasks.training.labels import load_labelled
+from tasks.training.assets.labels import load_labelled
 from tests.conftest import as_png
 from tests.tasks.training.conftest import check_half_precision
 

@@ -10,8 +10,8 @@ from safetensors.torch import save
 
 from models.losses.clip import CARD, Clip
 from models.losses.torchvision_shim import ensure_torchvision
+from tasks.training.assets.captions import FUNCTION_WORDS, vocabulary
 from tasks.training.blocks import card_settings, rounded_scores
-from tasks.training.captions import FUNCTION_WORDS, vocabulary
 from tasks.training.trainer import TrainingConfig
 
 MEAN = (0.5, 0.5, 0.5)
@@ -73,7 +73,7 @@ def save_clip(
         "terms": getattr(config, "terms", ""),
         "provenance": {
             "method": "CLIP (arXiv 2103.00020) on captions composed from labels, "
-            "tasks.training.clip",
+            "tasks.training.assets.clip",
             "images_shown": shown,
             "settings": card_settings(config, ()),
         },

@@ -22,8 +22,8 @@ from models.encoders.checkpoint import save_encoder
 from models.errors import AssetError
 from models.losses.trunk import load_trunk
 from models.settings import Count, NotNegative, Positive, Share
+from tasks.training.assets.labels import LabelledPictures, draw_weights, load_labelled
 from tasks.training.blocks import card_settings, descend, rounded_scores, settle
-from tasks.training.labels import LabelledPictures, draw_weights, load_labelled
 from tasks.training.schedules import annealed
 from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, to_images, train
 from tasks.training.views import views
@@ -136,7 +136,7 @@ class AttributesObjective(Objective):
             "hash": AttributeScorer(self.network).hash,
             "terms": config.terms,
             "provenance": {
-                "method": "tasks.training.attributes",
+                "method": "tasks.training.assets.attributes",
                 "images_shown": shown,
                 "settings": card_settings(config, ()) | {"start_from": start and Path(start).name},
             },

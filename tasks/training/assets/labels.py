@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.errors import AssetError
 from tasks.adapt.portraits import is_held_out as is_held_out
-from tasks.training.clip_media import FILTERS
+from tasks.training.assets.clip_media import FILTERS
 from tasks.training.data import load_pictures
 
 MEDIA = ("photo", "impasto", "fantasy", "illustration", *FILTERS)

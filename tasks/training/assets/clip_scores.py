@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.losses.clip import Clip
-from tasks.training.captions import MEDIUM_WORDS, Subject, subject, wording
-from tasks.training.labels import MEDIA, LabelledPictures
+from tasks.training.assets.captions import MEDIUM_WORDS, Subject, subject, wording
+from tasks.training.assets.labels import MEDIA, LabelledPictures
 from tasks.training.trainer import to_images
 
 FORMS = ("{}", "a face, {}", "{} of a face", "{} of a person", "the face of a person, {}")

@@ -23,9 +23,9 @@ from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.losses.perceptual import load_perceptual
 from models.statistics import compute_statistics, save_statistics
 from models.stylegan2.generator import Generator, weights_hash
+from tasks.training.assets.judge import Judge
 from tasks.training.data import load_pictures
 from tasks.training.generator import save_samples
-from tasks.training.judge import Judge
 
 SAMPLES = 10_000
 """Samples of W for all statistics but the anchors."""

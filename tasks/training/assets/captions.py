@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tasks.training.labels import MEDIA
+from tasks.training.assets.labels import MEDIA
 
 MEDIUM_WORDS: Mapping[str, tuple[str, ...]] = {
     medium: tuple(words.split(", "))

@@ -1,0 +1,300 @@
+"""Train the perceptual trunk by distilling a larger network: one plain, resumable `fit(config)`.
+
+The teacher is SqueezeNet v1.1 (ImageNet features, MIT), read from a file and never shipped. The
+student learns, on pairs of a picture and a distorted copy, (a) the teacher's channel-normalised
+features, through 1x1 heads that exist in training only, and (b) the teacher's perceptual distance.
+
+Legend: N batch, C channels, H W image.
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from models.errors import AssetError
+from models.losses.torchvision_shim import ensure_torchvision
+from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
+from models.settings import Count, NotNegative, Positive, Several
+from tasks.training.blocks import card_settings, descend, settle
+from tasks.training.data import load_pictures
+from tasks.training.distortions import Distorter
+from tasks.training.trainer import (
+    PRECISIONS,
+    Objective,
+    TrainingConfig,
+    draw,
+    set_up,
+    to_images,
+    train,
+)
+
+TEACHER_TAPS = (1, 4, 7, 9, 10, 11, 12)
+"""Modules of SqueezeNet v1.1 whose outputs LPIPS compares."""
+TEACHER_MEAN = (103.939, 116.779, 123.68)
+"""Caffe's mean of blue, green, red in 0..255."""
+HEADS = {1: (0,), 2: (1,), 3: (2,), 4: (3, 4, 5, 6)}
+"""Teacher taps (by place in TEACHER_TAPS) that each scale of the student regresses."""
+SIZES = (64, 64, 64, 64, 32, 48, 96, 128)
+"""Sides of training pictures, px; one is drawn for every step."""
+DISTORTED = 1500
+"""Pictures whose principal components the distortions know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTrunkConfig(TrainingConfig):
+    """Settings of one training run. Every pair counts as two images shown."""
+
+    validation: tuple[str, ...]
+    """Parquet files of held-out pictures, for the scores only."""
+    teacher: str
+    """safetensors file of SqueezeNet v1.1 features in torchvision's names (Caffe input scaling)."""
+    data_large: tuple[str, ...] = ()
+    """Parquet files read at 128 px, for steps at 96 and 128 px; without them `data` is enlarged."""
+    images: Count = 45_000
+    batch: Several = 16
+    """Pictures of a step, half of them distorted copies of the other half."""
+    learning_rate: Positive = 2e-3
+    feature_weight: NotNegative = 1.0
+    distance_weight: NotNegative = 1.0
+    checkpoint_images: Count = 4_000
+
+
+class Teacher(nn.Module):
+    """SqueezeNet v1.1 up to its last fire module, on pictures in [-1, 1].
+
+    Raises:
+        AssetError: the file is missing or holds another network.
+    """
+
+    mean: Tensor
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        ensure_torchvision()
+        from torchvision.models import squeezenet1_1
+
+        if not Path(path).is_file():
+            raise AssetError(
+                f"trunk teacher: {path} is missing; give the SqueezeNet v1.1 features as "
+                f"safetensors in torchvision's names"
+            )
+        net = squeezenet1_1(weights=None)
+        try:
+            state = {k.removeprefix("features."): v for k, v in load_file(path).items()}
+            net.features.load_state_dict(state)
+        except RuntimeError as error:
+            raise AssetError(f"trunk teacher: {path} is not SqueezeNet v1.1: {error}") from error
+        self.layers = net.features
+        self.register_buffer("mean", torch.tensor(TEACHER_MEAN)[:, None, None])
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "N 3 H W"]) -> list[Tensor]:
+        """Unit-normalised features of the seven taps, finest first."""
+        x = (images.flip(1) + 1) * 127.5 - self.mean
+        taps = []
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if index in TEACHER_TAPS:
+                taps.append(x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10))
+        return taps
+
+
+class Student(nn.Module):
+    """The trunk, and what training alone needs: heads to the teacher's features, and how much
+    larger our distance is than the teacher's."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.trunk = PerceptualTrunk()
+        with torch.no_grad():
+            taps = teacher(torch.zeros(1, 3, 64, 64))
+        widths = self.trunk.architecture.widths
+        self.heads = nn.ModuleDict(
+            {
+                f"{scale}_{tap}": nn.Conv2d(widths[scale], taps[tap].shape[1], 1)
+                for scale, group in HEADS.items()
+                for tap in group
+            }
+        )
+        self.log_ratio = nn.Parameter(torch.zeros(()))
+
+
+class TrunkObjective(Objective):
+    """The student and its optimiser, on pairs that it draws itself at several sizes."""
+
+    needs_pictures = False
+    resolution = 64
+
+    def __init__(self, config: FitTrunkConfig) -> None:
+        self.config, self.dtype = config, PRECISIONS[config.precision]
+        self.pictures = {64: load_pictures(config.data, 64)}
+        large = config.data_large
+        self.pictures[128] = load_pictures(large, 128) if large else self.pictures[64]
+        some = self.pictures[64][:: max(1, len(self.pictures[64]) // DISTORTED)]
+        self.distorter = Distorter(to_images(some, "cpu"))
+        self.held_out = to_images(load_pictures(config.validation, 64), "cpu")
+        self.teacher = Teacher(config.teacher).to(config.device)
+        self.student = Student(self.teacher).to(config.device)
+        self.optimizer = torch.optim.Adam(
+            self.student.parameters(), lr=config.learning_rate, betas=(0.9, 0.98)
+        )
+        self.parts = {"student": self.student, "optimizer": self.optimizer}
+        architecture = self.student.trunk.architecture.to_dict()
+        self.identity = {"architecture": architecture, "batch": config.batch}
+
+    def step(self, pictures: Float[Tensor, "0 3 H W"], shown: int) -> dict[str, Tensor]:
+        """One update on pairs at one random size; `pictures` is empty."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(shown / config.images)
+        size = SIZES[int(torch.randint(len(SIZES), ()))]
+        clean = draw(self.pictures[64 if size <= 64 else 128], config.batch // 2, "cpu")
+        if clean.shape[2] != size:
+            mode = "area" if size < clean.shape[2] else "bilinear"
+            clean = F.interpolate(clean, size=(size, size), mode=mode)
+        distorted = self.distorter(clean, torch.default_generator)
+        both = torch.cat([clean, distorted]).to(config.device)
+        targets = self.teacher(both)
+        with torch.autocast(both.device.type, self.dtype, enabled=self.dtype is not None):
+            taps = [tap.float() for tap in self.student.trunk(both)]
+        ours = tap_distance(*_halves([unit_normalise(tap) for tap in taps]))
+        theirs = tap_distance(*_halves(targets))
+        # Ratios matter: a small difference should be as well ordered as a large one.
+        gap = (ours + 2e-3).log() - (theirs + 2e-3).log() - self.student.log_ratio
+        losses = {"features": self._features(taps, targets), "distance": gap.square().mean()}
+        total = config.feature_weight * losses["features"]
+        total = total + config.distance_weight * losses["distance"]
+        descend(total, list(self.student.parameters()), self.optimizer)
+        return losses
+
+    @torch.no_grad()
+    def score(self, pictures: Float[Tensor, "0 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Rank correlations on pairs of the first held-out pictures; no grid."""
+        found = self._evaluated(self.held_out[: self.config.validation_images], is_detailed=False)
+        return {k: torch.tensor([v]) for k, v in found.items() if k != "pairs"}, []
+
+    def settle(self) -> None:
+        settle(self.student.trunk)
+
+    def export(self, scores: Mapping[str, float], shown: int) -> Path:
+        """Write `trunk.safetensors` (half precision) and its card `trunk.json`, with the scores of
+        all held-out pictures."""
+        config, trunk = self.config, self.student.trunk
+        path = Path(config.out) / "trunk.safetensors"
+        path.write_bytes(save({name: value.half() for name, value in trunk.state_dict().items()}))
+        settings = card_settings(config, ("teacher",))
+        settings["data_large"] = [Path(item).name for item in config.data_large]
+        card = {
+            "kind": "perceptual_trunk",
+            "column": "trunk_distance",
+            "architecture": trunk.architecture.to_dict(),
+            "parameters": sum(p.numel() for p in trunk.parameters()),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "images_shown": shown,
+            "teacher": "SqueezeNet v1.1, ImageNet features from the Caffe model (MIT)",
+            "settings": settings,
+            "scores": self._evaluated(self.held_out),
+        }
+        path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+        return path
+
+    def _evaluated(self, held_out: Tensor, is_detailed: bool = True) -> dict[str, Any]:
+        """On the CPU, where the distortions are."""
+        trunk, teacher = (copy.deepcopy(x).cpu() for x in (self.student.trunk, self.teacher))
+        return evaluate(trunk, teacher, self.distorter, held_out, is_detailed=is_detailed)
+
+    def _features(self, taps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Mean over teacher taps of the squared difference of unit vectors, 0..4."""
+        losses = []
+        for scale, group in HEADS.items():
+            for tap in group:
+                size = targets[tap].shape[2:]
+                x = F.interpolate(taps[scale], size=size, mode="bilinear", align_corners=False)
+                found = unit_normalise(self.student.heads[f"{scale}_{tap}"](x))
+                losses.append((found - targets[tap]).square().sum(1).mean())
+        return torch.stack(losses).mean()
+
+
+def fit(config: FitTrunkConfig) -> Path:
+    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
+
+    Returns:
+        `<out>/trunk.safetensors` with its card beside it, or the path of the checkpoint where
+        `time_limit_s` came first.
+
+    Raises:
+        AssetError: no pictures, no teacher, or a checkpoint of another network.
+    """
+    set_up(config)
+    return train(TrunkObjective(config), config)
+
+
+def _halves(taps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = [tap.chunk(2) for tap in taps]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _schedule(progress: float) -> float:
+    """Linear warm-up over 2 %, then half a cosine to zero."""
+    return min(progress / 0.02 + 0.05, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@torch.no_grad()
+def evaluate(
+    trunk: PerceptualTrunk,
+    teacher: Teacher,
+    distorter: Distorter,
+    held_out: Float[Tensor, "M 3 H W"],
+    seed: int = 1,
+    is_detailed: bool = True,
+) -> dict[str, Any]:
+    """Spearman correlation with the teacher's distance on held-out pairs, ours and that of MSE.
+
+    Returns:
+        `pairs`, `spearman` and `spearman_mse` over mixed distortions; where `is_detailed` the same
+        at other sizes (`at_32px`, `at_128px`, enlarged), and per kind of distortion.
+    """
+
+    def score(clean: Tensor, distorted: Tensor) -> dict[str, float]:
+        columns: list[list[Tensor]] = [[], [], []]
+        for a, b in zip(clean.split(32), distorted.split(32), strict=True):
+            columns[0].append(tap_distance(teacher(a), teacher(b)))
+            taps = [[unit_normalise(tap) for tap in trunk(x)] for x in (a, b)]
+            columns[1].append(tap_distance(*taps))
+            columns[2].append((a - b).square().mean((1, 2, 3)))
+        theirs, ours, mse = (torch.cat(column) for column in columns)
+        return {
+            "spearman": round(spearman(theirs, ours), 4),
+            "spearman_mse": round(spearman(theirs, mse), 4),
+        }
+
+    rng = torch.Generator().manual_seed(seed)
+    clean = held_out.repeat(3, 1, 1, 1)
+    scores: dict[str, Any] = {"pairs": len(clean), **score(clean, distorter(clean, rng))}
+    if not is_detailed:
+        return scores
+    for size in (32, 128):
+        resized = F.interpolate(held_out, size=(size, size), mode="bilinear", antialias=True)
+        scores[f"at_{size}px"] = score(resized, distorter(resized, rng))
+    scores["by_distortion"] = {
+        kind: score(held_out, distorter.apply(kind, held_out, rng)) for kind in distorter.kinds
+    }
+    return scores
+
+
+def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
+    """Rank correlation (no ties expected)."""
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
