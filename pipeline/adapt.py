@@ -11,7 +11,7 @@ references = "photos/impasto"
 `references` beside the tables is that of every table of pictures without its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from models.inversion.registry import METHODS, method_class
 from pipeline.config import apply_set, nearest, read_toml, validated
 from pipeline.run import local_device
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
-from tasks.adapt.job import AdaptProgress as AdaptProgress
-from tasks.adapt.job import adapt as run_job
 from tasks.job import InputConfig
 
 
@@ -69,17 +67,6 @@ def load_adapt_config(
     if "input" in tables:
         tables["input"] = validated(InputConfig, tables["input"], "input")
     return validated(AdaptConfig, tables, "")
-
-
-def adapt(
-    config: AdaptConfig, on_progress: Callable[[AdaptProgress], None] | None = None
-) -> list[Path]:
-    """Run a job, or what is left of it; the domains' folders in the config's order.
-
-    Raises:
-        ConfigError, AssetError: as `tasks.adapt.job.adapt`.
-    """
-    return run_job(config, on_progress)
 
 
 def move(name: str, domain: str, generator: str, out: str = "domains") -> Path:

@@ -136,9 +136,10 @@ def _edit(
     from models.adaptation.domain import known_domains
     from models.checkpoints.load import load_generator
     from models.editing.find import known_directions
-    from pipeline.adapt import adapt, load_adapt_config
+    from pipeline.adapt import load_adapt_config
     from pipeline.edit import Wishes, load_edit_config
     from pipeline.run import carry_out
+    from tasks.adapt.job import adapt
     from tasks.run.query import query
 
     sets = [f"steps={ADAPT_STEPS}", f"out={folder}/domains"]

@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.concurrency.sync import concurrency
 
-from pipeline.adapt import adapt, load_adapt_config
+from pipeline.adapt import load_adapt_config
 from pipeline.directions import fit_directions as fit
 from pipeline.edit import Wishes, load_edit_config
 from pipeline.flows import (
@@ -25,6 +25,7 @@ from pipeline.flows import (
 )
 from pipeline.run import Summary
 from tasks.adapt.config import AdaptConfig
+from tasks.adapt.job import adapt
 
 
 @flow(name="edit-dataset", flow_run_name=run_name)
@@ -69,7 +70,7 @@ def adapt_domain(config: str | None = None, overrides: list[str] | None = None) 
         Their folders.
 
     Raises:
-        RefineryError: as `pipeline.adapt.adapt`.
+        RefineryError: as `tasks.adapt.job.adapt`.
     """
     return learn_domains(load_adapt_config(config, overrides or []))
 

@@ -117,10 +117,10 @@ def adapt(
         images: reference pictures, a folder, Parquet or tar: 10 to 500.
         out: folder of the domains' folders; domains/ without it.
     """
-    from pipeline.adapt import adapt as adapt_domains
     from pipeline.adapt import load_adapt_config
     from pipeline.progress import adaptation_line
     from pipeline.screen import domains_table
+    from tasks.adapt.job import adapt as adapt_domains
 
     wished = _wished_domain(name, text, source_text, image, images)
     sets = [*(sets or []), *([f"out={out}"] if out else [])]

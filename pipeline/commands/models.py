@@ -177,8 +177,10 @@ def adaptation(
         run: an inversion run on whose codes the bundled directions are measured too.
         generator: a bundled name or a checkpoint.
     """
-    from pipeline.adaptation_benchmark import benchmark_adaptation
+    from pipeline.run import local_device
+    from tasks.benchmark.domains import benchmark_adaptation
 
+    logging.getLogger("tasks.benchmark").setLevel(logging.INFO)
     page = benchmark_adaptation(
         out,
         portraits=portraits,
@@ -187,7 +189,7 @@ def adaptation(
         steps=steps,
         styles=styles.split(",") if styles else None,
         run=run,
-        console=error_console,
+        device=local_device(),
     )
     console.print(str(page), highlight=False, soft_wrap=True)
     return OK

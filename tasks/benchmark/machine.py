@@ -3,6 +3,8 @@
 import datetime
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -22,3 +24,8 @@ def describe_machine() -> dict[str, str]:
         "torch": torch.__version__,
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
     }
+
+
+def command_line() -> str:
+    """What the user typed, as a page repeats it."""
+    return shlex.join(["refinery", *sys.argv[1:]])

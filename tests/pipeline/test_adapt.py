@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipeline.adapt as adapt_module
 from models.adaptation.domain import Domain, add_domains, find_domain, save_domain, without_noise
 from models.adaptation.token_sets import TokenSets
 from models.checkpoints.load import load_generator
 from models.checkpoints.native import save_generator
 from models.errors import AssetError, ConfigError
 from models.stylegan2.generator import Generator, GeneratorArchitecture, weights_hash
-from pipeline.adapt import adapt, load_adapt_config
+from pipeline.adapt import load_adapt_config
 from pipeline.cli import app
 from tests.conftest import make_tiny_generator
 
@@ -126,12 +125,6 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert config.rate(99) < 0.001
     weights = dataclasses.replace(config, form="weights", learning_rate=None)
     assert weights.peak_rate == 0.002
-
-
-def test_adapt_hands_the_job_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_adapt_config(path)
-    monkeypatch.setattr(adapt_module, "run_job", lambda c, p: [Path(d.name) for d in c.domain])
-    assert adapt(config) == [Path("ink"), Path("oil")]
 
 
 def test_the_clip_is_one_setting(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from models.errors import AssetError
 from models.losses.dlib_face import DlibFace
 from models.losses.identity import load_identity
-from pipeline.benchmark import _identity_loss
 from pipeline.cli import run_app
 from tasks.benchmark import faces
+from tasks.benchmark.inversion import identity_loss
 from tasks.run.query import query
 from tests.tasks.small_run import write_pictures
 
@@ -33,11 +33,11 @@ def benchmark(place: Path, data: Path, *options: str) -> dict:
 
 
 def test_a_method_without_a_network_has_no_note_of_a_loss(tmp_path: Path) -> None:
-    assert _identity_loss("") == ""
-    assert _identity_loss(str(tmp_path / "nothing.safetensors")) == ""
+    assert identity_loss("") == ""
+    assert identity_loss(str(tmp_path / "nothing.safetensors")) == ""
     card = {"provenance": {"settings": {"identity": "dlib"}}}
     (tmp_path / "e4e.json").write_text(json.dumps(card))
-    said = _identity_loss(str(tmp_path / "e4e.safetensors"))
+    said = identity_loss(str(tmp_path / "e4e.safetensors"))
     assert said == "e4e was trained with an identity loss (dlib)"
 
 

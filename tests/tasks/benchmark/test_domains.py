@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-import pipeline.adaptation_benchmark as module
 from models.adaptation.domain import Domain, save_domain
 from models.adaptation.token_sets import TokenSets
 from models.checkpoints.native import save_generator
 from models.errors import ConfigError
 from models.stylegan2.generator import weights_hash
-from pipeline.adaptation_benchmark import benchmark_adaptation, rows_of
 from tasks.adapt.config import AdaptConfig
 from tasks.adapt.job import AdaptProgress
+from tasks.benchmark import domains as module
 from tasks.benchmark.adaptation import make_source
+from tasks.benchmark.domains import benchmark_adaptation, rows_of
 from tests.conftest import make_picture, make_tiny_generator
 
 

@@ -1,15 +1,13 @@
-"""`refinery benchmark adaptation`: every style, guidance, rank and form, then one table of all."""
+"""Every style, guidance, rank and form of adaptation, learned and scored, then one table of all."""
 
 import itertools
 import json
 import logging
-import shlex
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from models.losses.sface import SFace, load_sface
 from models.losses.trunk import load_trunk
 from models.pictures import save_grid
 from models.stylegan2.generator import Generator
-from pipeline.adapt import adapt, load_adapt_config
-from tasks.adapt.config import DomainConfig
+from tasks.adapt.config import AdaptConfig, DomainConfig
+from tasks.adapt.job import adapt
 from tasks.adapt.portraits import Portraits, read_portraits
 from tasks.adapt.references import load_references
 from tasks.benchmark.adaptation import (
@@ -39,7 +37,7 @@ from tasks.benchmark.adaptation import (
 )
 from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
-from tasks.benchmark.machine import describe_machine
+from tasks.benchmark.machine import command_line, describe_machine
 from tasks.job import InputConfig, MethodConfig
 from tasks.training.assets.trunk import Teacher
 from tasks.training.trainer import has_bfloat16_instructions
@@ -113,7 +111,7 @@ def benchmark_adaptation(
     steps: int = STEPS,
     styles: Sequence[str] | None = None,
     run: str | None = None,
-    console: Any = None,
+    device: str = "cpu",
 ) -> Path:
     """Adapt what is not yet adapted, score everything, write adaptation.md, .json and .png.
 
@@ -147,12 +145,13 @@ def benchmark_adaptation(
     with fixed_threads(1):
         source = make_source(generator, eyes)
         scorer = DomainScorer(
+            generator=generator,
             source=source,
             eyes=eyes,
             identity=_face_network(face),
             portraits=given,
         )
-        bench = _Bench(place, generator_name, generator, portraits, scorer, steps, console)
+        bench = _Bench(place, generator_name, portraits, scorer, steps, device)
         shipped = bench.shipped()
         wanted = rows_of(chosen) if steps else []
         rows = {row.name: bench.row(row) for row in wanted}
@@ -162,7 +161,7 @@ def benchmark_adaptation(
         edits = None if run is None else run_response(run, generator, EDITS)
     result: dict[str, Any] = {
         "title": "Domain adaptation on the same portraits",
-        "command": shlex.join(["refinery", *sys.argv[1:]]),
+        "command": command_line(),
         "machine": machine,
         "generator": generator_name,
         "data": Path(portraits).name,
@@ -194,6 +193,7 @@ def _face_network(name: str | None) -> Identity | SFace | None:
 class DomainScorer:
     """What a domain is scored with."""
 
+    generator: Generator
     source: Source
     eyes: Sequence[Eye]
     identity: Identity | SFace | None
@@ -204,9 +204,9 @@ class DomainScorer:
         """Of kept scores: other networks score anew."""
         return [eye.name for eye in self.eyes] + ([self.identity.hash] if self.identity else [])
 
-    def score(self, generator: Generator, folder: Path, style: str) -> dict[str, float]:
+    def score(self, folder: Path, style: str) -> dict[str, float]:
         """Of a finished domain; without portraits of its style there is no distance to them."""
-        images = render(generator, self.source.w_plus, load_domain(folder))
+        images = render(self.generator, self.source.w_plus, load_domain(folder))
         held_out = self.portraits[style].held_out if style in self.portraits else None
         return score_pictures(images, self.source, held_out, self.eyes, self.identity)
 
@@ -218,23 +218,22 @@ class _Bench:
         self,
         place: Path,
         generator_name: str,
-        generator: Generator,
         portraits: str,
         scorer: DomainScorer,
         steps: int,
-        console: Any,
+        device: str,
     ) -> None:
-        self.place, self.generator_name, self.generator = place, generator_name, generator
-        self.portraits, self.scorer = portraits, scorer
-        self.steps, self.console = steps, console
+        self.place, self.generator_name, self.portraits = place, generator_name, portraits
+        self.scorer, self.steps, self.device = scorer, steps, device
+        self.generator = scorer.generator
 
     def shipped(self) -> dict[str, dict[str, Any]]:
         """The generator's bundled domains."""
         found = {}
         for name, folder in known_domains(self.generator, ()).items():
             card = json.loads((folder / CARD).read_text())
-            scores = self.scorer.score(self.generator, folder, card["domain"].get("style", ""))
-            self._say(f"{name}, shipped: {scores}")
+            scores = self.scorer.score(folder, card["domain"].get("style", ""))
+            logger.info("%s, shipped: %s", name, scores)
             same = {k: card[k] for k in ("seconds", "bytes", "status", "steps", "form")}
             found[name] = {**scores, **same, "guidance": card["guidance"]}
         return found
@@ -247,40 +246,38 @@ class _Bench:
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         key = [card["sha256"], *self.scorer.key]
         if known.get("key") != key:
-            known = {"key": key, **self.scorer.score(self.generator, folder, row.style)}
+            known = {"key": key, **self.scorer.score(folder, row.style)}
             kept.write_text(json.dumps(known))
         scores = {k: v for k, v in known.items() if k != "key"}
-        self._say(f"{row.name}: {scores}")
+        logger.info("%s: %s", row.name, scores)
         same = {k: card[k] for k in ("seconds", "bytes", "status", "steps", "best_step")}
         return {**scores, **same, "rank": card["settings"]["rank"], "form": card["form"]}
 
-    def _adapted(self, row: DomainRow, settings: Mapping[str, Any] | None = None) -> Path:
+    def _adapted(self, row: DomainRow) -> Path:
         """The row's domain, made now if it is not there."""
         name = row.name.replace(", ", "-").replace(" ", "-")
-        tables = self._tables([row], [name])
-        sets = {"steps": self.steps, **row.settings, **(settings or {})}
-        config = load_adapt_config(None, self._sets(sets), domains=tables)
-        return adapt(replace(config, invert=INVERT))[0]
+        return adapt(self._job([row], [name], {"steps": self.steps, **row.settings}))[0]
 
-    def _tables(self, rows: Sequence[DomainRow], names: Sequence[str]) -> list[dict[str, Any]]:
-        tables = []
+    def _job(
+        self, rows: Sequence[DomainRow], names: Sequence[str], settings: Mapping[str, Any]
+    ) -> AdaptConfig:
+        domains = []
         for row, name in zip(rows, names, strict=True):
-            table = {"name": name, **row.domain}
+            table = dict(row.domain)
             if row.references:
                 table |= {"references": self.portraits, "style": row.style}
                 table["reference_limit"] = row.references
-            tables.append(table)
-        return tables
-
-    def _sets(self, settings: Mapping[str, Any]) -> list[str]:
-        fixed = {
+            domains.append(DomainConfig(name=name, **table))
+        fixed: dict[str, Any] = {
             "generator": self.generator_name,
             "out": str(self.place / "domains"),
             "preview_every": 1000,
             "threads": 1,
             "precision": "bfloat16" if has_bfloat16_instructions() else "float32",
+            "device": self.device,
+            "invert": INVERT,
         }
-        return [f"{key}={json.dumps(value)}" for key, value in (fixed | dict(settings)).items()]
+        return AdaptConfig(domain=tuple(domains), **fixed | dict(settings))
 
     def ceiling(self, style: str) -> dict[str, float]:
         """The training portraits themselves against the held-out ones: what the few held-out
@@ -308,7 +305,6 @@ class _Bench:
     def _step_seconds(self, rows: Sequence[DomainRow], batch: int) -> float:
         """Median over the steps of a short job without scores and previews in between."""
         names = [f"timing-{index}" for index in range(len(rows))]
-        tables = self._tables(rows, names)
         place = self.place / "timing"
         sets = {
             "steps": TIMED_STEPS,
@@ -317,8 +313,7 @@ class _Bench:
             "validation_every": 1000,
         }
         moments: list[float] = []
-        config = load_adapt_config(None, self._sets(sets), domains=tables)
-        adapt(config, lambda _: moments.append(time.perf_counter()))
+        adapt(self._job(rows, names, sets), lambda _: moments.append(time.perf_counter()))
         shutil.rmtree(place, ignore_errors=True)
         steps = [b - a for a, b in itertools.pairwise(moments)]
         return statistics.median(steps[1:])
@@ -333,8 +328,3 @@ class _Bench:
             folder = self.place / "domains" / row.name.replace(", ", "-").replace(" ", "-")
             lines.append(render(self.generator, codes, load_domain(folder)))
         save_grid(torch.cat(lines), self.place / "adaptation.png", SHOWN)
-
-    def _say(self, text: str) -> None:
-        if self.console is not None:
-            self.console.print(text, highlight=False)
-        logger.info("%s", text)
