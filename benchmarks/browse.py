@@ -26,7 +26,7 @@ from models.pictures import to_bytes
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.browse.address import link
 from tasks.job import JobConfig, MethodConfig
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.run.metadata import write_metadata
@@ -75,7 +75,7 @@ def write_run(folder: Path, rows: int) -> str:
     w_plus, pictures = draw(generator)
     job = JobConfig(generator="faces64", methods=(MethodConfig(name="e4e"),))
     layout = Layout(method="e4e", metrics=METRICS, shape=w_plus.shape[1:], output=job.output)
-    declared = ledger.Declared(
+    declared = run_json.Declared(
         kind="invert",
         stages=("read", "decode", "invert", "score", "write"),
         stores_doors=True,
@@ -86,7 +86,7 @@ def write_run(folder: Path, rows: int) -> str:
     shards = -(-rows // SHARD)
     hashes = {"generator": weights_hash(generator)}
     manifest = ManifestInfo(shards, rows, rows * 4096, "00" * 32)
-    run = ledger.create_run(uri, job, manifest, hashes, "benchmark", declared)
+    run = run_json.create_run(uri, job, manifest, hashes, "benchmark", declared)
     for shard in range(shards):
         made = list(rows_of(shard, min(SHARD, rows - shard * SHARD), w_plus, pictures))
         failed = sum(row.error_kind is not None for row in made)

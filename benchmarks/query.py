@@ -34,13 +34,14 @@ from models.stylegan2.generator import weights_hash
 from tasks.benchmark.machine import describe_machine
 from tasks.catalogue.opened import open_run
 from tasks.job import JobConfig, MethodConfig, OutputConfig
-from tasks.run.ledger import Declared, RunHandle, create_run, seal, utc_now, write_marker
+from tasks.run.ledger import seal, write_marker
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.run.metadata import FOLDER, read_snapshot, write_metadata
 from tasks.run.parts import Layout, write_parts
 from tasks.run.query import query
 from tasks.run.rows import Row
+from tasks.run.run_json import Declared, RunHandle, create_run, utc_now
 from tasks.run.views import Session
 from tests.s3_proxy import s3_proxy
 from tests.s3_server import S3Server

@@ -14,7 +14,7 @@ from models.errors import ConfigError
 from models.inversion.registry import METHODS, method_class
 from tasks.job import Job, JobConfig, MethodConfig
 from tasks.run.lease import IfBusy
-from tasks.run.ledger import read_declared, read_run
+from tasks.run.run_json import read_declared, read_run
 from tasks.work.kinds import job_class
 
 T = TypeVar("T")

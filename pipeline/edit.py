@@ -27,7 +27,7 @@ from pipeline.config import (
     validated,
 )
 from tasks.edit_job import EditJobConfig, StrengthConfig, VariantConfig
-from tasks.run.ledger import read_run
+from tasks.run.run_json import read_run
 from tasks.run.source import check_has_codes
 
 MAX_VARIANTS = 64

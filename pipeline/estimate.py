@@ -24,9 +24,9 @@ from tasks.input.plan import in_words
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, ShardSpec
 from tasks.report.words import size
-from tasks.run.ledger import find_run, utc_now
 from tasks.run.manifest import plan_shards, read_shard_size
 from tasks.run.prediction import Prediction, write_prediction
+from tasks.run.run_json import find_run, utc_now
 from tasks.work.device import local_copy
 from tasks.work.probe import ProbeResult
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from pipeline.tally import TallySnapshot
 from pipeline.worker import ShardResult
-from tasks.run.ledger import utc_now
 from tasks.run.prediction import Prediction, write_prediction
+from tasks.run.run_json import utc_now
 
 
 @dataclass

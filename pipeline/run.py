@@ -24,7 +24,7 @@ from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Tally, TallySnapshot, ignore_progress
 from pipeline.worker import WorkOrder
 from tasks.job import THUMBNAIL_PX, Job
-from tasks.run import ledger, manifest
+from tasks.run import ledger, manifest, run_json
 from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
 from tasks.run.prediction import read_prediction
@@ -49,7 +49,7 @@ class Plan:
         num_samples: None where only reading tells (tars).
     """
 
-    run: ledger.RunHandle
+    run: run_json.RunHandle
     hashes: dict[str, str]
     num_shards: int
     num_samples: int | None
@@ -131,7 +131,7 @@ def plan(
         LedgerError: the directory holds another run, another driver is at work on it, or it cannot
             be written.
     """
-    begun = ledger.find_run(run_uri)
+    begun = run_json.find_run(run_uri)
     station = load_station(_as_begun(config.job, begun), "cpu")
     hashes, declared = dict(station.hashes), station.declared
     resolution = station.generator.resolution
@@ -148,7 +148,7 @@ def plan(
         shards = station_class(job.kind).plan(job, source, size, limit)
     with hold(run_uri, config.engine.if_busy):
         info = manifest.write_manifest(run_uri, shards, size)
-        run = ledger.create_run(run_uri, job, info, hashes, code_version(), declared)
+        run = run_json.create_run(run_uri, job, info, hashes, code_version(), declared)
     return Plan(
         run=run,
         hashes=hashes,
@@ -198,8 +198,8 @@ def run(
 def _run(
     run_uri: str, engine: EngineConfig, on_progress: OnProgress, redo: Mapping[int, int]
 ) -> Outcome:
-    record = ledger.read_run(run_uri)
-    handle, job = replace(ledger.open_run(run_uri), redo=redo), load_job(run_uri)
+    record = run_json.read_run(run_uri)
+    handle, job = replace(run_json.run_handle(run_uri), redo=redo), load_job(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
     commits.refuse_newer()
     for error in commits.damaged.values():
@@ -234,7 +234,7 @@ def _run(
             exported(tally, handle.run_id, engine),
         ):
             said = read_prediction(run_uri)
-            declared = ledger.declared_by(record, run_uri)
+            declared = run_json.declared_by(record, run_uri)
             memory = said.memory_bytes if said else declared.worker_bytes
             if said is None:
                 tally.listeners.append(Forecaster(run_uri))
@@ -253,7 +253,7 @@ def _run(
 
 
 def _work(
-    handle: ledger.RunHandle,
+    handle: run_json.RunHandle,
     job: Job,
     hashes: dict[str, str],
     engine: EngineConfig,

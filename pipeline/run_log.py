@@ -18,7 +18,7 @@ from typing import Any
 from models.errors import RefineryError
 from pipeline.tally import Tally, TallySnapshot
 from pipeline.worker import ShardResult
-from tasks.run.ledger import utc_now
+from tasks.run.run_json import utc_now
 from tasks.storage.files import find_bytes, join, write_bytes
 
 WRITE_INTERVAL_S = 10.0

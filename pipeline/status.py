@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pipeline.run_log import read_progress
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.lease import Driver, read_driver
 from tasks.run.manifest import read_skipped
 from tasks.run.marker import Marker
@@ -58,7 +58,7 @@ def read_status(run_uri: str) -> Status:
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
-    record = ledger.read_run(run_uri)
+    record = run_json.read_run(run_uri)
     commits = ledger.read_commits(run_uri, with_parts=True)
     markers, problems = list(commits.markers.values()), [*map(str, commits.damaged.values())]
     quarantined = ledger.read_quarantine(run_uri, commits)

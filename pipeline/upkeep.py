@@ -2,7 +2,7 @@
 
 from models.errors import ConfigError
 from pipeline import run as stages
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.compact import Compacted
 from tasks.run.compact import compact as compact_parts
 from tasks.run.lease import hold
@@ -19,7 +19,7 @@ def compact(run_uri: str, target_bytes: int) -> Compacted:
     """
     if target_bytes <= 0:
         raise ConfigError(f"target is {target_bytes} bytes; expected more than 0")
-    ledger.read_run(run_uri)
+    run_json.read_run(run_uri)
     with hold(run_uri):
         found = compact_parts(run_uri, target_bytes)
         stages.seal(run_uri)
@@ -38,7 +38,7 @@ def collect(run_uri: str, older_than_s: float) -> list[str]:
     """
     if not older_than_s >= 0:
         raise ConfigError(f"older-than is {older_than_s / 3600:g} hours; expected 0 or more")
-    ledger.read_run(run_uri)
+    run_json.read_run(run_uri)
     with hold(run_uri):
         removed = ledger.remove_orphans(run_uri, older_than_s)
         return [*removed, *remove_superseded(run_uri, older_than_s)]

@@ -24,7 +24,7 @@ from tasks.work.kinds import load_station
 
 if TYPE_CHECKING:
     from tasks.job import Job
-    from tasks.run.ledger import RunHandle
+    from tasks.run.run_json import RunHandle
     from tasks.work.station import Station
 
 logger = logging.getLogger(__name__)

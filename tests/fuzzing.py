@@ -33,11 +33,12 @@ from tasks.input.sample import RawSample
 from tasks.input.tar import landmarks_of, read_tar
 from tasks.job import InputConfig, ShardSpec
 from tasks.run.lease import hold
-from tasks.run.ledger import quarantine, seal, utc_now
+from tasks.run.ledger import quarantine, seal
 from tasks.run.manifest import read_manifest
 from tasks.run.marker import Closed
 from tasks.run.metadata import read_snapshot, write_metadata
 from tasks.run.query import ask, open_views, query
+from tasks.run.run_json import utc_now
 from tasks.run.views import Session
 from tasks.work.invert import Inverter
 from tasks.work.kinds import load_job

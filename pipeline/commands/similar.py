@@ -128,7 +128,7 @@ def duplicates(
 def _open(run: str, index: str | None, space: str | None) -> "Index":
     """The index that is meant; RUN may be one itself."""
     spare_pandas()
-    from tasks.run.ledger import read_declared
+    from tasks.run.run_json import read_declared
     from tasks.run.vectors import default_index
     from tasks.similar import open_index
 

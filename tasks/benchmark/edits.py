@@ -23,7 +23,7 @@ from models.inversion.base import Inversion
 from models.losses.perceptual import load_perceptual
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.benchmark.machine import describe_machine
-from tasks.run.ledger import read_run
+from tasks.run.run_json import read_run
 from tasks.run.stored import read_inversions
 
 STRENGTHS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)

@@ -12,7 +12,7 @@ from tasks.browse.pictures import Pictures
 from tasks.browse.runs import Card, browsed, read_card
 from tasks.browse.studio import Studio
 from tasks.browse.table import Table, read_rows
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.marker import Marker
 from tasks.run.metadata import read_snapshot
 from tasks.storage.files import is_local, local_path
@@ -37,7 +37,7 @@ class BrowsedRun:
     name: str
     uri: str
     record: dict[str, Any]
-    declared: ledger.Declared
+    declared: run_json.Declared
     markers: dict[int, Marker]
     is_sealed: bool
     table: Table
@@ -153,7 +153,7 @@ class Library:
         wanted = run.record["config"].get("source_run")
         for name, uri in self.names().items():
             try:
-                is_source = ledger.read_run(uri)["run_id"] == wanted
+                is_source = run_json.read_run(uri)["run_id"] == wanted
             except RefineryError:
                 continue
             if is_source:

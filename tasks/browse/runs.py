@@ -6,7 +6,7 @@ from pathlib import Path
 from models.errors import RefineryError
 from tasks.browse.pictures import Pictures
 from tasks.job import INPUTS
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.find import find_runs
 from tasks.storage.files import is_local, local_path
 
@@ -67,7 +67,7 @@ def read_card(name: str, run_uri: str) -> Card:
 
 
 def _card(name: str, run_uri: str) -> Card:
-    record, declared = ledger.read_run(run_uri), ledger.read_declared(run_uri)
+    record, declared = run_json.read_run(run_uri), run_json.read_declared(run_uri)
     seal, done = ledger.read_seal(run_uri), sorted(ledger.committed(run_uri))
     columns = [c for c in declared.pictures if c not in INPUTS] or list(declared.pictures)
     column = columns[0] if columns else ""

@@ -27,7 +27,8 @@ from tasks.input.align import AUTO
 from tasks.input.decode import decode
 from tasks.input.detect import MTCNN, shows_face
 from tasks.input.sample import RawSample
-from tasks.run.ledger import read_marker, read_run
+from tasks.run.ledger import read_marker
+from tasks.run.run_json import read_run
 from tasks.run.stored import check_run_generator, read_shard_inversions
 from tasks.work.device import fixed_threads, local_copy
 from tasks.work.invert import Inverter

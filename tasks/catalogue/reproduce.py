@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from models.errors import AssetError, ConfigError
-from tasks.run.ledger import open_run
 from tasks.run.manifest import read_shard_spec
 from tasks.run.metadata import Snapshot, read_snapshot
 from tasks.run.query import ask, unknown_key
 from tasks.run.rows import Row
+from tasks.run.run_json import run_handle
 from tasks.run.views import Session, open_session
 from tasks.work.attempt import Attempt
 from tasks.work.kinds import load_job, load_station
@@ -88,7 +88,7 @@ def _check_weights(snapshot: Snapshot, station: Station) -> None:
 def _again(run_uri: str, station: Station, shards: Iterable[int], key: str) -> Row:
     """The row anew, out of one of the shards whose rows lie together."""
     for shard in dict.fromkeys(shards):
-        attempt = Attempt(read_shard_spec(run_uri, shard), open_run(run_uri), station.stages)
+        attempt = Attempt(read_shard_spec(run_uri, shard), run_handle(run_uri), station.stages)
         with ThreadPoolExecutor(POOL_THREADS) as pool:
             for batch in station.read(attempt, pool):
                 if key in batch.keys:

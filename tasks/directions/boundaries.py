@@ -21,7 +21,7 @@ from models.editing.direction import Direction, save_direction
 from models.errors import ConfigError
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.run.labels import Labels, joined, read_labels
-from tasks.run.ledger import read_run
+from tasks.run.run_json import read_run
 from tasks.run.stored import read_inversions
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
-from tasks.run.ledger import read_declared, read_markers, read_run
+from tasks.run.ledger import read_markers
 from tasks.run.marker import Marker
 from tasks.run.rows import picture_suffix
+from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import exists, file_info, join, read_bytes, write_bytes
 from tasks.storage.names import file_name
 from tasks.storage.part_files import PartFile, part_errors

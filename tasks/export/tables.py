@@ -30,10 +30,11 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError
 from tasks.export.pictures import CLAIM
 from tasks.run.export import feature
-from tasks.run.ledger import read_declared, read_markers, read_run, shard_name
+from tasks.run.ledger import read_markers, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.parts import PICTURE
 from tasks.run.rows import picture_suffix
+from tasks.run.run_json import read_declared, read_run
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import is_local, join, local_path, open_write
 from tasks.storage.part_files import PartFile, part_errors

@@ -3,8 +3,9 @@
 import pyarrow as pa
 
 from tasks.report.aggregates import RANKING, Ask, quoted
-from tasks.run.ledger import read_declared, read_markers
+from tasks.run.ledger import read_markers
 from tasks.run.query import query
+from tasks.run.run_json import read_declared
 
 FAR = 6.0
 """Standard deviations above the median (as the median of absolute deviations tells them) from where

@@ -19,7 +19,7 @@ from tasks.report.edits import EditData, gather_edits
 from tasks.report.forecast import Forecast, forecast
 from tasks.report.statistics import RunStatistics, gather_statistics, other_run
 from tasks.report.timeline import Timeline, timeline
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.manifest import read_skipped
 from tasks.run.marker import Marker
 
@@ -87,7 +87,7 @@ def gather(run_uri: str, against: str | None = None) -> ReportData:
     Raises:
         LedgerError: no run at this place, or a damaged one.
     """
-    run, declared = ledger.read_run(run_uri), ledger.read_declared(run_uri)
+    run, declared = run_json.read_run(run_uri), run_json.read_declared(run_uri)
     config = run["config"]
     markers = list(ledger.read_markers(run_uri).values())
     by_kind: Counter[str] = Counter()
@@ -125,7 +125,7 @@ def gather(run_uri: str, against: str | None = None) -> ReportData:
 def _from_rows(
     run_uri: str,
     config: Mapping[str, Any],
-    declared: ledger.Declared,
+    declared: run_json.Declared,
     markers: Sequence[Marker],
     against: str | None,
 ) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from models.errors import LedgerError
-from tasks.run.ledger import utc_now
 from tasks.run.records import Count, DamagedError, Moment, NewerError, parse
+from tasks.run.run_json import utc_now
 from tasks.storage.files import (
     exists,
     find_bytes,

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 
 from models.cache import cache_folder
 from models.errors import LedgerError
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.marker import Marker
 from tasks.storage.files import file_info, join, list_files, list_times, open_write, remove
 from tasks.storage.footer import read_footer
@@ -116,7 +116,7 @@ class Snapshot:
 
     uri: str
     record: dict[str, Any]
-    declared: ledger.Declared
+    declared: run_json.Declared
     commits: ledger.Commits
     tags: dict[int, str]
     quarantined: dict[int, ledger.Quarantined]
@@ -150,7 +150,7 @@ def read_snapshot(run_uri: str) -> Snapshot:
         LedgerError: no run, a damaged marker or part, or a store that does not answer.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        record = pool.submit(ledger.read_run, run_uri)
+        record = pool.submit(run_json.read_run, run_uri)
         sealed = pool.submit(file_info, join(run_uri, "_SEALED.json"))
         failed = pool.submit(lambda: list(list_files(join(run_uri, "failed"), LedgerError)))
         files = pool.submit(lambda: list(list_files(join(run_uri, FOLDER), LedgerError)))
@@ -177,7 +177,7 @@ def read_snapshot(run_uri: str) -> Snapshot:
     snapshot = Snapshot(
         uri=run_uri,
         record=run,
-        declared=ledger.declared_by(run, run_uri),
+        declared=run_json.declared_by(run, run_uri),
         commits=commits,
         tags=tags,
         quarantined=ledger.read_quarantine(run_uri, commits) if failed.result() else {},

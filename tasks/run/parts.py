@@ -35,9 +35,10 @@ import pyarrow.parquet as pq
 
 from models.errors import ShardError
 from tasks.job import OutputConfig
-from tasks.run.ledger import RunHandle, shard_name
+from tasks.run.ledger import shard_name
 from tasks.run.marker import Part
 from tasks.run.rows import Row, picture_suffix
+from tasks.run.run_json import RunHandle
 from tasks.storage.crash import crash_point
 from tasks.storage.files import join, write_bytes
 

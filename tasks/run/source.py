@@ -10,16 +10,10 @@ import pyarrow.parquet as pq
 from models.errors import ConfigError, LedgerError, ShardError
 from tasks.input.face import Face
 from tasks.job import ShardSpec
-from tasks.run.ledger import (
-    is_whole,
-    read_declared,
-    read_finished,
-    read_generations,
-    read_run,
-    shard_name,
-)
+from tasks.run.ledger import is_whole, read_finished, read_generations, shard_name
 from tasks.run.marker import Marker
 from tasks.run.rows import Row
+from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import join
 from tasks.storage.part_files import PartFile, part_errors
 

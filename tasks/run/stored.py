@@ -22,8 +22,9 @@ from torch import Tensor
 from models.errors import AssetError, ConfigError, LedgerError
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, weights_hash
-from tasks.run.ledger import read_markers, read_run, shard_name
+from tasks.run.ledger import read_markers, shard_name
 from tasks.run.marker import Marker, Part
+from tasks.run.run_json import read_run
 from tasks.storage.files import join
 from tasks.storage.part_files import PartFile, part_errors, read_range
 

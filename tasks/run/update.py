@@ -17,9 +17,10 @@ from tasks.input.files import read_files
 from tasks.input.plan import Entry, PlannedShards, entries_etag, plan_shards
 from tasks.job import JobConfig, ShardSpec
 from tasks.run.identity import make_identity
-from tasks.run.ledger import differences, read_commits, read_run
+from tasks.run.ledger import read_commits
 from tasks.run.manifest import ManifestInfo, read_manifest
 from tasks.run.marker import Marker
+from tasks.run.run_json import differences, read_run
 from tasks.run.source import read_rows
 from tasks.storage.files import list_files
 

@@ -16,7 +16,7 @@ from models.errors import AssetError, ConfigError, SampleError
 from tasks.input.decode import decode
 from tasks.input.sample import RawSample
 from tasks.job import JobConfig
-from tasks.run.ledger import read_declared, read_run
+from tasks.run.run_json import read_declared, read_run
 from tasks.run.vectors import default_index
 from tasks.similar.index import Index
 from tasks.storage.files import read_bytes

@@ -21,13 +21,13 @@ from tasks.run.ledger import (
     Commits,
     read_commits,
     read_quarantine,
-    read_run,
     read_seal,
     shard_name,
 )
 from tasks.run.manifest import describe_manifest, read_manifest
 from tasks.run.marker import Marker
 from tasks.run.records import DamagedError
+from tasks.run.run_json import read_run
 from tasks.storage.files import join, list_files
 from tasks.verify.shard import ShardCheck, check_shard, examples
 

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import torch
 
 from tasks.job import ShardSpec
-from tasks.run.ledger import RunHandle, shard_name, utc_now, write_marker
+from tasks.run.ledger import shard_name, write_marker
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row
+from tasks.run.run_json import RunHandle, utc_now
 from tasks.storage.crash import crash_point
 from tasks.work.device import device_name, peak_memory
 from tasks.work.stopwatch import Stopwatch

@@ -26,10 +26,10 @@ from tasks.input.decode import UPRIGHT, opened, orientation
 from tasks.input.read import RawSample, read_shard
 from tasks.input.sample import is_image_name
 from tasks.job import InputConfig, OutputConfig, ShardSpec, StoredJob
-from tasks.run.ledger import read_declared, read_run
 from tasks.run.manifest import read_shard_spec
 from tasks.run.parts import Layout
 from tasks.run.rows import SUFFIX
+from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import join, write_bytes
 from tasks.storage.names import file_name
 from tasks.work.attempt import Attempt

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from models.errors import ConfigError
 from tasks.job import FILE, OutputConfig, StoredJob
-from tasks.run.ledger import Declared, read_declared, read_markers
+from tasks.run.ledger import read_markers
 from tasks.run.parts import Layout
+from tasks.run.run_json import Declared, read_declared
 from tasks.run.source import check_has_codes, source_marker
 from tasks.run.stored import StoredBatch, read_shard_inversions
 from tasks.run.vectors import Projection

@@ -66,7 +66,7 @@ def load_job(run_uri: str) -> Job:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from tasks.run.ledger import declared_by, read_run
+    from tasks.run.run_json import declared_by, read_run
 
     record = read_run(run_uri)
     kind = declared_by(record, run_uri).kind

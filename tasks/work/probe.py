@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from models.errors import ConfigError, ShardError
 from tasks.job import JobConfig, ShardSpec
-from tasks.run.ledger import RunHandle
 from tasks.run.manifest import plan_shards
 from tasks.run.marker import Marker
+from tasks.run.run_json import RunHandle
 from tasks.storage.files import join
 from tasks.work.invert import Inverter
 from tasks.work.shard import do_shard

@@ -17,8 +17,8 @@ from models.errors import ConfigError
 from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
 from tasks.job import OutputConfig, StoredJob
-from tasks.run.ledger import read_declared
 from tasks.run.parts import Layout
+from tasks.run.run_json import read_declared
 from tasks.work.device import to_images
 from tasks.work.station import Batch, Result, Score
 from tasks.work.stored_station import StoredStation

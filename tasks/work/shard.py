@@ -13,8 +13,9 @@ from functools import partial
 
 from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
-from tasks.run.ledger import RunHandle, open_shard
+from tasks.run.ledger import open_shard
 from tasks.run.marker import Marker
+from tasks.run.run_json import RunHandle
 from tasks.storage.crash import crash_point
 from tasks.work.attempt import Attempt, place_in_errors
 from tasks.work.station import Station, fill_row

@@ -26,9 +26,9 @@ from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.input.sample import RawSample
 from tasks.job import INPUTS, InputConfig, ShardSpec
-from tasks.run.ledger import Declared
 from tasks.run.parts import Layout
 from tasks.run.rows import Row, encode_picture, encode_thumbnail
+from tasks.run.run_json import Declared
 from tasks.work.attempt import Attempt
 from tasks.work.device import (
     BatchLimit,

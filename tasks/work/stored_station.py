@@ -11,7 +11,7 @@ import pyarrow as pa
 from models.errors import LedgerError
 from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
-from tasks.run.ledger import read_declared
+from tasks.run.run_json import read_declared
 from tasks.run.source import plan_source, read_rows, source_marker
 from tasks.run.stored import check_run_generator, read_shard_inversions
 from tasks.work.attempt import Attempt

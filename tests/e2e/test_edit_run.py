@@ -10,8 +10,9 @@ from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
 from pipeline.edit import Wishes, load_edit_config
 from pipeline.run import carry_out
-from tasks.run.ledger import committed, read_run
+from tasks.run.ledger import committed
 from tasks.run.query import query
+from tasks.run.run_json import read_run
 from tasks.storage.crash import POINTS
 from tests.e2e.small_dataset import NUM_SHARDS, edit_config, fingerprint, rows
 

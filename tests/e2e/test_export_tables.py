@@ -19,9 +19,9 @@ from pyiceberg.exceptions import NoSuchTableError
 from pipeline.cli import run_app
 from tasks.export import tables
 from tasks.export.tables import FORMS, Samples, export_table
-from tasks.run.ledger import read_declared
 from tasks.run.marker import Marker
 from tasks.run.query import query
+from tasks.run.run_json import read_declared
 from tests.conftest import make_tiny_generator
 from tests.tasks.coded_run import write_coded_run
 

@@ -10,10 +10,11 @@ import torch
 
 from benchmarks.official import write_e4e
 from pipeline.cli import run_app
-from tasks.run.ledger import read_declared, read_markers, read_run
+from tasks.run.ledger import read_markers
 from tasks.run.manifest import read_shard_size
 from tasks.run.prediction import read_prediction
 from tasks.run.query import query
+from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import read_bytes, write_bytes
 from tests.conftest import make_picture_bytes
 

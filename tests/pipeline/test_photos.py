@@ -13,8 +13,9 @@ from scipy.ndimage import gaussian_filter
 from models.detection import mtcnn
 from pipeline.cli import run_app
 from pipeline.demo_data import write_demo_photograph
-from tasks.run.ledger import read_declared, read_markers
+from tasks.run.ledger import read_markers
 from tasks.run.query import query
+from tasks.run.run_json import read_declared
 from tests.pipeline.photo_scenes import (
     Square,
     astronaut_square,

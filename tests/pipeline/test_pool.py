@@ -21,7 +21,7 @@ from pipeline.schedule import Failure, Schedule
 from pipeline.tally import Tally, TallySnapshot
 from pipeline.worker import ShardResult, WorkOrder
 from tasks.job import JobConfig, MethodConfig
-from tasks.run.ledger import RunHandle
+from tasks.run.run_json import RunHandle
 from tests.local_ray import shared_ray
 
 

@@ -18,7 +18,7 @@ from pipeline.config import load_config, load_stored_config, validate
 from pipeline.edit import load_edit_config
 from tasks.edit_job import EditJobConfig, VariantConfig
 from tasks.job import InputConfig, Job, JobConfig, MethodConfig, OutputConfig
-from tasks.run import ledger
+from tasks.run import run_json
 from tasks.run.manifest import ManifestInfo
 from tasks.work.kinds import KINDS, job_class, load_job
 from tasks.work.paste import PasteConfig
@@ -63,7 +63,7 @@ def sets(prefix: str, values: Mapping[str, Any]) -> list[str]:
 def kept(job: Job, folder: Path) -> Job:
     """The job as a worker reads it."""
     declared = replace(DECLARED, kind=job.kind)
-    return load_job(ledger.create_run(str(folder), job, INFO, {}, "1", declared).uri)
+    return load_job(run_json.create_run(str(folder), job, INFO, {}, "1", declared).uri)
 
 
 def plain(value: object) -> object:
@@ -154,7 +154,7 @@ def test_every_field_of_other_jobs_arrives(kind: str, source: str, tmp_path: Pat
     check(job, own)
     for name, values in inner.items():
         check(getattr(job, name), values)
-    assert (job.source, job.source_run) == (source, ledger.read_run(source)["run_id"])
+    assert (job.source, job.source_run) == (source, run_json.read_run(source)["run_id"])
 
 
 def test_the_law_sees_each_table() -> None:

@@ -13,10 +13,10 @@ from models.stylegan2.generator import Generator
 from pipeline import run as stages
 from pipeline.config import EngineConfig, RunConfig
 from tasks.job import OutputConfig
-from tasks.run.ledger import read_declared
 from tasks.run.manifest import read_manifest, read_shard_size
 from tasks.run.query import query
 from tasks.run.rows import encode_picture, encode_thumbnail
+from tasks.run.run_json import read_declared
 from tasks.work.device import auto_batch
 from tests.tasks.small_run import make_job, write_pictures
 

@@ -12,7 +12,7 @@ from pipeline.schedule import Failure, Schedule, Taken
 from pipeline.tally import Tally
 from pipeline.worker import ShardResult, WorkOrder
 from tasks.job import JobConfig, MethodConfig
-from tasks.run.ledger import RunHandle
+from tasks.run.run_json import RunHandle
 
 DONE = ShardResult(shard=7, rows=10)
 DEAD = ShardResult(shard=7, error="its worker died", failure=Failure.DEATH)

@@ -12,7 +12,7 @@ from models.checkpoints.load import load_generator
 from models.errors import ShardError
 from pipeline.cli import run_app
 from pipeline.run import verify
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.manifest import read_manifest
 from tasks.run.query import open_views
 from tasks.run.source import plan_source, source_marker
@@ -86,7 +86,7 @@ def test_shards_above_the_size_stay_as_they_are(run: str) -> None:
 
 
 def test_readers_go_on_with_what_they_began(run: str) -> None:
-    generator = load_generator(ledger.read_run(run)["config"]["generator"])
+    generator = load_generator(run_json.read_run(run)["config"]["generator"])
     batches = read_inversions(run, generator, batch=2)
     first = next(batches)
     specs = list(plan_source(run))

@@ -11,7 +11,7 @@ from pipeline.schedule import Failure
 from pipeline.worker import CUDA_EXIT_CODE, ShardWorker, WorkOrder, failed_result
 from tasks.input.sample import CorruptFileError
 from tasks.job import JobConfig, MethodConfig
-from tasks.run.ledger import RunHandle
+from tasks.run.run_json import RunHandle
 
 
 def caused(error: Exception, cause: BaseException) -> Exception:

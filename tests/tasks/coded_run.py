@@ -8,11 +8,12 @@ import numpy as np
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.job import JobConfig, MethodConfig, OutputConfig
-from tasks.run.ledger import Declared, create_run, seal, write_marker
+from tasks.run.ledger import seal, write_marker
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row
+from tasks.run.run_json import Declared, create_run
 
 METRICS = ("psnr", "nscd")
 

@@ -12,9 +12,10 @@ from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
 from models.stylegan2.tokens import kernel_channels
 from tasks.edit_job import EditJobConfig, StrengthConfig, VariantConfig
-from tasks.run.ledger import create_run, pending, read_run, seal
+from tasks.run.ledger import pending, seal
 from tasks.run.manifest import read_shard_spec, write_manifest
 from tasks.run.marker import Marker
+from tasks.run.run_json import create_run, read_run
 from tasks.run.source import plan_source
 from tasks.work.edit import Editor
 from tasks.work.invert import Inverter

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
 from tasks.job import JobConfig, MethodConfig, OutputConfig
-from tasks.run.ledger import Declared, RunHandle, create_run, pending, shard_name
+from tasks.run.ledger import pending, shard_name
 from tasks.run.manifest import plan_shards, read_shard_spec, write_manifest
 from tasks.run.marker import Marker
+from tasks.run.run_json import Declared, RunHandle, create_run
 from tasks.storage.files import join, write_bytes
 from tasks.work.invert import Inverter
 from tasks.work.shard import do_shard

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from models.errors import AssetError
+from models.errors import AssetError, ConfigError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
 from models.settings import Count, NotNegative, Positive, Several
@@ -55,8 +55,6 @@ DISTORTED = 1500
 class FitTrunkConfig(TrainingConfig):
     """Settings of one training run. Every pair counts as two images shown."""
 
-    validation: tuple[str, ...]
-    """Parquet files of held-out pictures, for the scores only."""
     teacher: str
     """safetensors file of SqueezeNet v1.1 features in torchvision's names (Caffe input scaling)."""
     data_large: tuple[str, ...] = ()
@@ -68,6 +66,13 @@ class FitTrunkConfig(TrainingConfig):
     feature_weight: NotNegative = 1.0
     distance_weight: NotNegative = 1.0
     checkpoint_images: Count = 4_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.validation:
+            raise ConfigError(
+                "validation: expected files of held-out pictures, for the card's scores"
+            )
 
 
 class Teacher(nn.Module):
@@ -212,7 +217,7 @@ class TrunkObjective(Objective):
 
     def _evaluated(self, held_out: Tensor, is_detailed: bool = True) -> dict[str, Any]:
         """On the CPU, where the distortions are."""
-        trunk, teacher = (copy.deepcopy(x).cpu() for x in (self.student.trunk, self.teacher))
+        trunk, teacher = copy.deepcopy(self.student.trunk).cpu(), copy.deepcopy(self.teacher).cpu()
         return evaluate(trunk, teacher, self.distorter, held_out, is_detailed=is_detailed)
 
     def _features(self, taps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from tasks.benchmark.edits import (
     summary,
     write_response,
 )
-from tasks.run.ledger import read_run
+from tasks.run.run_json import read_run
 from tasks.work.invert import Inverter
 from tests.tasks.small_run import begin, make_job, write_pictures
 

@@ -14,7 +14,7 @@ from pipeline.demo_data import aligned_astronaut, draw_faces
 from tasks.browse.studio import Studio
 from tasks.input.detect import has_mtcnn
 from tasks.job import JobConfig, MethodConfig
-from tasks.run import ledger
+from tasks.run import run_json
 from tasks.run.manifest import ManifestInfo
 from tests.tasks.small_run import DECLARED
 
@@ -27,7 +27,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     uri = str(tmp_path_factory.mktemp("studio") / "run")
     job = JobConfig(generator="faces64", methods=(MethodConfig(name="e4e"),), perceptual="none")
     hashes = {"generator": weights_hash(load_generator("faces64"))}
-    ledger.create_run(uri, job, ManifestInfo(1, 1, 1, "00" * 32), hashes, "test", DECLARED)
+    run_json.create_run(uri, job, ManifestInfo(1, 1, 1, "00" * 32), hashes, "test", DECLARED)
     return Studio(uri)
 
 

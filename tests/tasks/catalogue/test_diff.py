@@ -11,11 +11,12 @@ from scipy.stats import wilcoxon
 from models.errors import ConfigError
 from tasks.catalogue.diff import compare, hotelling, write_strip
 from tasks.job import JobConfig, MethodConfig, OutputConfig
-from tasks.run.ledger import Declared, create_run, write_marker
+from tasks.run.ledger import write_marker
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
 from tasks.run.rows import Row, encode_picture
+from tasks.run.run_json import Declared, create_run
 
 ROWS = 40
 

@@ -21,7 +21,7 @@ from models.errors import LedgerError
 from tasks.job import JobConfig, MethodConfig, OutputConfig
 from tasks.report import write_report
 from tasks.report.look import CSS
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker
 from tasks.run.parts import Layout, write_parts
@@ -74,7 +74,7 @@ def make_run(
     manifest = ManifestInfo(shards + given_up, None, 1000, "ab" * 32)
     declared = replace(DECLARED, pictures=job.output.pictures)
     hashes = {"generator": GENERATOR_HASH}
-    run = ledger.create_run(uri, job, manifest, hashes, "0.1.0+g123", declared)
+    run = run_json.create_run(uri, job, manifest, hashes, "0.1.0+g123", declared)
     layout = Layout(
         method="e4e+wplus",
         metrics=("mse", "psnr", "trunk_distance"),
@@ -163,7 +163,7 @@ def test_report_states_the_facts_of_the_run(tmp_path: Path) -> None:
     assert facts["Code version"] == "0.1.0+g123"
     assert facts["Generator"] == "faces64"
     assert facts["Generator sha256"] == GENERATOR_HASH
-    assert facts["Run id"] == ledger.open_run(uri).run_id
+    assert facts["Run id"] == run_json.run_handle(uri).run_id
     text = Page(html).text
     assert "Complete and sealed" in text
     assert "batch lowered from 16 to 8 (3 shards)" in text

@@ -11,8 +11,8 @@ from models.errors import LedgerError
 from tasks.edit_job import BlendConfig, EditJobConfig, StrengthConfig, VariantConfig
 from tasks.job import InputConfig, Job, JobConfig, MethodConfig, OutputConfig
 from tasks.run.identity import identity_digest, make_identity, places
-from tasks.run.ledger import create_run, read_declared, read_run
 from tasks.run.manifest import ManifestInfo
+from tasks.run.run_json import create_run, read_declared, read_run
 from tasks.work.kinds import load_job
 from tests.tasks.small_run import DECLARED
 

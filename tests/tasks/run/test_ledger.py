@@ -12,7 +12,7 @@ import pytest
 
 from models.errors import LedgerError, ShardError
 from tasks.job import InputConfig, JobConfig, MethodConfig, OutputConfig
-from tasks.run import ledger
+from tasks.run import ledger, run_json
 from tasks.run.identity import identity_digest
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker, Part
@@ -34,7 +34,7 @@ INFO = ManifestInfo(num_shards=3, num_samples=10, num_bytes=1000, sha256="m" * 6
 HASHES = {"generator": "a" * 64, "methods.0.e4e.e4e": "b" * 64}
 
 
-def create(uri: str, **changes: Any) -> ledger.RunHandle:
+def create(uri: str, **changes: Any) -> run_json.RunHandle:
     values = {
         "job": JOB,
         "manifest_info": INFO,
@@ -42,7 +42,7 @@ def create(uri: str, **changes: Any) -> ledger.RunHandle:
         "code_version": "1.0",
         "declared": DECLARED,
     }
-    return ledger.create_run(uri, **{**values, **changes})
+    return run_json.create_run(uri, **{**values, **changes})
 
 
 def make_marker(shard: int, run_id: str = "r", **changes: Any) -> Marker:
@@ -80,18 +80,18 @@ def run(tmp_path: Path) -> str:
 
 
 def test_the_same_settings_are_the_same_run(run: str) -> None:
-    first = ledger.open_run(run)
+    first = run_json.run_handle(run)
     assert create(run) == first
     assert len(first.run_id) == 16
     assert first.code_version == "1.0"
-    record = ledger.read_run(run)
+    record = run_json.read_run(run)
     assert (record["num_shards"], record["num_samples"], record["num_bytes"]) == (3, 10, 1000)
     assert record["config"]["methods"][1]["settings"] == {"steps": 20, "space": "w"}
     assert identity_digest(record) == first.run_id
 
 
 def test_the_place_is_not_part_of_the_identity(run: str, tmp_path: Path) -> None:
-    assert create(str(tmp_path / "other")).run_id == ledger.open_run(run).run_id
+    assert create(str(tmp_path / "other")).run_id == run_json.run_handle(run).run_id
 
 
 def test_another_code_version_goes_on_with_a_warning(
@@ -137,7 +137,9 @@ def test_another_run_is_refused_with_every_difference(
     with pytest.raises(LedgerError) as caught:
         create(run, **changes)
     text = str(caught.value)
-    assert text.startswith(f"{run} holds run {ledger.open_run(run).run_id}, which was made with")
+    assert text.startswith(
+        f"{run} holds run {run_json.run_handle(run).run_id}, which was made with"
+    )
     for line in lines:
         assert f"\n{line}" in text
     assert "config.generator" not in text
@@ -152,14 +154,14 @@ def test_job_comes_back(run: str) -> None:
 
 def test_no_run_here(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"no run here \(run\.json is missing\)"):
-        ledger.open_run(str(tmp_path))
+        run_json.run_handle(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"run_id": "x"}'])
 def test_damaged_run_json(run: str, text: str) -> None:
     Path(run, "run.json").write_text(text)
     with pytest.raises(LedgerError, match=r"run\.json: damaged"):
-        ledger.read_run(run)
+        run_json.read_run(run)
 
 
 def test_markers_come_back(run: str) -> None:
@@ -242,17 +244,18 @@ def test_requests(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(run, 0)
     asked: list[str] = []
 
-    def spy(name: str) -> None:
-        call = getattr(ledger, name)
+    def spy(module: Any, name: str) -> None:
+        call = getattr(module, name)
 
         def ask(uri: str, *rest: Any) -> Any:
             asked.append(f"{name} {uri.removeprefix(run)}")
             return call(uri, *rest)
 
-        monkeypatch.setattr(ledger, name, ask)
+        monkeypatch.setattr(module, name, ask)
 
     for name in ("list_files", "find_bytes", "file_info", "create_bytes"):
-        spy(name)
+        spy(ledger, name)
+    spy(run_json, "find_bytes")
     assert ledger.open_shard(run, 1) == (0, None)
     ledger.write_marker(run, make_marker(1))
     assert asked == ["find_bytes /commits/00001.json", "create_bytes /commits/00001.json"]
@@ -287,7 +290,7 @@ def test_quarantine_until_a_later_success(run: str) -> None:
     ledger.quarantine(run, 1, "tar in.tar is corrupt", attempts=3)
     entry = ledger.read_quarantine(run)[1]
     assert (entry.shard, entry.reason, entry.attempts) == (1, "tar in.tar is corrupt", 3)
-    assert entry.run_id == ledger.open_run(run).run_id
+    assert entry.run_id == run_json.run_handle(run).run_id
     assert ledger.pending(run) == [0, 1, 2]  # running again retries it
     commit(run, 1)
     assert ledger.read_quarantine(run) == {}

@@ -16,7 +16,6 @@ from pyarrow.dataset import dataset
 
 from models.errors import ShardError
 from tasks.job import OutputConfig
-from tasks.run.ledger import RunHandle
 from tasks.run.parts import (
     Layout,
     images_table,
@@ -26,6 +25,7 @@ from tasks.run.parts import (
     write_parts,
 )
 from tasks.run.rows import Row, encode_picture
+from tasks.run.run_json import RunHandle
 
 SHAPE = (6, 16)
 

@@ -14,8 +14,8 @@ import torch
 from models.errors import LedgerError
 from tasks.job import ShardSpec
 from tasks.run import compact, ledger
-from tasks.run.ledger import RunHandle
 from tasks.run.marker import Marker, Part
+from tasks.run.run_json import RunHandle
 from tasks.storage import files, once
 from tasks.work import attempt
 from tasks.work.shard import do_shard

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from models.checkpoints.bundled import asset_path
-from models.errors import AssetError
+from models.errors import AssetError, ConfigError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import load_trunk
 from tasks.training.assets.trunk import FitTrunkConfig, Teacher, evaluate, fit, spearman
@@ -92,6 +92,11 @@ def test_a_checkpoint_of_something_else_is_refused(config, tmp_path):
     fit(replace(config, time_limit_s=0.0))
     with pytest.raises(AssetError, match=r"it cannot be resumed.*batch was 4, is 6"):
         fit(replace(config, batch=6))
+
+
+def test_scores_need_pictures_held_out(config):
+    with pytest.raises(ConfigError, match="validation: expected files of held-out pictures"):
+        replace(config, validation=())
 
 
 def test_spearman_equals_scipy():
