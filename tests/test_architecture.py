@@ -89,6 +89,12 @@ def test_rooms_of_tasks_import_down_only() -> None:
         assert path.name == "__init__.py" or rooms_imported(path) == set(), path
 
 
+def test_training_does_not_know_what_it_bundles() -> None:
+    """tasks/training/assets stands on the loop, and not the loop on it."""
+    for path in (ROOT / "tasks" / "training").glob("*.py"):
+        assert "tasks.training.assets" not in path.read_text(), path
+
+
 def test_what_a_run_holds_is_read_without_torch() -> None:
     """`refinery status`, `verify` and `query` are immediate."""
     rooms = ("storage", "input", "run", "verify")
