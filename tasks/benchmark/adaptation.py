@@ -20,7 +20,7 @@ from models.losses.identity import Identity
 from models.losses.sface import SFace
 from models.losses.trunk import PerceptualTrunk, unit_normalise
 from models.stylegan2.generator import Generator
-from tasks.training.assets.trunk import Teacher
+from tasks.training.squeezenet import SqueezeNet
 
 CODES, PSI = 192, 0.7
 """Codes that are rendered in every domain, and their truncation."""
@@ -39,14 +39,14 @@ class Eye:
         network: our trunk, or the teacher.
     """
 
-    def __init__(self, network: PerceptualTrunk | Teacher) -> None:
+    def __init__(self, network: PerceptualTrunk | SqueezeNet) -> None:
         self.network = network
-        self.name = "squeezenet" if isinstance(network, Teacher) else "trunk"
+        self.name = "squeezenet" if isinstance(network, SqueezeNet) else "trunk"
 
     @torch.no_grad()
     def taps(self, images: Float[Tensor, "K 3 H W"]) -> list[Tensor]:
         """Channel-normalised activations, finest first; SqueezeNet sees pictures twice as large."""
-        if isinstance(self.network, Teacher):
+        if isinstance(self.network, SqueezeNet):
             return self.network(F.interpolate(images, scale_factor=2.0, mode="bilinear"))
         return [unit_normalise(tap) for tap in self.network(images)]
 
@@ -55,7 +55,7 @@ class Eye:
         """What the Frechet distance is taken of: activations averaged over places."""
         found = []
         for part in images.split(32):
-            if isinstance(self.network, Teacher):
+            if isinstance(self.network, SqueezeNet):
                 found.append(self.taps(part)[SQUEEZE_TAP].mean((2, 3)))
             else:
                 taps = self.network(part)[-2:]  # as models.losses.frechet

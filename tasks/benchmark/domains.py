@@ -39,7 +39,7 @@ from tasks.benchmark.adaptation_page import markdown
 from tasks.benchmark.edits import run_response
 from tasks.benchmark.machine import command_line, describe_machine
 from tasks.job import InputConfig, MethodConfig
-from tasks.training.assets.trunk import Teacher
+from tasks.training.squeezenet import SqueezeNet
 from tasks.training.trainer import has_bfloat16_instructions
 from tasks.work.device import fixed_threads
 
@@ -140,7 +140,7 @@ def benchmark_adaptation(
         raise ConfigError(f"styles: {unknown} are not in {portraits}; it has {sorted(given)}")
     eyes = [Eye(load_trunk(asset_path("trunk", "trunk.safetensors"))[0])]
     if squeezenet := networks.get("squeezenet"):
-        eyes.append(Eye(Teacher(squeezenet)))
+        eyes.append(Eye(SqueezeNet(squeezenet)))
     face = networks.get("identity")
     with fixed_threads(1):
         source = make_source(generator, eyes)

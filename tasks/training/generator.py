@@ -2,8 +2,8 @@
 
 Non-saturating loss, lazy R1, lazy path-length regularisation, EMA, adaptive discriminator
 augmentation (StyleGAN2, arXiv 1912.04958; ADA, arXiv 2006.06676), or R3GAN's relativistic loss with
-R1 and R2 (arXiv 2501.05441). One batch of fakes serves the losses of both networks, which are
-updated together: a pass of each network fewer a step.
+R1 and R2 (arXiv 2501.05441); a second discriminator where asked (arXiv 2112.09130). One batch of
+fakes serves the losses of all networks, which are updated together: a pass of each fewer a step.
 
 Legend: N batch, H W image.
 """
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from models.adaptation.adversary import discriminator_loss, generator_loss
 from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.stylegan2.augment import adjusted_strength, augment
 from models.stylegan2.discriminator import Discriminator
@@ -195,8 +196,8 @@ class GeneratorTraining:
         state, config = self.state, self.config
         g, d = state.g, state.d
         real = self._real()
-        fake = g.synthesis(self._codes(config.batch), noise=self._noise)
-        logits_fake, logits_real = d(self._augmented(fake)), d(real)
+        fake = self._augmented(g.synthesis(self._codes(config.batch), noise=self._noise))
+        logits_fake, logits_real = d(fake), d(real)
         if config.loss == "logistic":
             loss_g = F.softplus(-logits_fake).mean()
             loss_d = F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
@@ -204,12 +205,20 @@ class GeneratorTraining:
         else:
             told_apart = logits_real - logits_fake
             loss_g, loss_d = F.softplus(told_apart).mean(), F.softplus(-told_apart).mean()
+        found = {"loss_g": loss_g.detach(), "loss_d": loss_d.detach()}
+        if state.second is not None and state.optimizer_second is not None:
+            seen_fake, seen_real = state.second(fake), state.second(real)
+            loss_second = discriminator_loss(seen_real, seen_fake)
+            loss_g = loss_g + config.vision_weight * generator_loss(seen_fake).mean()
+            _set_gradients(state.second.heads.parameters(), loss_second, retain_graph=True)
+            found["loss_second"] = loss_second.detach()
         _set_gradients(g.parameters(), loss_g, retain_graph=True)
         _set_gradients(d.parameters(), loss_d)
-        _step(state.optimizer_g)
-        _step(state.optimizer_d)
+        for optimizer in (state.optimizer_g, state.optimizer_d, state.optimizer_second):
+            if optimizer is not None:
+                _step(optimizer)
         state.real_sign.add_(told_apart.detach().sign().mean() / ADA_INTERVAL)
-        return {"loss_g": loss_g.detach(), "loss_d": loss_d.detach()}
+        return found
 
     def _update_gradient_penalty(self) -> dict[str, Tensor]:
         """Lazy R1, and for the relativistic loss R2 too."""

@@ -17,6 +17,7 @@ from models.settings import Count, CountOrNone, NotNegative, Positive, Share
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture
 from tasks.training.trainer import PRECISIONS, BudgetConfig
+from tasks.training.vision import VisionDiscriminator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class FitGeneratorConfig(BudgetConfig):
     loss: Literal["logistic", "relativistic"] = "logistic"
     """"logistic" is StyleGAN2's non-saturating loss with R1. "relativistic" compares each fake with
     a real picture of the batch, with R1 and R2 (R3GAN, arXiv 2501.05441)."""
+    vision: str | None = None
+    """File of SqueezeNet v1.1's features, in torchvision's names: a second discriminator looks with
+    them (vision-aided training, arXiv 2112.09130). None trains without one."""
+    vision_weight: NotNegative = 1.0
+    """Weight of what the second discriminator says in the generator's loss."""
     has_noise: bool = True
     """Feed noise to the 3x3 layers. Where it is off their strengths stay 0, and "const", "random"
     and "none" render alike, as in StyleGAN3; at small sizes noise becomes grain."""
@@ -97,6 +103,12 @@ class GeneratorState:
         self.ema.requires_grad_(False)
         self.optimizer_g = _adam(self.g, config.learning_rate, config.path_length_interval)
         self.optimizer_d = _adam(self.d, config.learning_rate, config.r1_interval)
+        self.second: VisionDiscriminator | None = None
+        self.optimizer_second: torch.optim.Optimizer | None = None
+        if config.vision:
+            self.second = VisionDiscriminator(config.vision, PRECISIONS[config.precision])
+            self.second.to(config.device)
+            self.optimizer_second = _adam(self.second.heads, config.learning_rate, 0)
         self.images = 0
         self.step = 0
         # What a recorded step reads and changes, in place: tensors [] on the device.
@@ -119,6 +131,9 @@ class GeneratorState:
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        if self.second is not None and self.optimizer_second is not None:
+            saved["second"] = self.second.heads.state_dict()
+            saved["optimizer_second"] = self.optimizer_second.state_dict()
         with atomically(path) as file:
             torch.save(saved, file)
 
@@ -132,10 +147,15 @@ class GeneratorState:
         self.g.load_state_dict(saved["g"])
         self.d.load_state_dict(saved["d"])
         self.ema.load_state_dict(saved["g_ema"])
-        for optimizer, key in (
-            (self.optimizer_g, "optimizer_g"),
-            (self.optimizer_d, "optimizer_d"),
-        ):
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            "optimizer_g": self.optimizer_g,
+            "optimizer_d": self.optimizer_d,
+        }
+        # A run may take a second discriminator on at any time.
+        if self.second is not None and self.optimizer_second is not None and "second" in saved:
+            self.second.heads.load_state_dict(saved["second"])
+            optimizers["optimizer_second"] = self.optimizer_second
+        for key, optimizer in optimizers.items():
             for group in saved[key]["param_groups"]:  # of the machine that wrote it
                 group["capturable"] = _is_cuda(device)
             optimizer.load_state_dict(saved[key])

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.losses.frechet import frechet_distance
-from tasks.training.assets.trunk import Teacher
+from tasks.training.squeezenet import SqueezeNet
 
 MODULE = 7
 """Of SqueezeNet's `features`: the fourth fire module, 256 channels at an eighth of the input."""
@@ -50,7 +50,7 @@ class Judge:
     """
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        self.network, self.device = Teacher(path).to(device), device
+        self.network, self.device = SqueezeNet(path).to(device), device
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from models.errors import AssetError, ConfigError
-from models.losses.torchvision_shim import ensure_torchvision
+from models.errors import ConfigError
 from models.losses.trunk import PerceptualTrunk, tap_distance, unit_normalise
 from models.settings import Count, NotNegative, Positive, Several
 from tasks.training.blocks import card_settings, descend, settle
 from tasks.training.data import load_pictures
 from tasks.training.distortions import Distorter
+from tasks.training.squeezenet import SqueezeNet
 from tasks.training.trainer import (
     PRECISIONS,
     Objective,
@@ -39,12 +39,9 @@ from tasks.training.trainer import (
     train,
 )
 
-TEACHER_TAPS = (1, 4, 7, 9, 10, 11, 12)
-"""Modules of SqueezeNet v1.1 whose outputs LPIPS compares."""
-TEACHER_MEAN = (103.939, 116.779, 123.68)
-"""Caffe's mean of blue, green, red in 0..255."""
 HEADS = {1: (0,), 2: (1,), 3: (2,), 4: (3, 4, 5, 6)}
-"""Teacher taps (by place in TEACHER_TAPS) that each scale of the student regresses."""
+"""Teacher taps (by place in `tasks.training.squeezenet.TAPS`) that each scale of the student
+regresses."""
 SIZES = (64, 64, 64, 64, 32, 48, 96, 128)
 """Sides of training pictures, px; one is drawn for every step."""
 DISTORTED = 1500
@@ -75,52 +72,11 @@ class FitTrunkConfig(TrainingConfig):
             )
 
 
-class Teacher(nn.Module):
-    """SqueezeNet v1.1 up to its last fire module, on pictures in [-1, 1].
-
-    Raises:
-        AssetError: the file is missing or holds another network.
-    """
-
-    mean: Tensor
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        ensure_torchvision()
-        from torchvision.models import squeezenet1_1
-
-        if not Path(path).is_file():
-            raise AssetError(
-                f"trunk teacher: {path} is missing; give the SqueezeNet v1.1 features as "
-                f"safetensors in torchvision's names"
-            )
-        net = squeezenet1_1(weights=None)
-        try:
-            state = {k.removeprefix("features."): v for k, v in load_file(path).items()}
-            net.features.load_state_dict(state)
-        except RuntimeError as error:
-            raise AssetError(f"trunk teacher: {path} is not SqueezeNet v1.1: {error}") from error
-        self.layers = net.features
-        self.register_buffer("mean", torch.tensor(TEACHER_MEAN)[:, None, None])
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, images: Float[Tensor, "N 3 H W"]) -> list[Tensor]:
-        """Unit-normalised features of the seven taps, finest first."""
-        x = (images.flip(1) + 1) * 127.5 - self.mean
-        taps = []
-        for index, layer in enumerate(self.layers):
-            x = layer(x)
-            if index in TEACHER_TAPS:
-                taps.append(x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10))
-        return taps
-
-
 class Student(nn.Module):
     """The trunk, and what training alone needs: heads to the teacher's features, and how much
     larger our distance is than the teacher's."""
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: SqueezeNet) -> None:
         super().__init__()
         self.trunk = PerceptualTrunk()
         with torch.no_grad():
@@ -150,7 +106,7 @@ class TrunkObjective(Objective):
         some = self.pictures[64][:: max(1, len(self.pictures[64]) // DISTORTED)]
         self.distorter = Distorter(to_images(some, "cpu"))
         self.held_out = to_images(load_pictures(config.validation, 64), "cpu")
-        self.teacher = Teacher(config.teacher).to(config.device)
+        self.teacher = SqueezeNet(config.teacher).to(config.device)
         self.student = Student(self.teacher).to(config.device)
         self.optimizer = torch.optim.Adam(
             self.student.parameters(), lr=config.learning_rate, betas=(0.9, 0.98)
@@ -259,7 +215,7 @@ def _schedule(progress: float) -> float:
 @torch.no_grad()
 def evaluate(
     trunk: PerceptualTrunk,
-    teacher: Teacher,
+    teacher: SqueezeNet,
     distorter: Distorter,
     held_out: Float[Tensor, "M 3 H W"],
     seed: int = 1,

@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from models.errors import AssetError, ConfigError
+from models.losses.torchvision_shim import ensure_torchvision
 from models.stylegan2.resample import upsample2x
+from tasks.training.data import load_pictures
 from tasks.training.generator import GeneratorTraining, fit
 from tasks.training.generator_state import FitGeneratorConfig, GeneratorState
 
@@ -33,6 +36,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str]:
         encoded.append(buffer.getvalue())
     pq.write_table(pa.table({"image": encoded}), path)
     return (str(path),)
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SqueezeNet with random weights."""
+    ensure_torchvision()
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("eyes") / "eyes.safetensors"
+    save_file(squeezenet1_1(weights=None).features.state_dict(), path)
+    return str(path)
 
 
 def config(data: tuple[str], out: Path, **changes: object) -> FitGeneratorConfig:
@@ -61,14 +76,16 @@ def load(path: Path) -> dict[str, object]:
     return torch.load(path, weights_only=True)
 
 
-def test_resume_is_exact(data: tuple[str], tmp_path: Path) -> None:
-    whole = load(fit(config(data, tmp_path / "whole")))
-    halves = config(data, tmp_path / "halves", images=32)
+@pytest.mark.parametrize("is_aided", [False, True])
+def test_resume_is_exact(data: tuple[str], eyes: str, tmp_path: Path, is_aided: bool) -> None:
+    vision = eyes if is_aided else None
+    whole = load(fit(config(data, tmp_path / "whole", vision=vision)))
+    halves = config(data, tmp_path / "halves", images=32, vision=vision)
     fit(halves)
     resumed = load(fit(replace(halves, images=64)))
     assert resumed["images"] == whole["images"] == 64
     assert resumed["ada_p"] == whole["ada_p"]
-    for part in ("g", "d", "g_ema"):
+    for part in ("g", "d", "g_ema", *(["second"] if is_aided else [])):
         for name, value in whole[part].items():
             torch.testing.assert_close(
                 resumed[part][name], value, rtol=0, atol=0, equal_nan=True, msg=name
@@ -179,3 +196,34 @@ def test_the_logistic_loss_has_no_penalty_of_fakes(data: tuple[str], tmp_path: P
     losses = GeneratorTraining(GeneratorState(settings), settings, pictures).step()
     assert "r1" in losses
     assert "r2" not in losses
+
+
+# ---------------------------------------------------------------------- a second discriminator
+
+
+def test_it_learns_and_pulls_the_generator_by_its_weight(
+    data: tuple[str], eyes: str, tmp_path: Path
+) -> None:
+    def training(**changes: object) -> GeneratorTraining:
+        settings = config(data, tmp_path, ada_images=0, **changes)
+        torch.manual_seed(0)
+        state = GeneratorState(settings)
+        torch.manual_seed(1)  # one more network has drawn its weights
+        return GeneratorTraining(state, settings, load_pictures(data, 16))
+
+    def generator_after(made: GeneratorTraining) -> torch.Tensor:
+        made.step()
+        return torch.cat([p.detach().flatten() for p in made.state.g.parameters()])
+
+    alone = generator_after(training())
+    ignored = generator_after(training(vision=eyes, vision_weight=0.0))
+    heard = training(vision=eyes, vision_weight=1.0)
+    assert torch.equal(alone, ignored)
+    assert float((generator_after(heard) - alone).abs().max()) > 1e-4
+    losses = [float(heard.step()["loss_second"]) for _ in range(40)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_second_discriminator_needs_its_file(data: tuple[str], tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match=r"nothing\.safetensors is missing"):
+        fit(config(data, tmp_path, vision=str(tmp_path / "nothing.safetensors")))

@@ -17,9 +17,10 @@ from models.checkpoints.bundled import asset_path
 from models.errors import AssetError, ConfigError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import load_trunk
-from tasks.training.assets.trunk import FitTrunkConfig, Teacher, evaluate, fit, spearman
+from tasks.training.assets.trunk import FitTrunkConfig, evaluate, fit, spearman
 from tasks.training.data import load_pictures
 from tasks.training.distortions import Distorter
+from tasks.training.squeezenet import SqueezeNet
 from tasks.training.trainer import to_images
 
 
@@ -82,10 +83,10 @@ def test_the_card_describes_the_file(config, tmp_path):
 
 def test_missing_and_wrong_teacher(config, tmp_path):
     with pytest.raises(AssetError, match=r"nothing\.safetensors is missing"):
-        Teacher(tmp_path / "nothing.safetensors")
+        SqueezeNet(tmp_path / "nothing.safetensors")
     save_file({"features.0.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
     with pytest.raises(AssetError, match=r"is not SqueezeNet v1\.1"):
-        Teacher(tmp_path / "wrong.safetensors")
+        SqueezeNet(tmp_path / "wrong.safetensors")
 
 
 def test_a_checkpoint_of_something_else_is_refused(config, tmp_path):
@@ -139,7 +140,7 @@ def test_a_full_rank_reconstruction_is_exact(pictures):
 
 def test_the_shipped_trunk_follows_its_teacher(shared):
     held_out = to_images(load_pictures([str(shared / "data/faces/val64-000.parquet")], 64), "cpu")
-    teacher = Teacher(shared / "weights/squeezenet1_1/squeezenet1_1_features_caffe.safetensors")
+    teacher = SqueezeNet(shared / "weights/squeezenet1_1/squeezenet1_1_features_caffe.safetensors")
     trunk, _ = load_trunk(asset_path("trunk", "trunk.safetensors"))
     distorter = Distorter(held_out[96:])
     scores = evaluate(trunk, teacher, distorter, held_out[:32], seed=5, is_detailed=False)
