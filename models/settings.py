@@ -78,7 +78,7 @@ def _rules(cls: type) -> list[tuple[str, _Rule]]:
 
 
 def _fields(cls: type) -> dict[str, Any]:
-    return cls.__dataclass_fields__  # type: ignore[attr-defined, no-any-return]
+    return cls.__dataclass_fields__
 
 
 def _rule(hint: Any) -> _Rule | None:

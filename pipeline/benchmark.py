@@ -11,6 +11,7 @@ from pipeline.progress import progress_line
 from pipeline.run import plan, run, seal
 from tasks.benchmark.chains import Chain, chosen_chains
 from tasks.benchmark.inversion import InversionTable
+from tasks.job import JobConfig
 
 BATCH, ACTORS = 16, 2
 
@@ -58,7 +59,7 @@ def benchmark_inversion(
 
 def _config(
     chain: Chain, table: InversionTable, weights: str | None, engine: str
-) -> RunConfig | None:
+) -> RunConfig[JobConfig] | None:
     """The run of a chain; None, and a line of the table, where it cannot be."""
     methods = []
     for link in chain.links:

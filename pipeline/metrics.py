@@ -76,7 +76,7 @@ class ExporterSink:
 
     def add(self, name: str, value: float, labels: dict[str, str]) -> None:
         found = self._metrics[name].labels(**labels)
-        found.inc(value) if METRICS[name].kind == "counter" else found.set(value)  # type: ignore[union-attr]
+        found.inc(value) if METRICS[name].kind == "counter" else found.set(value)
 
     def close(self) -> None:
         self._server.shutdown()

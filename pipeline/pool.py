@@ -292,7 +292,7 @@ class Pool:
         taken, since = slot.in_flight.pop(ref)
         result: ShardResult
         try:
-            result = ray.get(ref)  # type: ignore[assignment]
+            result = ray.get(ref)
         except RayTaskError as error:
             result = failed_result(taken.shard, _cause(error))
         except RayError as error:

@@ -207,7 +207,7 @@ class _Values(nn.Module):
         super().__init__()
         self._values = dict(values)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return self._values
 
 

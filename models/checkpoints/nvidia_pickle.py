@@ -103,7 +103,7 @@ def read_network_pickle(path: Path) -> Any:
         return _InertUnpickler(file, path).load()
 
 
-class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _InertUnpickler(pickle._Unpickler):
     """A pickle machine that can reach the allow-list and nothing else, and whose keys are plain: a
     few hundred bytes make a tuple of tuples that takes years to hash."""
 

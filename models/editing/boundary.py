@@ -75,7 +75,7 @@ def _minimise(objective: Callable[[Tensor, Tensor], Tensor], size: int) -> Float
         value.backward()
         return value
 
-    optimiser.step(closure)  # type: ignore[arg-type]
+    optimiser.step(closure)
     return slope.detach()
 
 

@@ -232,7 +232,7 @@ class ClcaeEncoder(PyramidEncoder):
     def __init__(self, architecture: ClcaeArchitecture) -> None:
         arch = architecture
         super().__init__(arch)  # type: ignore[arg-type]
-        self.architecture = arch  # type: ignore[assignment]
+        self.architecture = arch
         self.styles_others = self.styles[1:]
         self.styles = self.styles[:1]
         self.cross_attention = nn.ModuleList(
@@ -276,7 +276,7 @@ class ClcaeEncoder(PyramidEncoder):
             keys = rows if self._is_real else rows[:, index : index + 1]
             found.append(block(query, keys))
         refined = torch.cat(found, 1)
-        return refined + query if self.architecture.form == "norm" else refined  # type: ignore[union-attr]
+        return refined + query if self.architecture.form == "norm" else refined
 
     def _features(
         self, finest: Float[Tensor, "N C H W"], base: Tensor, w_plus: Tensor
@@ -287,7 +287,7 @@ class ClcaeEncoder(PyramidEncoder):
 
     @property
     def _is_real(self) -> bool:
-        return self.architecture.attention == "all"  # type: ignore[union-attr]
+        return self.architecture.attention == "all"
 
     def _start_rows(self, arch: ClcaeArchitecture) -> None:
         """What the rows of w+ are before training: b (norm form, no offset), or e4e's b + delta."""

@@ -37,7 +37,7 @@ def method_class(name: str) -> "type[Method]":
             f"method {name!r} is unknown; known methods: {', '.join(sorted(METHODS))}"
         )
     module, attribute = METHODS[name].split(":")
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load_method(name: str, generator: "Generator", **config: Any) -> "Method":

@@ -267,7 +267,7 @@ def _folded(
         d = styles.new_full((styles.shape[0], weight.shape[0]), gain)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or styles.requires_grad)
     if needs_grad and residual is None and not weight.requires_grad:
-        return _FoldedConv.apply(x, weight, styles, d, up)  # type: ignore[no-any-return]
+        return _FoldedConv.apply(x, weight, styles, d, up)
     kernel = weight[None] * styles[:, None, :, None, None]
     if torch.is_grad_enabled() and (kernel.requires_grad or d.requires_grad or residual):
         if residual is not None:

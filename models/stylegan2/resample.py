@@ -64,7 +64,7 @@ def blur(
     x: Float[Tensor, "N C H W"], padding: int, gain: float = 1.0, stride: int = 1
 ) -> Float[Tensor, "N C h w"]:
     """Low-pass filter with symmetric zero padding; `stride=2` computes only what is kept."""
-    return _Blur.apply(x, padding, gain, stride)  # type: ignore[no-any-return]
+    return _Blur.apply(x, padding, gain, stride)
 
 
 class _Blur(torch.autograd.Function):

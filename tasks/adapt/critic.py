@@ -3,6 +3,8 @@
 Legend: B pictures, M references, H W image.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -67,6 +69,6 @@ class Critic:
     def state(self) -> dict[str, object]:
         return {"critic": self.heads.state_dict(), "adam": self.adam.state_dict()}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         self.heads.load_state_dict(state["critic"])
         self.adam.load_state_dict(state["adam"])

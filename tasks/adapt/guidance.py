@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +196,7 @@ class Guide:
         found: dict[str, object] = {"rng": self.rng.get_state()}
         return found if self.critic is None else found | self.critic.state()
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         self.rng.set_state(state["rng"])
         if self.critic is not None:
             self.critic.restore(state)

@@ -189,7 +189,7 @@ class Descent:
     def _source(self, w_plus: Float[Tensor, "B L D"]) -> Float[Tensor, "B 3 H W"]:
         return self.generator.synthesis(w_plus, self.config.noise)
 
-    def _precision(self) -> AbstractContextManager:
+    def _precision(self) -> AbstractContextManager[Any]:
         device = self.generator.latent_avg.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 

@@ -163,7 +163,7 @@ def drift_outside(
 @torch.no_grad()
 def score_run(
     run_uri: str, judges: Instruments, inverter: Inverter, has_reencoder: bool, kept: float = 1.0
-) -> dict:
+) -> dict[str, Any]:
     """Everything that the table says of one chain. See docs/benchmark.md for the definitions."""
     stored = read_stored(run_uri, judges.generator, kept)
     found: dict[str, object] = {"pictures": len(stored.inputs), **column_means(run_uri)}

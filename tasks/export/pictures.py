@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -108,7 +109,7 @@ def _write(uri: str, data: bytes) -> bool:
     return True
 
 
-def _rows(run_uri: str, marker: Marker, names: Sequence[str]) -> Iterator[list[dict]]:
+def _rows(run_uri: str, marker: Marker, names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
     """Rows of a shard's pictures, a row group at a time."""
     part = marker.parts.get("images")
     if part is None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -158,7 +159,7 @@ def _open(run_uri: str) -> Samples:
     return Samples(uri=run_uri, markers=markers, picture_format=stored)
 
 
-def _claimed(folder: Path) -> dict | None:
+def _claimed(folder: Path) -> dict[str, Any] | None:
     """What an export has said of its folder."""
     path = folder / CLAIM
     try:

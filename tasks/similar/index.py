@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -90,7 +91,7 @@ def _command(index_uri: str, run_uri: str) -> str:
     return f"refinery index {run_uri} --space {rest.removeprefix('-')}"
 
 
-def _check_source(index_uri: str, record: dict, run_uri: str) -> None:
+def _check_source(index_uri: str, record: dict[str, Any], run_uri: str) -> None:
     run = read_run(run_uri)
     advice = f"give the index of this run, or make it: refinery index {run_uri}"
     made_with, given = (each["weights"].get("generator") for each in (record, run))

@@ -5,6 +5,7 @@ Legend: M pictures, H W image.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,6 +114,6 @@ def _held_out(table: pa.Table) -> list[bool]:
     return [is_held_out(name) for name in table["id"].to_pylist()]
 
 
-def _column(table: pa.Table, name: str, default: object) -> list:
+def _column(table: pa.Table, name: str, default: object) -> list[Any]:
     """A column's values, or the default for every row of a file without it."""
     return table[name].to_pylist() if name in table.schema.names else [default] * table.num_rows
