@@ -43,7 +43,7 @@ def compared(said: Prediction, markers: Sequence[Marker]) -> tuple[Forecast, ...
     taken = sum(part.bytes for marker in markers for part in marker.parts.values())
     memory = max(marker.memory_bytes for marker in markers)
     figures = [
-        ("time", duration, said.seconds, timeline(markers).seconds),
+        ("time", duration, said.seconds, timeline(markers).at_work_s),
         ("disk", size, said.bytes, taken),
         ("memory of a worker", size, said.memory_bytes, memory),
     ]

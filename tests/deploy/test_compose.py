@@ -78,7 +78,8 @@ def test_a_dead_night_does_not_keep_its_slot(services: dict[str, Any]) -> None:
     for automation in automations:
         # Even where the server died before it kept what it had said itself, the living are heard.
         assert "prefect.flow-run.heartbeat" in automation["trigger"]["expect"]
-        assert automation["trigger"]["within"] >= 120 + 2 * max(beats)
+    (dead,) = (a for a in automations if a["name"] == "end-dead-runs")
+    assert dead["trigger"]["within"] >= 120 + 3 * max(beats)  # a server away for two minutes
     for env in environments:  # Prefect waits 2^n s, and a fifth, before try n + 1
         assert 1.2 * 2 ** int(env["PREFECT_CLIENT_MAX_RETRIES"]) < COME_BACK_S
 
