@@ -21,7 +21,7 @@ def test_counts_bytes_and_speeds(
     inverter.work = lambda batch: (sizes.append(len(batch)), original(batch))[1]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = sorted(tmp_path.iterdir())
-    found = probe(job, str(folder), 6, "cpu", inverter=inverter)
+    found = probe(job, str(folder), 6, "cpu", 256, inverter=inverter)
     assert sizes == [3, 3, 3]  # a warm-up batch, then six pictures
     assert (found.num_images, found.num_failed, found.device) == (6, 0, "cpu")
     assert sorted(tmp_path.iterdir()) == before
@@ -41,7 +41,7 @@ def test_more_pictures_asked_for_than_there_are(
     job: JobConfig, tmp_path: Path, face_bytes: list[bytes]
 ) -> None:
     folder = write_pictures(tmp_path / "in", face_bytes[:2])
-    found = probe(job, str(folder), 100, "cpu")
+    found = probe(job, str(folder), 100, "cpu", 256)
     assert (found.num_images, found.num_failed) == (3, 1)
 
 
@@ -49,9 +49,9 @@ def test_nothing_to_probe(job: JobConfig, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     inverter = Inverter(job, "cpu")
     with pytest.raises(ConfigError, match="no pictures in"):
-        probe(job, str(tmp_path / "in"), 4, "cpu", inverter=inverter)
+        probe(job, str(tmp_path / "in"), 4, "cpu", 256, inverter=inverter)
     with pytest.raises(ConfigError, match="at least one picture"):
-        probe(job, str(tmp_path / "in"), 0, "cpu", inverter=inverter)
+        probe(job, str(tmp_path / "in"), 0, "cpu", 256, inverter=inverter)
     (tmp_path / "in" / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ShardError, match=r"a\.tar is corrupt"):
-        probe(job, str(tmp_path / "in"), 4, "cpu", inverter=inverter)
+        probe(job, str(tmp_path / "in"), 4, "cpu", 256, inverter=inverter)
