@@ -4,6 +4,7 @@ It runs `do_shard` itself into a temporary folder, so what it measures is what a
 """
 
 import logging
+import math
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 _RUN_ID = "0" * 16  # as long as a real one
 BATCHES = 4
-PROBE_S = 15.0, 240.0
-"""At least, where there are as many pictures: a shorter look meets the machine at an odd moment. At
-most, but for one batch of warm-up and one that is measured."""
+LEAST_S, MOST_S = 15.0, 240.0
+"""Where there are as many pictures: a shorter look meets the machine at an odd moment. At most, but
+for one batch of warm-up and one that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,11 @@ def probe(
 
         first = measured("warm-up", min(count or batch, batch))
         first_s = max(sum(marker.wall_s for marker in first), 1e-3)
-        least, most = (int(seconds / first_s) for seconds in PROBE_S)
-        markers = measured("measured", count or batch * max(1, min(max(BATCHES, least), most)))
+        batches = max(1, min(BATCHES, int(MOST_S / first_s)))
+        markers = measured("measured", count or batch * batches)
+        took_s = max(sum(marker.wall_s for marker in markers), 1e-3)
+        if count is None and took_s < LEAST_S:
+            markers = measured("longer", batch * math.ceil(batches * LEAST_S / took_s))
     return _result(markers, inverter)
 
 

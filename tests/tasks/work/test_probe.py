@@ -1,11 +1,15 @@
 """Measured speeds and sizes for a plan."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from models.errors import ConfigError, ShardError
 from tasks.job import JobConfig
+from tasks.run.marker import Marker
+from tasks.work import probe as probing
 from tasks.work.invert import Inverter
 from tasks.work.probe import probe
 from tests.tasks.small_run import begin, write_pictures
@@ -35,6 +39,27 @@ def test_counts_bytes_and_speeds(
     parts = run.run(0).parts
     expected = sum(part.bytes for part in parts.values()) / 6
     assert found.bytes_per_image == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_short_look_is_followed_by_a_longer_one(
+    job: JobConfig, tmp_path: Path, face_bytes: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many batches as fill the time at the pace of the first ones, as far as there are any."""
+    folder = write_pictures(tmp_path / "in", [face_bytes[0]] * 29)
+    inverter = Inverter(job, "cpu")
+    asked = []
+    original = probing._run
+
+    def run(*args: Any) -> list[Marker]:
+        markers = [replace(marker, wall_s=0.2 * marker.rows) for marker in original(*args)]
+        asked.append(sum(marker.rows for marker in markers))
+        return markers
+
+    monkeypatch.setattr(probing, "_run", run)
+    monkeypatch.setattr(probing, "LEAST_S", 4.0)
+    found = probe(job, str(folder), None, "cpu", 256, inverter=inverter)
+    assert asked == [3, 12, 21]  # 12 pictures in 2.4 s: four batches, seven fill 4 s
+    assert found.images_per_s["total"] == pytest.approx(5)
 
 
 def test_more_pictures_asked_for_than_there_are(
