@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ from tasks.work.probe import ProbeResult
 
 logger = logging.getLogger(__name__)
 
+MANY = 1000
+"""Shards for each place, of which the last ones do not count."""
 SAMPLED, TRIED = 64, 8
 """Pictures of the first tar that can be read, of so many, whose mean size stands for all, where
 only reading would count them."""
@@ -45,6 +47,7 @@ class Listing:
         num_images: counted, or estimated from sizes where `is_counted` is False (tars).
         num_bytes: encoded.
         skipped: files that are in no shard, by reason.
+        sizes: images of each shard; estimated likewise.
     """
 
     kinds: dict[str, int]
@@ -53,6 +56,7 @@ class Listing:
     num_bytes: int
     is_counted: bool
     skipped: dict[str, int]
+    sizes: tuple[float, ...]
 
 
 def list_input(source: str, shard_size: int, limit: int | None, settings: InputConfig) -> Listing:
@@ -62,25 +66,27 @@ def list_input(source: str, shard_size: int, limit: int | None, settings: InputC
         ConfigError, ShardError: the input is missing, empty or cannot be listed.
     """
     kinds: Counter[str] = Counter()
-    num_images = num_bytes = uncounted_bytes = 0
+    num_bytes = 0
+    sizes: list[float] = []
     uncounted: list[ShardSpec] = []
     shards = plan_shards(source, shard_size, limit, settings)
     for spec in shards:
         kinds[spec.kind] += 1
         num_bytes += spec.num_bytes
-        num_images += max(spec.num_samples, 0)
+        sizes.append(spec.num_samples if spec.num_samples >= 0 else -spec.num_bytes)
         if spec.num_samples < 0:
             uncounted += [spec] if len(uncounted) < TRIED else []
-            uncounted_bytes += spec.num_bytes
     if uncounted:
-        num_images += round(uncounted_bytes / max(_mean_bytes(uncounted, settings), 1))
+        mean_bytes = max(_mean_bytes(uncounted, settings), 1)
+        sizes = [rows if rows >= 0 else -rows / mean_bytes for rows in sizes]
     return Listing(
         kinds=dict(kinds),
         num_shards=kinds.total(),
-        num_images=num_images,
+        num_images=round(sum(sizes)),
         num_bytes=num_bytes,
         is_counted=not uncounted,
         skipped=dict(shards.skipped),
+        sizes=tuple(sizes),
     )
 
 
@@ -134,8 +140,8 @@ def estimate(
         "methods": " then ".join(link.name for link in job.methods),
     }
     if count != 0:
-        results, workers = _probed(source, config, found, count)
-        made = _prediction(results, workers, found)
+        results, workers = _probed(source, config, found, count, shard_size)
+        made = _prediction(results, workers, found, config.engine)
         values |= _measured(results, made, found, config.engine)
         if price is not None:
             values["cost"] = f"{made.seconds / 3600 * workers * price:.2f} at {price:g} an hour"
@@ -145,7 +151,7 @@ def estimate(
 
 
 def _probed(
-    source: str, config: InvertConfig, found: Listing, count: int | None
+    source: str, config: InvertConfig, found: Listing, count: int | None, shard_size: int
 ) -> tuple[list[ProbeResult], int]:
     """What workers measure side by side, as many as a run would have here, and their number."""
     from tasks.work.invert import Inverter
@@ -159,10 +165,11 @@ def _probed(
         wanted = that_fit(wanted, room, station.worker_bytes)
     wanted = min(wanted, found.num_shards)
     if wanted == 1 or device != "cpu":
-        return [probe(job, source, count, device, inverter=station)], wanted
+        return [probe(job, source, count, device, shard_size, inverter=station)], wanted
     del station
     with ProcessPoolExecutor(wanted, get_context("spawn")) as pool:
-        asked = [pool.submit(probe, job, source, count, device) for _ in range(wanted)]
+        each = (probe, job, source, count, device, shard_size)
+        asked = [pool.submit(*each) for _ in range(wanted)]
         return [each.result() for each in asked], wanted
 
 
@@ -181,17 +188,41 @@ def _places(device: str, engine: EngineConfig) -> int:
     return torch.cuda.device_count()
 
 
-def _prediction(results: Sequence[ProbeResult], workers: int, found: Listing) -> Prediction:
+def _prediction(
+    results: Sequence[ProbeResult], workers: int, found: Listing, engine: EngineConfig
+) -> Prediction:
     mean_s = fmean(_seconds_an_image(result) for result in results)
+    in_flight = 1 if engine.kind == "inline" else engine.shards_in_flight
     return Prediction(
         made_by="refinery plan",
         rows=found.num_images,
-        seconds=mean_s * found.num_images / workers,
+        seconds=mean_s * busiest(found.sizes, workers, in_flight),
         bytes=round(fmean(result.bytes_per_image for result in results) * found.num_images),
         memory_bytes=max(result.memory_bytes for result in results),
         workers=workers,
         made_at=utc_now(),
     )
+
+
+def busiest(sizes: Sequence[float], workers: int, in_flight: int) -> float:
+    """Images in whose time all are done: a share of them, and at the end some workers wait. A
+    worker's shards in flight share its pace, and a worker takes as many as it may at once."""
+    if len(sizes) > MANY * workers * in_flight:
+        return sum(sizes) / workers
+    queue, passed = deque(size for size in sizes if size > 0), 0.0
+    held: list[list[float]] = [[] for _ in range(workers)]
+    while True:
+        for mine in held:
+            while queue and len(mine) < in_flight:
+                mine.append(queue.popleft())
+        at_work = [mine for mine in held if mine]
+        if not at_work:
+            return passed
+        step = min(min(mine) * len(mine) for mine in at_work)
+        passed += step
+        for mine in at_work:
+            done = step / len(mine)
+            mine[:] = [left - done for left in mine if left - done > 1e-6]
 
 
 def _seconds_an_image(result: ProbeResult) -> float:
@@ -206,6 +237,7 @@ def _measured(
     results: Sequence[ProbeResult], made: Prediction, found: Listing, engine: EngineConfig
 ) -> dict[str, str]:
     first, workers = results[0], made.workers
+    mean_s = fmean(_seconds_an_image(result) for result in results)
     speeds = ", ".join(f"{stage} {pace:.3g}" for stage, pace in first.images_per_s.items())
     unit = "CPU-core hours" if first.device == "cpu" else "GPU hours"
     together = "" if len(results) == 1 else f", {len(results)} workers at once"
@@ -215,7 +247,7 @@ def _measured(
         + together,
         "batch": f"{first.batch}",
         "images/s": f"{speeds} (one worker)",
-        "work": f"{_hours(made.seconds * workers)} {unit}",
+        "work": f"{_hours(mean_s * found.num_images)} {unit}",
         "time": f"{duration(math.ceil(made.seconds))} on {workers} "
         f"{'worker' if workers == 1 else 'workers'}, start-up not included",
         "memory": f"{size(made.memory_bytes)} a worker, {size(made.memory_bytes * workers)} "

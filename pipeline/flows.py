@@ -210,7 +210,7 @@ def write_report(run_uri: str) -> str:
     return stages.report(run_uri)
 
 
-@task(name="publish", cache_policy=NO_CACHE)
+@task(name="publish", **RETRY_ON_OUTAGE)
 def publish(summary: Summary) -> None:
     """What the Prefect UI shows of the run: figures, reasons, a few pairs of pictures."""
     outcome = summary.outcome
@@ -241,7 +241,7 @@ def show_picture(png: bytes, key: str, description: str) -> None:
 
 
 class ProgressBar:
-    """A bar in the Prefect UI, moved at most every few seconds."""
+    """A bar in the Prefect UI, moved at most every few seconds while the server is there."""
 
     def __init__(self, description: str) -> None:
         self._artifact = create_progress_artifact(0.0, key="progress", description=description)
@@ -252,7 +252,12 @@ class ProgressBar:
         is_due = done == total or now - self._moved_at > PROGRESS_INTERVAL_S
         if is_due and isinstance(self._artifact, UUID):
             self._moved_at = now
-            update_progress_artifact(self._artifact, progress=100.0 * done / max(total, 1))
+            try:
+                update_progress_artifact(self._artifact, progress=100.0 * done / max(total, 1))
+            except Exception as error:
+                if not is_passing(error):
+                    raise
+                logger.warning("the Prefect server does not answer, the run goes on: %s", error)
 
 
 def gpu_quota(engine: EngineConfig) -> Any:

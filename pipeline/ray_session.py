@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -134,9 +134,9 @@ def _start(num_cpus: int | None) -> None:
             _start_local(num_cpus)
             return
         except Exception as error:
-            for pid, _ in _children({os.getpid()}):
-                if any(name in _command(pid) for name in DAEMONS):
-                    os.kill(pid, signal.SIGKILL)
+            mine = {pid for pid, _ in _children({os.getpid()})}
+            begun = {pid for pid in mine if any(name in _command(pid) for name in DAEMONS)}
+            _kill([*_agents(begun), *begun])
             if not left:
                 raise ConfigError(
                     f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with "
@@ -149,7 +149,7 @@ def _start(num_cpus: int | None) -> None:
 def _no_agent_left() -> Iterator[None]:
     """The raylet's agents do not notice its end, nor this process's: a shell that sees its standard
     input close ends them."""
-    agents = _agents()
+    agents = _agents(_raylets())
     if not agents:
         yield
         return
@@ -160,13 +160,25 @@ def _no_agent_left() -> Iterator[None]:
     finally:
         guard.kill()
         guard.communicate()
-        for pid in agents:
-            end_worker(pid)
+        _kill(filter(_is_agent, agents))
 
 
-def _agents() -> list[int]:
-    """Pids of the agents of our own raylet."""
-    return [pid for pid, _ in _children(_raylets()) if "agent" in _command(pid).lower()]
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _agents(raylets: set[int]) -> list[int]:
+    """Pids of the agents of some raylets."""
+    return [pid for pid, _ in _children(raylets) if _is_agent(pid)]
+
+
+def _is_agent(pid: int) -> bool:
+    """By "python .../ray/.../agent.py" too: on a busy machine it takes minutes until an agent calls
+    itself "ray::DashboardAgent"."""
+    command = _command(pid).lower()
+    return "ray" in command and "agent" in command
 
 
 def _raylets() -> set[int]:

@@ -302,7 +302,7 @@ def seal(run_uri: str) -> str:
     """
     with hold(run_uri):
         is_again = ledger.is_sealed(run_uri)  # then somebody may be reading what was there
-        uri = ledger.seal(run_uri)
+        uri = ledger.seal(run_uri, {each.name: each.values for each in forecast(run_uri)})
         ledger.remove_orphans(run_uri)
         try:
             write_metadata(run_uri, keep_earlier=is_again)

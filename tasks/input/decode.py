@@ -28,6 +28,7 @@ from tasks.input.align import FFHQ, align, jpeg_size_for
 from tasks.input.face import Crop
 from tasks.input.limits import PIXELS, TimedBytes, too_many_bytes
 from tasks.input.sample import RawSample
+from tasks.input.tiff import tile_pixels
 from tasks.job import InputConfig
 
 BLOCK_BYTES = 36 * 2**20
@@ -47,6 +48,9 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 """Pillow knows more; some of them start other programs (EPS) or are never photographs."""
+JPEGS = ("JPEG", "MPO")
+HEAVY = {"WEBP": 2, "AVIF": 2, "JPEG2000": 3}
+"""Whose decoders have several copies at once: so many times the memory of the others."""
 REDUCING_GAP = 3.0
 """Box-shrink first, down to so many times the target, then LANCZOS: as good, and much faster."""
 STRIP_PIXELS = 2**22
@@ -136,14 +140,14 @@ def _upright(
     file = TimedBytes(sample.data, input.max_decode_s)
     with _damage(sample), _QUIET:
         image = held.enter_context(Image.open(file, formats=FORMATS))
-        _check_size(image, input.max_pixels)
+        whole = _check_size(image, sample.data, input.max_pixels)
         full = image.size if orientation(image) < 5 else (image.height, image.width)
-        whole = math.prod(image.size)
         if resolution is not None:
             _shrink_while_decoding(image, sample, input, resolution)
-        # A progressive JPEG keeps all its coefficients, however small it is to become.
-        is_streamed = "progressive" not in image.info
-        held.enter_context(PIXELS.hold(math.prod(image.size) if is_streamed else whole))
+            # A progressive JPEG keeps all its coefficients, however small it is to become.
+            if image.format in JPEGS and "progressive" not in image.info:
+                whole = math.prod(image.size)
+        held.enter_context(PIXELS.hold(whole * HEAVY.get(image.format or "", 1)))
         image.load()
         file.check()
         return Upright(turn_upright(image), full, image)
@@ -164,20 +168,24 @@ def _damage(sample: RawSample) -> Iterator[None]:
         raise SampleError("decode", f"damaged picture: {_reason(problem)}") from problem
 
 
-def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
+def _check_size(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> int:
+    """Pixels that the decoder will have in memory, told from the header."""
     width, height = image.size
-    if width * height > max_pixels:
+    tile = tile_pixels(data) if image.format == "TIFF" else 0
+    if max(width * height, tile) > max_pixels:
         raise SampleError(
             "too_large",
-            f"{width} x {height} pixels; at most {max_pixels} are allowed (input.max_pixels)",
+            f"{width} x {height} pixels{f' in tiles of {tile}' if tile else ''}; at most "
+            f"{max_pixels} are allowed (input.max_pixels)",
         )
+    return max(width * height, tile)
 
 
 def _shrink_while_decoding(
     image: ImageFile.ImageFile, sample: RawSample, input: InputConfig, resolution: int
 ) -> None:
     """Let libjpeg shrink by 2, 4 or 8 as long as twice the needed detail remains."""
-    if image.format not in ("JPEG", "MPO") or min(image.size) < 4 * resolution:
+    if image.format not in JPEGS or min(image.size) < 4 * resolution:
         return
     wanted = (2 * resolution, 2 * resolution)
     if input.fit == "align":

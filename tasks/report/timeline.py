@@ -19,12 +19,14 @@ class Timeline:
 
     Attributes:
         seconds: working time from the first shard's start to the last commit, pauses left out.
+        at_work_s: of these, with a shard at work that was committed then.
         rates: images/s in each of the `STEPS` equal steps; empty without a commit.
         pauses: (position on the working-time axis, length), both in seconds.
         first, last: start of the first shard and last commit, UTC, or empty.
     """
 
     seconds: float = 0.0
+    at_work_s: float = 0.0
     rates: tuple[float, ...] = ()
     pauses: tuple[tuple[float, float], ...] = ()
     first: str = ""
@@ -45,6 +47,7 @@ def timeline(markers: Sequence[Marker]) -> Timeline:
     starts, stops, rows = starts[order], stops[order], rows[order]
     busy_until = np.maximum.accumulate(stops)
     gaps = np.maximum(starts[1:] - busy_until[:-1], 0.0)
+    at_work = float(busy_until[-1] - starts[0] - gaps.sum())
     gaps[gaps <= PAUSE_S] = 0.0
     lost = np.concatenate([[0.0], np.cumsum(gaps)]) + starts[0]
     # No pause falls inside a shard, so both ends move by the same amount.
@@ -53,6 +56,7 @@ def timeline(markers: Sequence[Marker]) -> Timeline:
     total = float(stops.max())
     return Timeline(
         seconds=total,
+        at_work_s=at_work,
         rates=_rates(starts, stops, rows, total),
         pauses=tuple((float(starts[i + 1]), float(gaps[i])) for i in paused),
         first=min(marker.started_at for marker in timed),

@@ -409,8 +409,11 @@ def read_quarantine(run_uri: str, commits: Commits | None = None) -> dict[int, Q
 # ---------------------------------------------------------------------------- the end of a run
 
 
-def seal(run_uri: str) -> str:
+def seal(run_uri: str, forecast: Mapping[str, Mapping[str, float]] | None = None) -> str:
     """Write _SEALED.json: the run is over, these are all its parts. Sealing again replaces it.
+
+    Args:
+        forecast: what was predicted and what it took, by name, where anything was.
 
     Returns:
         The URI of _SEALED.json.
@@ -440,6 +443,7 @@ def seal(run_uri: str) -> str:
             for kind, part in sorted(marker.parts.items())
         ],
         "sealed_at": utc_now(),
+        **({"forecast": forecast} if forecast else {}),
     }
     uri = join(run_uri, "_SEALED.json")
     write_bytes(uri, json.dumps(sealed, indent=1, sort_keys=True).encode() + b"\n")

@@ -78,6 +78,7 @@ class Seal(TypedDict):
     quarantined: list[ShardId]
     parts: list[SealedPart]
     sealed_at: NotRequired[Moment]
+    forecast: NotRequired[dict[str, dict[str, float]]]
 
 
 RUN_RECORD, SEAL = TypeAdapter(RunRecord), TypeAdapter(Seal)

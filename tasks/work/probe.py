@@ -4,6 +4,7 @@ It runs `do_shard` itself into a temporary folder, so what it measures is what a
 """
 
 import logging
+import math
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 _RUN_ID = "0" * 16  # as long as a real one
 BATCHES = 4
-PROBE_S = 240.0
-"""At most, but for one batch of warm-up and one that is measured."""
+LEAST_S, MOST_S = 15.0, 240.0
+"""Where there are as many pictures: a shorter look meets the machine at an odd moment. At most, but
+for one batch of warm-up and one that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,8 @@ class ProbeResult:
         num_images: pictures measured, failed ones included; the warm-up is not among them.
         num_failed: of these.
         images_per_s: by stage ("read", "decode", "invert", "score", "write") as if it ran alone,
-            and "total", one stage after the other: one worker with one shard in flight. With
-            several in flight the device's stages, "invert" and "score", set the pace.
+            and "total", from the start of a shard to its commit: one worker with one shard in
+            flight. With several the device's stages, "invert" and "score", set a GPU's pace.
         bytes_per_image: of the stored parts.
         device: as in the commit markers.
     """
@@ -55,13 +57,16 @@ def probe(
     input_uri: str,
     count: int | None,
     device: str,
+    shard_size: int,
     *,
     inverter: Inverter | None = None,
 ) -> ProbeResult:
     """Run the first `count` pictures, after one batch of warm-up, and throw the result away.
 
     Args:
-        count: None for four batches, or for as many of them as a few minutes hold.
+        count: None for four batches, for more where they are done in seconds, for fewer where
+            they would take minutes.
+        shard_size: of the run, so that batches are cut where a run cuts them.
         inverter: an inverter of this job that is built already.
 
     Raises:
@@ -76,15 +81,16 @@ def probe(
         batch = inverter.job.batch
 
         def measured(stage: str, limit: int) -> list[Marker]:
-            # A shard must not be cut where a run would not cut it, or batches would be smaller.
-            specs = list(plan_shards(input_uri, max(limit, batch), limit, job.input))
+            specs = list(plan_shards(input_uri, shard_size, limit, job.input))
             return _run(specs, RunHandle(uri=join(folder, stage), run_id=_RUN_ID), inverter)
 
         first = measured("warm-up", min(count or batch, batch))
         first_s = max(sum(marker.wall_s for marker in first), 1e-3)
-        markers = measured(
-            "measured", count or batch * max(1, min(BATCHES, int(PROBE_S / first_s)))
-        )
+        batches = max(1, min(BATCHES, int(MOST_S / first_s)))
+        markers = measured("measured", count or batch * batches)
+        took_s = max(sum(marker.wall_s for marker in markers), 1e-3)
+        if count is None and took_s < LEAST_S:
+            markers = measured("longer", batch * math.ceil(batches * LEAST_S / took_s))
     return _result(markers, inverter)
 
 
@@ -113,7 +119,7 @@ def _result(markers: list[Marker], inverter: Inverter) -> ProbeResult:
         memory_bytes=max(marker.memory_bytes for marker in markers),
         num_images=rows,
         num_failed=sum(marker.failed for marker in markers),
-        images_per_s=speeds | {"total": rows / max(seconds.total(), 1e-9)},
+        images_per_s=speeds | {"total": rows / max(sum(m.wall_s for m in markers), 1e-9)},
         bytes_per_image=sum(part.bytes for m in markers for part in m.parts.values())
         / max(rows, 1),
         device=inverter.device_name,

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.chaos.faults import DISKS, QUICK, RAYS, Trial, can_mount
+from tests.chaos.faults import QUICK, RAYS, ROOTS, Trial, can_do
 from tests.chaos.site import KINDS, Site
 
 RAY_SHARE = 6
@@ -41,14 +41,15 @@ def planned(
     trials: int, seed: int, only: list[str], *, with_ray: bool
 ) -> Iterator[tuple[str, int]]:
     """Names of faults and seeds: all kinds in turn."""
-    quick = [*QUICK, *(DISKS if can_mount() else ())]
+    quick = [fault for fault in (*QUICK, *ROOTS) if can_do(fault)]
+    in_ray = [fault for fault in RAYS if can_do(fault)]
     if only:
         yield from ((only[n % len(only)], seed + n) for n in range(trials))
         return
     rays, quicks = 0, 0
     for number in range(trials):
         if with_ray and number % RAY_SHARE == RAY_SHARE - 1:
-            yield [*RAYS][rays % len(RAYS)], seed + number
+            yield in_ray[rays % len(in_ray)], seed + number
             rays += 1
         else:
             yield quick[quicks % len(quick)], seed + number
@@ -61,7 +62,7 @@ def run_trial(site: Site, fault: str, seed: int, kind: str) -> Record:
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=site.folder) as folder:
         trial = Trial(site, fault, seed, kind, Path(folder))
         try:
-            (QUICK | DISKS | RAYS)[fault](trial)
+            (QUICK | ROOTS | RAYS)[fault](trial)
         except Exception as error:
             trial.problems.append(f"{type(error).__name__}: {error}")
         finally:
@@ -92,7 +93,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", action="append", default=[], choices=[*QUICK, *DISKS, *RAYS])
+    parser.add_argument("--only", action="append", default=[], choices=[*QUICK, *ROOTS, *RAYS])
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--table", type=Path, nargs="+", help="of earlier trials; make none")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="start none after")

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tasks.storage.crash import POINTS
 from tests.chaos.invariants import check_exit, check_processes, check_run
 from tests.chaos.proxy import Weather
+from tests.chaos.scarcity import Scarcity, can_be_scarce
 from tests.chaos.site import Driver, Site
 from tests.e2e.small_dataset import NUM_SHARDS
 from tests.processes import named, send, wait_for
@@ -134,6 +136,19 @@ def two_drivers(trial: Trial) -> None:
     trial.finish()
 
 
+def out_of_memory(trial: Trial) -> None:
+    """The kernel's out-of-memory killer ends the driver."""
+    with Scarcity(trial.mark) as scarcity:
+        driver = trial.start()
+        time.sleep(trial.moment_s())
+        scarcity.put(driver.pid)
+        code = driver.end()
+        trial.hits += scarcity.kills
+    if code not in (0, -signal.SIGKILL):
+        trial.problems.append(f"exit code {code}: {driver.said[-300:]}")
+    trial.finish()
+
+
 def clock_jump(trial: Trial) -> None:
     """A driver whose clock is hours off dies, another one goes on."""
     shift = trial.dice.choice([-90_000, -4_000, 4_000, 90_000])
@@ -228,14 +243,20 @@ def _mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True, capture_output=True)
 
 
-def can_mount() -> bool:
-    """Whether this user may mount a small disk."""
-    return os.geteuid() == 0 and shutil.which("mount") is not None and _try_mount()
+@cache
+def can_do(fault: str) -> bool:
+    """Whether this user may do that to a run: mount a small disk, make a memory group."""
+    if "memory" in fault:
+        return can_be_scarce()
+    return "disk" not in fault or _can_mount()
 
 
-def _try_mount() -> bool:
+@cache
+def _can_mount() -> bool:
     import tempfile
 
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True
@@ -322,15 +343,32 @@ def poison_picture(trial: Trial) -> None:
 # ---------------------------------------------------------------------------- Ray
 
 
+def _with_worker(trial: Trial) -> Driver:
+    """A driver with a Ray of its own, some time after its worker has come."""
+    driver = trial.start(*RAY, "engine.max_attempts=6")
+    wait_for(
+        lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
+        300,
+        "a worker",
+    )
+    time.sleep(trial.moment_s())
+    return driver
+
+
+def worker_out_of_memory(trial: Trial) -> None:
+    """The kernel's out-of-memory killer ends the worker; Ray starts another one."""
+    with Scarcity(trial.mark) as scarcity:
+        driver = _with_worker(trial)
+        for pid in named(driver.pid, "ray::PoolActor"):
+            scarcity.put(pid)
+        trial.expect(driver, 0)
+        trial.hits += scarcity.kills
+    trial.check(driver)
+
+
 def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
     def fault(trial: Trial) -> None:
-        driver = trial.start(*RAY, "engine.max_attempts=6")
-        wait_for(
-            lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
-            300,
-            "a worker",
-        )
-        time.sleep(trial.moment_s())
+        driver = _with_worker(trial)
         found = [driver.pid] if part == "driver" else named(driver.pid, part)
         send(found[:1], number)
         trial.hits += len(found[:1])
@@ -370,14 +408,16 @@ QUICK: dict[str, Callable[[Trial], None]] = {
     "adapt-stopped": _adapting(signal.SIGSTOP),
 }
 """Drivers with the inline engine: seconds a trial."""
-DISKS: dict[str, Callable[[Trial], None]] = {
+ROOTS: dict[str, Callable[[Trial], None]] = {
     "disk-full": disk_full,
     "disk-read-only": disk_read_only,
+    "out-of-memory": out_of_memory,
 }
-"""Need the right to mount."""
+"""Need the right to mount, or to make memory groups."""
 RAYS: dict[str, Callable[[Trial], None]] = {
     "poison-picture": poison_picture,
     "worker-killed": _in_ray("ray::PoolActor", signal.SIGKILL),
+    "worker-out-of-memory": worker_out_of_memory,
     "worker-stopped": _in_ray("ray::PoolActor", signal.SIGSTOP),
     "raylet-killed": _in_ray("raylet", signal.SIGKILL),
     "raylet-stopped": _in_ray("raylet", signal.SIGSTOP),

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.run.ledger import read_markers
 from tests.chaos.__main__ import planned, run_trial, table
-from tests.chaos.faults import DISKS, QUICK, can_mount
+from tests.chaos.faults import QUICK, ROOTS, can_do
 from tests.chaos.invariants import check_exit, check_run
 from tests.chaos.site import KINDS, Site
 
@@ -37,12 +37,12 @@ LONG = (
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(f, marks=[pytest.mark.slow] * (f in LONG)) for f in (*QUICK, *DISKS)],
+    [pytest.param(f, marks=[pytest.mark.slow] * (f in LONG)) for f in (*QUICK, *ROOTS)],
 )
 def test_a_trial(fault: str, site: Site) -> None:
-    if fault in DISKS and not can_mount():
-        pytest.skip("this user may not mount a small disk")
-    kind = KINDS[[*QUICK, *DISKS].index(fault) % len(KINDS)]
+    if not can_do(fault):
+        pytest.skip("this user may not mount a small disk, or make a memory group")
+    kind = KINDS[[*QUICK, *ROOTS].index(fault) % len(KINDS)]
     assert run_trial(site, fault, SEED, kind).problems == []
 
 

@@ -21,7 +21,7 @@ from pipeline.config import load_config
 from pipeline.method_table import field_docs
 from pipeline.run import carry_out
 from tasks.report.words import size
-from tasks.run.ledger import read_markers
+from tasks.run.ledger import read_markers, read_seal
 from tasks.run.prediction import read_prediction
 from tests.e2e.small_dataset import Dataset
 
@@ -178,6 +178,12 @@ def test_plan_measures_and_the_run_keeps_it(
         assert f"{value} (predicted {before}, " in line
         assert f"{value} (predicted {before}, " in (Path(out) / "report.html").read_text()
     assert read_prediction(out) == said
+    seal = read_seal(out)
+    assert seal is not None
+    kept = seal.get("forecast", {})
+    assert kept.keys() == {"time", "disk", "memory of a worker"}
+    assert kept["disk"] == {"predicted": said.bytes, "took": taken}
+    assert kept["time"]["predicted"] == said.seconds
 
 
 def test_plan_measures(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:

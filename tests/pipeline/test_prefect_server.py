@@ -1,12 +1,18 @@
-"""Whose Prefect server a flow talks to."""
+"""Whose Prefect server a flow talks to, and what becomes of a night while it is away."""
 
+import asyncio
 import os
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.server.concurrency.lease_storage import filesystem
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from models.errors import RefineryError
-from pipeline import prefect_server
+from pipeline import flows, prefect_leases, prefect_server
 from pipeline.prefect_server import PrivateServer, has_server, start_server
 
 
@@ -54,3 +60,40 @@ def test_a_server_that_does_not_start_leaves_nothing(monkeypatch: pytest.MonkeyP
         server.wait()
     assert not server.home.exists()
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_a_bar_does_without_its_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flows, "create_progress_artifact", lambda *_, **__: uuid4())
+    bar = flows.ProgressBar("Shards done")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):  # nobody listens
+        bar(1, 1)
+    assert "the Prefect server does not answer, the run goes on" in caplog.text
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("ours")
+
+    monkeypatch.setattr(flows, "update_progress_artifact", broken)
+    with pytest.raises(TypeError, match="ours"):
+        bar(1, 1)
+
+
+def test_no_lease_is_over_before_its_holder_can_renew_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended while the server was away."""
+    storage = prefect_leases.ConcurrencyLeaseStorage(tmp_path)
+    lease = asyncio.run(storage.create_lease([uuid4()], timedelta(seconds=-60)))
+    plain = filesystem.ConcurrencyLeaseStorage(tmp_path)
+    assert asyncio.run(plain.read_expired_lease_ids()) == [lease.id]
+
+    now = prefect_leases.time.monotonic()
+    monkeypatch.setattr(prefect_leases, "_started_at", now)
+    assert asyncio.run(storage.read_expired_lease_ids()) == []
+    monkeypatch.setattr(prefect_leases, "_started_at", now - prefect_leases.COME_BACK_S)
+    assert asyncio.run(storage.read_expired_lease_ids()) == [lease.id]
+
+    # In those moments the holder comes back, and keeps its slot.
+    assert asyncio.run(storage.renew_lease(lease.id, timedelta(seconds=300)))
+    assert asyncio.run(storage.read_expired_lease_ids()) == []

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from models.errors import ConfigError
 from pipeline import ray_session as module
 from pipeline.ray_session import ray_on_its_way, ray_session
-from tests.processes import command_line, wait_for
+from tests.processes import below, command_line, wait_for
 
 
 class Starts:
@@ -20,15 +21,21 @@ class Starts:
 
     def __init__(self, failures: int, folder: Path) -> None:
         self.failures, self.tries, self.left = failures, 0, list[subprocess.Popen[bytes]]()
-        self.program = folder / "gcs_server"
+        self.program, self.agent = folder / "raylet", folder / "ray" / "agent.py"
         self.program.symlink_to(sys.executable)
+        self.agent.parent.mkdir()
+        self.agent.write_text("import time; time.sleep(600)")
+        self.agents = list[int]()
 
     def __call__(self, num_cpus: int | None) -> None:
         self.tries += 1
         if self.tries <= self.failures:
-            command = [str(self.program), "-c", "import time; time.sleep(600)"]
+            daemon = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+            command = [str(self.program), "-c", daemon, str(self.agent)]
             self.left.append(subprocess.Popen(command))
-            wait_for(lambda: command_line(self.left[-1].pid), 30, "a half-started daemon")
+            wait_for(lambda: below(self.left[-1].pid), 30, "a half-started daemon")
+            self.agents += below(self.left[-1].pid)
+            wait_for(lambda: "agent" in command_line(self.agents[-1]), 30, "its agent")
             raise Exception("The current node timed out during startup.")
 
 
@@ -61,6 +68,23 @@ def test_a_busy_machine_gets_another_try(failures: int, starting: Callable[[int]
             ray_session().__enter__()
     for process in starts.left:
         assert process.wait(30) == -9  # what it had started is not left behind
+    wait_for(lambda: not any(map(command_line, starts.agents)), 30, "the end of their agents")
+
+
+def test_an_agent_that_is_not_up_yet_does_not_stay(
+    starting: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no name of Ray's then; its raylet was killed."""
+    starts = starting(1)
+    with suppress(Exception):
+        starts(None)
+    (raylet,) = starts.left
+    monkeypatch.setattr(module, "_raylets", lambda: {raylet.pid})
+    with ray_session():
+        raylet.kill()
+        raylet.wait(30)
+        assert command_line(starts.agents[0])
+    wait_for(lambda: not command_line(starts.agents[0]), 30, "its end")
 
 
 def test_a_session_takes_the_ray_that_is_on_its_way(starting: Callable[[int], Any]) -> None:

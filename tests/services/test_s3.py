@@ -1,4 +1,4 @@
-"""`make test-s3`: what the runs ask of an S3 server, asked of Ceph's gateway instead of moto."""
+"""`make test-s3`: what the runs ask of an S3 server, asked of moto's and of Ceph's gateway."""
 
 import threading
 from collections.abc import Iterator
@@ -13,30 +13,36 @@ from tests.chaos.__main__ import run_trial
 from tests.chaos.faults import QUICK
 from tests.chaos.invariants import check_exit
 from tests.chaos.site import KINDS, Site, run_driver
-from tests.services.ceph import CephGateway, ceph_gateway
+from tests.s3_server import S3Server
+from tests.services.ceph import ceph_gateway
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FAULTS = [name for name in QUICK if name.startswith("s3-")]
 
 
-@pytest.fixture(scope="module")
-def ceph() -> Iterator[CephGateway]:
-    with ceph_gateway() as found:
-        yield found
+@pytest.fixture(scope="module", params=["moto", "ceph"])
+def store(request: pytest.FixtureRequest) -> Iterator[S3Server]:
+    if request.param == "ceph":
+        with ceph_gateway() as gateway:
+            yield gateway
+        return
+    server = S3Server()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
-def site(ceph: CephGateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    found = Site.make(tmp_path_factory.mktemp("chaos"), ceph)
+def site(store: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    found = Site.make(tmp_path_factory.mktemp("chaos"), store)
     yield found
     found.proxy.close()
 
 
 @pytest.fixture
-def bucket(ceph: CephGateway, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in ceph.environment.items():
+def bucket(store: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
-    return ceph.make_bucket()
+    return store.make_bucket()
 
 
 def test_files(bucket: str) -> None:
@@ -77,7 +83,7 @@ def test_a_trial(fault: str, site: Site, bucket: str) -> None:
     assert run_trial(site, fault, 11, kind).problems == []
 
 
-def test_a_run_on_the_gateway_alone(site: Site, bucket: str, tmp_path: Path) -> None:
+def test_a_run_on_the_server_alone(site: Site, bucket: str, tmp_path: Path) -> None:
     """Without a proxy, pictures from the store as well."""
     source = join(bucket, "pictures")
     for path in sorted(Path(site.dataset.source).iterdir()):

@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,58 @@ def test_what_a_picture_holds_of_the_pixels(monkeypatch: pytest.MonkeyPatch) -> 
     for options in ({"kind": "PNG"}, {"kind": "JPEG"}, {"kind": "JPEG", "progressive": True}):
         decode(RawSample("key", "uri", encoded(picture, **options)), InputConfig(), 16)
     assert held == [640 * 480, 80 * 60, 640 * 480]
+    held.clear()
+    for kind in ("WEBP", "AVIF", "JPEG2000", "TIFF"):
+        decode(RawSample("key", "uri", encoded(picture, kind=kind)), InputConfig(), 16)
+    assert held == [640 * 480 * times for times in (2, 2, 3, 1)]
+    held.clear()
+    decode(RawSample("key", "uri", tiled(2048)), InputConfig(), 16)
+    assert held == [2048 * 2048]
+
+
+def tiled(*sides: int, kind: int = 4, order: str = "<", is_big: bool = False) -> bytes:
+    """A grey TIFF of 16 x 16 pixels in one square tile; each side once more as an entry."""
+    pixels = zlib.compress(bytes(sides[0] ** 2))
+    entries = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
+    entries += [(tag, side) for tag in (322, 323) for side in sides] + [
+        (324, 0),
+        (325, len(pixels)),
+    ]
+    number, length, word = ("Q", 20, "Q") if is_big else ("H", 12, "I")
+    start = 16 if is_big else 8
+    data_at = start + struct.calcsize("<" + number) + len(entries) * length + struct.calcsize(word)
+    head = struct.pack(
+        order + ("HHHQ" if is_big else "HI"), *((43, 8, 0, 16) if is_big else (42, 8))
+    )
+    table = struct.pack(order + number, len(entries))
+    for tag, value in entries:
+        typed = kind if tag in (322, 323) else 4
+        value = struct.pack(order + ("H" if typed == 3 else "I"), data_at if tag == 324 else value)
+        table += struct.pack(order + "HH" + word, tag, typed, 1)
+        table += value.ljust(struct.calcsize(word), b"\0")
+    table += bytes(struct.calcsize(word))
+    return (b"II" if order == "<" else b"MM") + head + table + pixels
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiled(2048),
+        tiled(2048, 16),  # libtiff takes the first
+        tiled(2048, kind=3, order=">"),
+        tiled(2048, is_big=True),
+    ],
+    ids=["plain", "twice", "short-and-motorola", "big"],
+)
+def test_a_small_picture_in_a_large_tile_is_large(data: bytes) -> None:
+    """A decoder unpacks a whole tile: 16 x 16 pixels would take 4 MB here, or 2 GB."""
+    sample = RawSample("key", "uri", data)
+    assert decode(sample, InputConfig(), 16).max() == 0
+    with pytest.raises(
+        SampleError, match=r"16 x 16 pixels in tiles of 4194304; at most 4000000"
+    ) as e:
+        decode(sample, InputConfig(max_pixels=4_000_000), 16)
+    assert e.value.kind == "too_large"
 
 
 def test_the_gate_keeps_the_limit_and_lets_a_large_one_in_alone() -> None:

@@ -4,8 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from tasks.report.forecast import compared
 from tasks.report.timeline import STEPS, Timeline, timeline
 from tasks.run.marker import Marker
+from tasks.run.prediction import Prediction
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -56,12 +58,27 @@ def test_a_stopped_run_is_a_pause_and_costs_no_working_time() -> None:
     assert total_rows(line) == pytest.approx(60)
 
 
-def test_a_short_wait_is_working_time() -> None:
-    line = timeline([marker(0, 10, 10), marker(30, 40, 10)])
+def test_a_short_wait_is_working_time_without_a_shard_at_work() -> None:
+    line = timeline([marker(0, 10, 10), marker(30, 40, 10), marker(5, 15, 10)])
 
+    assert line.at_work_s == pytest.approx(25)
     assert line.seconds == 40
     assert line.pauses == ()
     assert line.rates[STEPS // 2] == 0.0
+
+
+def test_a_prediction_is_not_held_against_the_time_until_somebody_retries() -> None:
+    said = Prediction(
+        made_by="refinery plan",
+        rows=20,
+        seconds=18.0,
+        bytes=0,
+        memory_bytes=0,
+        workers=1,
+        made_at=NOON.isoformat(),
+    )
+    (found,) = compared(said, [marker(0, 10, 10), marker(55, 65, 10)])
+    assert (found.name, found.both) == ("time", "20.0 s (predicted 18.0 s, +11 %)")
 
 
 def test_a_long_shard_covers_the_gap_between_short_ones() -> None:
