@@ -200,12 +200,7 @@ def run_config(
     for key in own:
         if key not in allowed:
             raise ConfigError(_unknown_key("", key, [*allowed, *names, "engine"]))
-    engine = tables.get("engine", {})
-    if not isinstance(engine, dict):
-        raise ConfigError(f"engine: expected a table, found {engine!r}")
-    return RunConfig(
-        job=validated(job, {**own, **given}), engine=validated(EngineConfig, engine, "engine")
-    )
+    return RunConfig(job=validated(job, {**own, **given}), engine=_engine(tables))
 
 
 def load_engine(path: str | None, sets: Sequence[str]) -> EngineConfig:
@@ -214,14 +209,35 @@ def load_engine(path: str | None, sets: Sequence[str]) -> EngineConfig:
     Raises:
         ConfigError: as `load_config`, or an override is not of the engine.
     """
-    tables = read_toml(path) if path else {}
     for item in sets:
-        if item.partition(".")[0].strip() != "engine":
+        if not _is_of_engine(item):
             raise ConfigError(
                 f"--set {item}: the run goes on with its own settings; only engine.* may be set"
             )
+    return engine_of(path, sets)
+
+
+def engine_of(path: str | None, sets: Sequence[str]) -> EngineConfig:
+    """The engine of any job, before the rest is read: that needs PyTorch.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tables = read_toml(path) if path else {}
+    for item in filter(_is_of_engine, sets):
         apply_set(tables, item)
-    return validated(EngineConfig, tables.get("engine", {}), "engine")
+    return _engine(tables)
+
+
+def _engine(tables: Tables) -> EngineConfig:
+    engine = tables.get("engine", {})
+    if not isinstance(engine, dict):
+        raise ConfigError(f"engine: expected a table, found {engine!r}")
+    return validated(EngineConfig, engine, "engine")
+
+
+def _is_of_engine(item: str) -> bool:
+    return item.partition(".")[0].strip() == "engine"
 
 
 def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:

@@ -1,18 +1,25 @@
 """The engine for debugging: the same worker, called in a loop in this process."""
 
 import time
+from typing import TYPE_CHECKING
 
 from pipeline.tally import Tally
 from pipeline.worker import ShardWorker, WorkOrder
 
+if TYPE_CHECKING:
+    from tasks.work.station import Station
 
-def run_inline(order: WorkOrder, tally: Tally) -> None:
+
+def run_inline(order: WorkOrder, tally: Tally, station: "Station | None" = None) -> None:
     """Run every scheduled shard here, one after another.
+
+    Args:
+        station: loaded already; used if it is what the order asks for.
 
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
     """
-    worker = ShardWorker(order)
+    worker = ShardWorker(order, station)
     tally.at_work, worker.on_rows = lambda: (1, worker.progress()), tally.tell
     worker.start()
     tally.begin()

@@ -29,6 +29,7 @@ from pipeline.metrics import exported_by_ray
 from pipeline.pulse import Beat, Pulse, die_with_parent
 from pipeline.ray_session import RayLost, check_daemons, end_stopped_workers, ray_session
 from pipeline.schedule import Failure, Taken
+from pipeline.start import spare_pandas
 from pipeline.tally import Tally
 from pipeline.worker import (
     ShardProgress,
@@ -58,6 +59,7 @@ class PoolActor(ShardWorker):
         die_with_parent()
         os.environ.update(environment)
         os.environ["OMP_NUM_THREADS"] = str(order.threads)
+        spare_pandas()
         logging.basicConfig(
             level=logging.WARNING, format="%(levelname)s %(name)s pid=%(process)d %(message)s"
         )

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from models.errors import ConfigError, RefineryError
 
@@ -36,6 +37,9 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
 Linux all of 127/8 is loopback."""
 DAEMONS = ("gcs_server", "raylet")
+SPARED = ("start_monitor", "start_log_monitor", "start_api_server")
+"""What Ray starts besides, and `ray.init` waits for: autoscaler, tail of the workers' logs, server
+of a dashboard. A Ray of one command has no use for them; they have no switch."""
 START_TRIES = 3
 STOPPED_S = 15.0
 """How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
@@ -54,11 +58,9 @@ _coming: list[Future[None]] = []
 def ray_on_its_way(address: str = "") -> Iterator[None]:
     """A local Ray starts while the block does something else, for the `ray_session` in it: Ray's
     processes need seconds to come up. One that no session asks for is ended with the block. Does
-    nothing where a cluster is wanted or this process has a Ray."""
+    nothing where a cluster is wanted or this process has a Ray, or one is on its way already."""
     _quieten()
-    import ray
-
-    if address or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+    if address or os.environ.get("RAY_ADDRESS") or _coming or _has_ray():
         yield
         return
     logging.getLogger("ray._private.worker").addFilter(_is_news)
@@ -69,7 +71,12 @@ def ray_on_its_way(address: str = "") -> Iterator[None]:
         finally:
             while _coming:
                 _coming.pop().exception()
-                ray.shutdown()
+                sys.modules["ray"].shutdown()
+
+
+def _has_ray() -> bool:
+    """Whether this process has a Ray; not by importing it, which takes a second."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -276,19 +283,25 @@ def _state(pid: int) -> str:
 
 def _start_local(num_cpus: int | None) -> None:
     import ray
+    from ray._private.node import Node
 
     # Ray asks for a token, so that other users of the machine cannot use it: one for this Ray
     # alone instead of a file in the home directory, which may be read-only.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=num_cpus,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address=LOOPBACK,
-        **_common(),
-    )
+    options = _common()
+    spared = [
+        name for name in SPARED if name != "start_log_monitor" or not options["log_to_driver"]
+    ]
+    with patch.multiple(Node, **dict.fromkeys(spared, lambda node, **_: None)):
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=num_cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address=LOOPBACK,
+            **options,
+        )
 
 
 def _common() -> dict[str, Any]:

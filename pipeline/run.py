@@ -8,7 +8,7 @@ import gc
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Thread
@@ -35,6 +35,7 @@ from tasks.work.kinds import load_job, load_station, station_class
 if TYPE_CHECKING:
     from tasks.report.forecast import Forecast
     from tasks.verify.run import VerifyReport
+    from tasks.work.station import Station
 
 J = TypeVar("J", bound=Job)
 logger = logging.getLogger(__name__)
@@ -131,6 +132,16 @@ def plan(
         LedgerError: the directory holds another run, another driver is at work on it, or it cannot
             be written.
     """
+    planned, station = _plan(source, run_uri, config, limit, update)
+    del station
+    gc.collect()
+    return planned
+
+
+def _plan(
+    source: str, run_uri: str, config: RunConfig[Any], limit: int | None, update: Sequence[str]
+) -> "tuple[Plan, Station]":
+    """The same, and what the job's models were loaded into."""
     begun = run_json.find_run(run_uri)
     station = load_station(_as_begun(config.job, begun), "cpu")
     hashes, declared = dict(station.hashes), station.declared
@@ -139,8 +150,6 @@ def plan(
     size = config.engine.shard_size
     if size == "auto":
         size = manifest.read_shard_size(run_uri) if begun else auto_shard_size(resolution)
-    del station
-    gc.collect()
     if update:
         check_settings(job, hashes, update)
         shards = plan_update(job, source, size, limit, update)
@@ -149,13 +158,14 @@ def plan(
     with hold(run_uri, config.engine.if_busy):
         info = manifest.write_manifest(run_uri, shards, size)
         run = run_json.create_run(run_uri, job, info, hashes, code_version(), declared)
-    return Plan(
+    planned = Plan(
         run=run,
         hashes=hashes,
         num_shards=info.num_shards,
         num_samples=info.num_samples,
         num_bytes=info.num_bytes,
     )
+    return planned, station
 
 
 def auto_shard_size(resolution: int) -> int:
@@ -177,11 +187,13 @@ def run(
     engine: EngineConfig,
     on_progress: OnProgress = ignore_progress,
     redo: Mapping[int, int] | None = None,
+    station: "Station | None" = None,
 ) -> Outcome:
     """Work off every shard that has no commit yet, on the engine of the config.
 
     Args:
         redo: committed shards to do again, and in which generation (`tasks.run.redo`).
+        station: loaded already, for a worker in this process that needs one like it.
 
     Raises:
         RefineryError: the run cannot go on. What is committed stays; run again to resume.
@@ -192,11 +204,15 @@ def run(
             lease.check()
             on_progress(snapshot)
 
-        return _run(run_uri, engine, tell, redo or {})
+        return _run(run_uri, engine, tell, redo or {}, station)
 
 
 def _run(
-    run_uri: str, engine: EngineConfig, on_progress: OnProgress, redo: Mapping[int, int]
+    run_uri: str,
+    engine: EngineConfig,
+    on_progress: OnProgress,
+    redo: Mapping[int, int],
+    station: "Station | None",
 ) -> Outcome:
     record = run_json.read_run(run_uri)
     handle, job = replace(run_json.run_handle(run_uri), redo=redo), load_job(run_uri)
@@ -238,7 +254,18 @@ def _run(
             memory = said.memory_bytes if said else declared.worker_bytes
             if said is None:
                 tally.listeners.append(Forecaster(run_uri))
-            _work(handle, job, record["weights"], engine, tally, memory)
+
+            def order(device: str) -> WorkOrder:
+                return WorkOrder(
+                    job=job,
+                    run=handle,
+                    hashes=record["weights"],
+                    device=device,
+                    threads=engine.threads,
+                    memory_bytes=memory,
+                )
+
+            _work(order, engine, tally, station)
     on_progress(tally.snapshot())
     return Outcome(
         run_uri=run_uri,
@@ -253,34 +280,23 @@ def _run(
 
 
 def _work(
-    handle: run_json.RunHandle,
-    job: Job,
-    hashes: dict[str, str],
+    order: Callable[[str], WorkOrder],
     engine: EngineConfig,
     tally: Tally,
-    memory_bytes: int,
+    station: "Station | None",
 ) -> None:
-    def order(device: str) -> WorkOrder:
-        return WorkOrder(
-            job=job,
-            run=handle,
-            hashes=hashes,
-            device=device,
-            threads=engine.threads,
-            memory_bytes=memory_bytes,
-        )
-
+    # What the report is made with is loaded beside the work.
+    Thread(target=importlib.import_module, args=("tasks.report.page",)).start()
     if engine.kind == "inline":
         from pipeline.inline import run_inline
 
-        run_inline(order(local_device()), tally)
+        run_inline(order(local_device()), tally, station)
         return
-    if "://" not in handle.uri and engine.address:
-        logger.warning("%s is a local path: every node of the cluster must see it", handle.uri)
+    uri = order("cpu").run.uri
+    if "://" not in uri and engine.address:
+        logger.warning("%s is a local path: every node of the cluster must see it", uri)
     from pipeline.pool import run_on_ray
 
-    # This process waits for its workers: it loads meanwhile what the report is made with.
-    Thread(target=importlib.import_module, args=("tasks.report.page",)).start()
     run_on_ray(order, engine, tally)
 
 
@@ -365,12 +381,15 @@ def carry_out(
     Raises:
         RefineryError: as the stages.
     """
-    with hold(run_uri, config.engine.if_busy), _engine_on_its_way(config.engine, run_uri):
-        plan(source, run_uri, config, limit=limit, update=update)
-        return finish(run_uri, config.engine, on_progress)
+    with hold(run_uri, config.engine.if_busy), engine_on_its_way(config.engine, run_uri):
+        if config.engine.kind != "inline":
+            plan(source, run_uri, config, limit=limit, update=update)
+            return finish(run_uri, config.engine, on_progress)
+        _, station = _plan(source, run_uri, config, limit, update)
+        return finish(run_uri, config.engine, on_progress, station=station)
 
 
-def _engine_on_its_way(engine: EngineConfig, run_uri: str) -> AbstractContextManager[None]:
+def engine_on_its_way(engine: EngineConfig, run_uri: str) -> AbstractContextManager[None]:
     """Ray, where a new run will need it: it comes up while the run is planned."""
     if engine.kind == "inline" or exists(join(run_uri, "run.json")):
         return nullcontext()
@@ -384,17 +403,18 @@ def finish(
     engine: EngineConfig,
     on_progress: OnProgress = ignore_progress,
     redo: Mapping[int, int] | None = None,
+    station: "Station | None" = None,
 ) -> Summary:
     """All stages after the plan.
 
     Args:
-        redo: as for `run`.
+        redo, station: as for `run`.
 
     Raises:
         RefineryError: as the stages.
     """
     with hold(run_uri, engine.if_busy):
-        outcome = run(run_uri, engine, on_progress, redo)
+        outcome = run(run_uri, engine, on_progress, redo, station)
         patiently(lambda: seal(run_uri))
     found = patiently(lambda: verify(run_uri))
     return Summary(

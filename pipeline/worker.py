@@ -93,9 +93,9 @@ class ShardProgress:
 class ShardWorker:
     """Loads the models once, then runs shards; several threads may call `run` at the same time."""
 
-    def __init__(self, order: WorkOrder) -> None:
+    def __init__(self, order: WorkOrder, station: "Station | None" = None) -> None:
         self.order = order
-        self._station: Station | None = None
+        self._station = station if station is not None and _suits(station, order) else None
         self._building = threading.Lock()
         self._device_lock = threading.Lock()
         self._at_work: dict[int, tuple[float, int]] = {}
@@ -185,6 +185,11 @@ class ShardWorker:
         logger.critical("shard=%05d the CUDA context is broken, leaving: %s", shard, error)
         logging.shutdown()
         os._exit(CUDA_EXIT_CODE)
+
+
+def _suits(station: "Station", order: WorkOrder) -> bool:
+    asked = (order.job, order.device, order.threads, order.hashes)
+    return (station.asked, station.device.type, station.threads, station.hashes) == asked
 
 
 def _unforeseen(error: BaseException) -> str:

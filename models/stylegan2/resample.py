@@ -71,12 +71,12 @@ class _Blur(torch.autograd.Function):
     """The filter is symmetric, so its adjoint is the filter again.
 
     torch's own backward pass of a depthwise convolution is about ten times slower on a CPU than the
-    forward pass that this one runs. It is differentiable any number of times.
+    forward pass that this one runs. It is differentiable any number of times, and under
+    `torch.func.vmap` the mapped dimension joins the batch.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, padding: int, gain: float, stride: int) -> Tensor:
-        ctx.settings = (padding, gain, stride, x.shape[2:])
+    def forward(x: Tensor, padding: int, gain: float, stride: int) -> Tensor:  # type: ignore[override]
         if x.is_cuda and HAS_TRITON:
             from models.stylegan2.blur_gpu import blur_gpu
 
@@ -84,6 +84,18 @@ class _Blur(torch.autograd.Function):
         channels = x.shape[1]
         kernel = _depthwise(channels, x, gain)
         return F.conv2d(x, kernel, padding=padding, stride=stride, groups=channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, padding, gain, stride = inputs
+        ctx.settings = (padding, gain, stride, x.shape[2:])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, padding: int, gain: float, stride: int
+    ) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        return blur(x.flatten(0, 1), padding, gain, stride).unflatten(0, x.shape[:2]), 0
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]

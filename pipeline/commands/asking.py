@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.terminal import OK, UNCLEAN, Run, console, spare_pandas
+from pipeline.commands.terminal import OK, UNCLEAN, Run, console
+from pipeline.start import spare_pandas
 
 if TYPE_CHECKING:
     import pyarrow as pa

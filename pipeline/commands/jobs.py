@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.terminal import OK, UNCLEAN, JobOptions, console, error_console
+from pipeline.start import spare_pandas
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -44,27 +45,31 @@ def run_job(
         The exit code.
     """
     is_flow, server = begin_flow(options)
+    from pipeline.config import engine_of
     from pipeline.progress import progress_line
-    from pipeline.run import carry_out, check_places
+    from pipeline.run import carry_out, check_places, engine_on_its_way
     from pipeline.screen import show_summary
 
-    config = load()
+    spare_pandas()
     check_places(source, output)
-    with progress_line(error_console) as on_progress:
-        if not is_flow:
-            limit = options.limit
-            summary = carry_out(
-                source, output, config, limit=limit, on_progress=on_progress, update=update
-            )
-        else:
-            if server is not None:
-                server.wait()
-            from pipeline.flows import IncompleteRun, listening
+    engine = engine_of(options.config, options.overrides)
+    with engine_on_its_way(engine, output):
+        config = load()
+        with progress_line(error_console) as on_progress:
+            if not is_flow:
+                limit = options.limit
+                summary = carry_out(
+                    source, output, config, limit=limit, on_progress=on_progress, update=update
+                )
+            else:
+                if server is not None:
+                    server.wait()
+                from pipeline.flows import IncompleteRun, listening
 
-            try:
-                with listening(on_progress):
-                    summary = in_flow()
-            except IncompleteRun as incomplete:
-                summary = incomplete.summary
+                try:
+                    with listening(on_progress):
+                        summary = in_flow()
+                except IncompleteRun as incomplete:
+                    summary = incomplete.summary
     show_summary(console, summary)
     return OK if summary.is_clean else UNCLEAN

@@ -6,7 +6,8 @@ from cyclopts import Parameter
 
 from models.errors import ConfigError
 from pipeline.commands.jobs import run_job
-from pipeline.commands.terminal import DEFAULTS, OK, JobOptions, Run, console, spare_pandas
+from pipeline.commands.terminal import DEFAULTS, OK, JobOptions, Run, console
+from pipeline.start import spare_pandas
 
 if TYPE_CHECKING:
     import numpy as np

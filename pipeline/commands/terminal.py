@@ -3,7 +3,6 @@
 import os
 import sys
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
 from typing import Annotated, Literal, TextIO
 
 from cyclopts import Parameter
@@ -95,23 +94,3 @@ class JobOptions:
 DEFAULTS = JobOptions()
 ALIGN_SETS = ("input.fit=align", "input.detector=mtcnn")
 """What --align stands for; what --set says comes after it."""
-
-
-class _NoPandas(MetaPathFinder):
-    def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name)
-
-
-def spare_pandas() -> None:
-    """For a command that answers from Arrow tables: pyarrow, once it is given a list, loads pandas
-    to know whether it is one of its own, which takes longer than most questions. It asks once; who
-    wants something of pandas later gets it."""
-    import pyarrow
-
-    absent = _NoPandas()
-    sys.meta_path.insert(0, absent)
-    try:
-        pyarrow.array([])
-    finally:
-        sys.meta_path.remove(absent)

@@ -12,7 +12,6 @@ import math
 import numpy as np
 from jaxtyping import Complex128, Float64, UInt8
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from tasks.input.face import as_complex, as_points
 
@@ -115,6 +114,8 @@ def _padded(
         1.0 - np.minimum(y / top, (height - 1 - y) / bottom),
     )
     blur = side * 0.02
+    from scipy.ndimage import gaussian_filter  # takes as long to load as a small run
+
     pixels += (gaussian_filter(pixels, [blur, blur, 0]) - pixels) * np.clip(fade * 3.0 + 1.0, 0, 1)
     pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(fade, 0.0, 1.0)
     rounded = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -2,14 +2,18 @@
 
     read -> compute and score -> write -> commit
 
+While the device has a batch, the next one is read and decoded and the results of the one before are
+encoded, each in a thread: three batches are in memory.
+
 A sample that cannot be read or computed is a row with a reason. Any other error ends the attempt;
 what it wrote stays invisible: only the marker, written last, makes parts visible.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TypeVar
 
 from tasks.input.sample import CorruptFileError
 from tasks.job import ShardSpec
@@ -18,7 +22,9 @@ from tasks.run.marker import Marker
 from tasks.run.run_json import RunHandle
 from tasks.storage.crash import crash_point
 from tasks.work.attempt import Attempt, place_in_errors
-from tasks.work.station import Station, fill_row
+from tasks.work.station import Batch, Result, Station, fill_row
+
+R = TypeVar("R")
 
 MOST_BYTES = 4 * 2**30
 """Of a shard's results, which are in memory until they are committed."""
@@ -52,21 +58,52 @@ def do_shard(
     with place_in_errors(spec), ThreadPoolExecutor(POOL_THREADS) as pool:
         # Threads are for encoding pictures; without any they only cost.
         each = pool.map if station.layout.pictures else map
-        for batch in station.read(attempt, pool):
-            with lock or nullcontext():
-                crash_point("in_work", spec.id)
-                result = station.work(batch)
-            attempt.watch.add(result.seconds)
-            attempt.notes += result.notes
+
+        def worked() -> Iterator[Callable[[], tuple[int, int]]]:
+            read = ((batch, len(attempt.rows)) for batch in station.read(attempt, pool))
+            for batch, rows in ahead(read):
+                with lock or nullcontext():
+                    crash_point("in_work", spec.id)
+                    result = station.work(batch)
+                attempt.watch.add(result.seconds)
+                attempt.notes += result.notes
+                yield partial(fill, batch, result, rows)
+
+        def fill(batch: Batch, result: Result, rows: int) -> tuple[int, int]:
             with attempt.watch("write"):
                 list(each(partial(fill_row, batch, result, station), range(len(batch))))
+            return rows, sum(row.num_bytes for row in batch.rows)
+
+        for rows, size in behind(worked()):
             if on_rows:
-                on_rows(len(attempt.rows))
-            held += sum(row.num_bytes for row in batch.rows)
+                on_rows(rows)
+            held += size
             if held > MOST_BYTES:
                 raise CorruptFileError(
-                    f"{spec.uri}: the first {len(attempt.rows)} samples have {held} bytes of "
-                    f"results, and a shard may have {MOST_BYTES}. Make smaller shards (a tar is "
-                    "one as it is), or store less (output.pictures)"
+                    f"{spec.uri}: the first {rows} samples have {held} bytes of results, and a "
+                    f"shard may have {MOST_BYTES}. Make smaller shards (a tar is one as it is), or "
+                    "store less (output.pictures)"
                 )
         return attempt.commit(station.layout, station.device)
+
+
+def ahead(items: Iterator[R]) -> Iterator[R]:
+    """The same items; the next one is made in a thread while the caller has one."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def behind(calls: Iterator[Callable[[], R]]) -> Iterator[R]:
+    """What calls return, in order; each is carried out in a thread while the next one is made."""
+    running: Future[R] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for call in calls:
+            done, running = running, thread.submit(call)
+            if done:
+                yield done.result()
+        if running:
+            yield running.result()

@@ -142,6 +142,7 @@ class Station(ABC):
             machine: actors, not threads, fill the cores, and 1 or 16 of them write equal bytes.
 
     Attributes:
+        asked: the job as it was given, with its columns.
         generator: on `device`.
         hashes: sha256 by name of all that decides the result; part of the run's id.
 
@@ -163,7 +164,8 @@ class Station(ABC):
             self.generator: Generator = load_generator(local_copy(job.generator))
             resolution = self.generator.resolution
             batch = auto_batch(resolution, device) if job.batch == "auto" else job.batch
-            self.job = job = replace(job, batch=batch, output=job.output.settled(resolution))
+            self.asked = replace(job, output=job.output.settled(resolution))
+            self.job = job = replace(self.asked, batch=batch)
             self.hashes: dict[str, str] = {"generator": weights_hash(self.generator)}
             self.load()
             self.perceptual, self.identity = self._load_distances()

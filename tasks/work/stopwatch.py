@@ -1,7 +1,8 @@
-"""Busy seconds by stage, for commit markers."""
+"""Busy seconds by stage, for commit markers. Stages of one attempt overlap, in threads."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from time import perf_counter
 
 
@@ -10,18 +11,19 @@ class Stopwatch:
 
     def __init__(self, stages: Sequence[str]) -> None:
         self._seconds = dict.fromkeys(stages, 0.0)
-        self._started = perf_counter()
+        self._started, self._lock = perf_counter(), Lock()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started = perf_counter()
         yield
-        self._seconds[stage] += perf_counter() - started
+        self.add({stage: perf_counter() - started})
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add times that were measured elsewhere."""
-        for stage, value in seconds.items():
-            self._seconds[stage] += value
+        with self._lock:
+            for stage, value in seconds.items():
+                self._seconds[stage] += value
 
     @property
     def seconds(self) -> dict[str, float]:

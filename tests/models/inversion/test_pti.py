@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.errors import ConfigError
+from models.inversion import pti
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.pti import Pti, PtiConfig, interpolated, synthesis_parameters
 from models.losses.perceptual import load_perceptual
@@ -215,6 +216,52 @@ def test_a_broken_picture_fails_alone(tiny_generator: Generator) -> None:
         assert (delta.codes[1:] == 0).all()
         assert delta.step.isfinite().all()
     assert any((delta.codes[0] != 0).any() for delta in (found.weights or {}).values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mse_weight": 2.0},
+        {"locality_weight": 5.0, "locality_distance": 4.0, "locality_samples": 2},
+        {"steps": 6, "stop_perceptual": 0.6, "learning_rate": 0.01, "locality_weight": 0.1},
+        {"perceptual": "none"},
+    ],
+)
+def test_several_at_once_are_tuned_as_one_after_the_other(
+    settings: dict[str, Any], tiny_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one leaves early, one has failed before and one has no finite loss."""
+    generator, rng = tiny_generator, torch.Generator().manual_seed(3)
+    o, i = generator.conv(2).conv.weight.shape[1:3]
+    sizes = [generator.conv_resolution(k) for k in range(generator.num_convs)]
+    pivot = replace(
+        pivots(generator, 5),
+        noise=tuple(torch.randn(5, 1, s, s, generator=rng) for s in sizes),
+        residual={
+            2: LowRank(
+                u=torch.randn(5, o, 1, generator=rng),
+                v=0.1 * torch.randn(5, 1, i, 3, 3, generator=rng),
+            )
+        },
+        failures={1: "e4e: lost"},
+    )
+    targets = pictures(5)
+    targets[2] = torch.nan
+    targets[4] = pivot[4:].render(generator).clamp(-1, 1)[0]  # near from the start
+    values = {"steps": 3, "perceptual": "refinery", "learning_rate": 1e-3, "stop_perceptual": 0.01}
+    method = Pti(generator, PtiConfig(**{**values, **settings}))
+    layout = generator.memory_format
+    one = method.invert(targets, pivot, SampleRng(list(range(5))))
+    monkeypatch.setitem(pti.TOGETHER, "cpu", 4)
+    several = method.invert(targets, pivot, SampleRng(list(range(5))))
+    assert several.failures == one.failures
+    assert generator.memory_format is layout
+    for name, twin in (one.weights or {}).items():
+        codes = (several.weights or {})[name].value() - twin.value()
+        step = twin.step.reshape(*twin.step.shape, *[1] * (codes.ndim - twin.step.ndim))
+        assert (codes.abs() <= 2 * step + 1e-6).all(), name
+    difference = several.render(generator) - one.render(generator)
+    assert difference.abs().max() < 2e-3
 
 
 def test_divergence_is_a_failure(tiny_generator: Generator) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +183,20 @@ def test_killed_anywhere_then_run_again(
 
 
 class RecordingLock:
-    """A context manager that knows whether it is held."""
+    """Knows which thread has it."""
 
-    held = False
-    taken = 0
+    def __init__(self) -> None:
+        self.taken, self.holder = 0, 0
+
+    @property
+    def held(self) -> bool:
+        return self.holder == threading.get_ident()
 
     def __enter__(self) -> None:
-        assert not self.held
-        self.held = True
-        self.taken += 1
+        self.taken, self.holder = self.taken + 1, threading.get_ident()
 
     def __exit__(self, *_: object) -> None:
-        self.held = False
+        self.holder = 0
 
 
 def test_lock_is_held_for_the_device_only(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +221,55 @@ def test_lock_is_held_for_the_device_only(small: SmallRun, monkeypatch: pytest.M
     assert lock.taken == 2  # five pictures, batches of three
     assert seen.pop("work") == {True}
     assert set(map(frozenset, seen.values())) == {frozenset({False})}
+
+
+def test_a_batch_is_read_and_another_written_while_one_is_computed(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = {name: threading.Event() for name in ("decode 5", "work 2")}
+    calls: list[str] = []
+
+    def after(owner: object, name: str, awaited: str, until: int) -> None:
+        """The first `until` calls return when something else has happened."""
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            calls.append(name)  # in several threads
+            count = calls.count(name)
+            happened.get(f"{name} {count}", threading.Event()).set()
+            if count <= until:
+                assert happened[awaited].wait(120), f"{name} waits for {awaited}"
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    after(small.inverter, "decode", "", 0)
+    after(small.inverter, "work", "decode 5", 1)  # batches of three: the second one is read
+    after(heart, "fill_row", "work 2", 1)
+    told: list[int] = []
+    assert small.run(0, on_rows=told.append).rows == 5
+    assert told == [3, 5]
+
+
+def test_an_error_comes_after_what_was_made_before_it() -> None:
+    def failing(what: Callable[[int], object]) -> Iterator[object]:
+        yield what(1)
+        yield what(2)
+        raise KeyError("third")
+
+    def failing_call() -> int:
+        raise KeyError("a call")
+
+    items, found = heart.ahead(failing(lambda n: n)), []
+    with pytest.raises(KeyError, match="third"):
+        found.extend(items)
+    assert found == [1, 2]
+    found = []
+    with pytest.raises(KeyError, match="a call"):
+        found.extend(heart.behind(iter([lambda: 1, failing_call, lambda: 3])))
+    assert found == [1]
+    assert list(heart.ahead(iter([None, 0, ""]))) == [None, 0, ""]
+    assert list(heart.behind(iter(()))) == []
 
 
 def test_batches_are_full_although_pictures_fail(
