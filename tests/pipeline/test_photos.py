@@ -402,6 +402,85 @@ def test_export(several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "c/inversion/deep/two.jpg#1.png").is_file()
 
 
+SCORES = "SELECT sample_key, status, error_kind, mse, psnr, ssim FROM latents ORDER BY sample_key"
+
+
+@pytest.fixture
+def by_reference(several: Path, tmp_path: Path) -> Path:
+    """A run that has thumbnails of its inputs, and its photographs beside it."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("deep/two.jpg", "drawing.png", "grey.png", "told.jpg"):
+        shutil.copy(several / "photos" / name, photos)
+    pictures = 'output.pictures=["thumbnail", "inversion"]'
+    assert invert(photos, tmp_path / "run", "--set", pictures) == 0
+    return tmp_path / "run"
+
+
+def rescore(run: Path, out: Path, *sets: str) -> int:
+    flags = [part for item in ("perceptual=none", *sets) for part in ("--set", item)]
+    return run_app(["rescore", str(run), str(out), *INLINE, *flags])
+
+
+def test_inputs_kept_by_reference_are_read_again_to_be_scored(by_reference: Path) -> None:
+    out = by_reference.parent / "out"
+    assert rescore(by_reference, out) == 0
+    found = query(str(out), SCORES)
+    assert found["status"].to_pylist() == ["failed", "ok", "ok", "ok", "ok"]
+    assert found.equals(query(str(by_reference), SCORES))
+    assert run_app(["verify", str(out)]) == 0
+
+
+def test_a_photograph_that_changed_is_not_scored(by_reference: Path) -> None:
+    shutil.copy(by_reference.parent / "photos/told.jpg", by_reference.parent / "photos/grey.png")
+    out = by_reference.parent / "out"
+    assert rescore(by_reference, out) == 0
+    sql = "SELECT error FROM latents WHERE sample_key = 'grey.png#0'"
+    (row,) = query(str(out), sql).to_pylist()
+    assert row["error"] == "the photograph is not the one that was inverted"
+    kept = "SELECT sample_key, psnr FROM latents WHERE psnr > 0 AND sample_key != 'grey.png#0'"
+    assert query(str(out), kept).equals(query(str(by_reference), kept))
+
+
+def test_a_detector_of_other_weights_is_not_asked_again(
+    by_reference: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mtcnn.load_mtcnn(), "hash", "0" * 64)
+    assert rescore(by_reference, by_reference.parent / "out") == 2
+    assert "input.detector was" in capsys.readouterr().err
+    assert not (by_reference.parent / "out").exists()
+
+
+def test_inputs_kept_by_reference_are_exported_by_way_of_a_rescore(
+    several: Path, by_reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = by_reference.parent
+    assert run_app(["export", str(by_reference), str(folder / "a"), "--picture", "input"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "only thumbnail, inversion; `refinery rescore RUN OUT" in said
+    assert rescore(by_reference, folder / "out", 'output.pictures=["input"]') == 0
+    assert run_app(["export", str(folder / "out"), str(folder / "b"), "--picture", "input"]) == 0
+    stored = query(str(several / "run"), "SELECT sample_key, input.bytes AS data FROM images")
+    pictures = {row["sample_key"].rpartition("/")[2]: row["data"] for row in stored.to_pylist()}
+    exported = {path.name.removesuffix(".png"): path for path in (folder / "b").glob("*.png")}
+    assert set(exported) == {"two.jpg#0", "two.jpg#1", "grey.png#0", "told.jpg#0"}
+    assert all(path.read_bytes() == pictures[key] for key, path in exported.items())
+    assert run_app(["export", str(by_reference), str(folder / "c"), "--picture", "thumbnail"]) == 0
+    assert reopened(folder / "c/told.jpg#0.jpg").size == (32, 32)
+
+
+def test_a_compacted_run_is_composed_whole(several: Path, composed: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(several / "run", run)
+    assert run_app(["compact", str(run)]) == 0
+    assert compose(run, out) == 0
+    made, remade = (
+        {path.relative_to(run): path.read_bytes() for path in files(run / "photos")}
+        for run in (composed, out)
+    )
+    assert made == remade
+
+
 def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/photos.md from its first to its last command, on the photograph that it shows."""
     page = (Path(__file__).parents[2] / "docs" / "photos.md").read_text()
