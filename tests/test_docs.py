@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, commands parse, settings exist, the example method works."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -64,6 +65,15 @@ def test_files_in_backquotes_exist(page: str) -> None:
     for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page]):
         is_written_by_a_run = name.startswith("models/assets/")
         assert is_written_by_a_run or (ROOT / name).exists(), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_show_what_came_out(path: Path) -> None:
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {output["output_type"] for cell in cells for output in cell["outputs"]}
+    assert kinds == {"execute_result"}
+    assert all(cell["outputs"] for cell in cells)
 
 
 def test_examples_of_directions_are_whole_configs() -> None:

@@ -18,6 +18,12 @@ from tasks.storage.names import file_name
 from tasks.storage.part_files import PartFile, part_errors
 
 CLAIM = ".export.json"
+NEXT_STEPS = {
+    "input": "; `refinery rescore RUN OUT --set 'output.pictures=[\"input\"]'` reads them again "
+    "from where they were, and stores them in OUT",
+    "inversion": "; invert again with `inversion` among output.pictures",
+}
+"""Of who asks for pictures that are not stored."""
 THREADS = 16
 """Files written side by side: stores answer slowly, and disks in any order."""
 
@@ -60,7 +66,7 @@ def export_pictures(
         if name not in declared.pictures:
             raise ConfigError(
                 f"{run_uri} has stored no pictures {name!r}, only "
-                f"{', '.join(declared.pictures) or 'codes'}; see output.pictures"
+                f"{', '.join(declared.pictures) or 'codes'}{NEXT_STEPS.get(name, '')}"
             )
     _claim(folder, run_uri, names)
     suffixes = {name: picture_suffix(name, config["output"]["picture_format"]) for name in names}

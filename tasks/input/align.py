@@ -7,6 +7,7 @@ turn, scale and shift, no mirroring. In complex numbers it is z -> a z + b, with
 a = sum(conj(z - mean z) (t - mean t)) / sum |z - mean z|^2.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from models.errors import AssetError, ConfigError, SampleError
-from tasks.input.detect import Found, find_faces
+from tasks.input.detect import MTCNN, Found, find_faces, load_mtcnn
 from tasks.input.face import Crop, Face, as_complex
 from tasks.input.ffhq import ffhq_crop, ffhq_points
 from tasks.job import InputConfig
@@ -103,6 +104,23 @@ def with_template(input: InputConfig, card: Mapping[str, Any] | None) -> InputCo
             "points"
         )
     return input if named is None else replace(input, template=named)
+
+
+def input_hashes(input: InputConfig) -> dict[str, str]:
+    """sha256 by name of what decides the crops as much as weights decide the codes.
+
+    Raises:
+        AssetError: the template's file or the detector's weights are missing.
+    """
+    if input.fit != "align":
+        return {}
+    found = {}
+    if input.template not in (FACE, FFHQ):
+        template = read_bytes(input.template, AssetError)
+        found["input.template"] = hashlib.sha256(template).hexdigest()
+    if input.detector == MTCNN:
+        found["input.detector"] = load_mtcnn().hash
+    return found
 
 
 def similarity(

@@ -60,7 +60,7 @@ def face_key(photo_key: str, number: int | None) -> str:
 
 def photo_keys(keys: Iterable[str], known: Collection[str]) -> list[str]:
     """The photographs of samples, each once where its faces are numbered from 0 without a gap. The
-    keys of others come back as they are, and are those of no photograph.
+    keys of others, and what looks like a face's key but has no number, come back as they are.
 
     Args:
         known: keys of photographs.
@@ -74,6 +74,8 @@ def photo_keys(keys: Iterable[str], known: Collection[str]) -> list[str]:
         else:
             numbers.setdefault(photo, set()).add(number)
     for photo, found in numbers.items():
-        wanted = {str(number) for number in range(len(found))}
-        photos += [photo, *(f"{photo}#{number}" for number in found - wanted)]
+        faces = {number for number in found if number.isdecimal()}
+        photos += [f"{photo}#{number}" for number in found - faces]
+        if faces and faces == {str(number) for number in range(len(faces))}:
+            photos.append(photo)
     return photos

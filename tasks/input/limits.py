@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import IO
+from typing import IO, Protocol, TypeVar
 
 from models.errors import SampleError
-from tasks.input.sample import CorruptFileError, RawSample
+from tasks.input.sample import CorruptFileError
+
+E = TypeVar("E", bound="Encoded")
 
 AHEAD_BYTES = 256 * 2**20
 """Encoded pictures of a shard in memory at one time, besides the one that goes beyond."""
@@ -126,7 +128,14 @@ def too_many_bytes(what: str, num_bytes: int, most: int) -> SampleError | None:
     )
 
 
-def chunks(samples: Iterable[RawSample], count: int) -> Iterator[list[RawSample]]:
+class Encoded(Protocol):
+    """What holds a picture as its file has it."""
+
+    @property
+    def data(self) -> bytes | None: ...
+
+
+def chunks(samples: Iterable[E], count: int) -> Iterator[list[E]]:
     """At most `count` samples, and about `AHEAD_BYTES`, at a time, in order."""
     samples = iter(samples)
     for first in samples:

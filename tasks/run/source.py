@@ -92,6 +92,14 @@ def source_marker(spec: ShardSpec) -> Marker:
     )
 
 
+def shards_read(spec: ShardSpec) -> list[int]:
+    """Numbers of the shards whose rows a shard of a run reads: several of a compacted run."""
+    shard = int(spec.members[0])
+    commits = read_generations(spec.uri, shard)
+    covered = next((m.covers for m in commits if _etag(m) == spec.etag), ())
+    return list(dict.fromkeys([shard, *(each.shard for each in covered)]))
+
+
 def read_rows(run_uri: str, marker: Marker) -> list[Row]:
     """What one shard knows of its samples besides codes and pictures, failed ones included, in
     order of their keys.

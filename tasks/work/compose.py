@@ -14,26 +14,23 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from models.errors import ConfigError, SampleError
-from models.inversion.base import Inversion
 from tasks.input.decode import UPRIGHT, opened, orientation
-from tasks.input.read import RawSample, read_shard
 from tasks.input.sample import is_image_name
-from tasks.job import InputConfig, OutputConfig, ShardSpec, StoredJob
-from tasks.run.manifest import read_shard_spec
+from tasks.job import OutputConfig, StoredJob
 from tasks.run.parts import Layout
 from tasks.run.rows import SUFFIX
 from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import join, write_bytes
 from tasks.storage.names import file_name
 from tasks.work.attempt import Attempt
-from tasks.work.kinds import load_job
+from tasks.work.originals import originals
 from tasks.work.paste import PasteConfig, paste
 from tasks.work.station import Batch, Failures, Result
 from tasks.work.stored_station import StoredStation
@@ -112,31 +109,15 @@ class Composer(StoredStation):
 
     def read(self, attempt: Attempt, pool: Executor) -> Iterator[Batch]:
         """Photographs with all their faces, about `job.batch` faces at a time."""
-        waiting: dict[str, list[Batch]] = defaultdict(list)
-        for batch in super().read(attempt, pool):
-            for at, row in enumerate(batch.rows):
-                waiting[row.image_uri].append(batch[at : at + 1])
-        spec, input = origin(attempt.spec)
         ready: list[Batch] = []
-        photos = read_shard(spec, input) if waiting else iter(())
-        while True:
-            with attempt.watch("read"):
-                raw = next(photos, None)
-            if raw is None:
-                break
-            faces = waiting.pop(raw.uri, None)
-            if faces is None:
-                continue
-            ready.append(_joined(faces, (raw, input), attempt.run.uri))
-            if sum(map(len, ready)) >= self.job.batch or not waiting:
-                yield _joined(ready, None, attempt.run.uri)
+        for photo, input, faces in originals(attempt, super().read(attempt, pool)):
+            photos = [(photo, input)] * len(faces)
+            ready.append(replace(Batch.cat(faces), photos=photos, folder=attempt.run.uri))
+            if sum(map(len, ready)) >= self.job.batch:
+                yield Batch.cat(ready)
                 ready = []
-            if not waiting:
-                break
         if ready:
-            yield _joined(ready, None, attempt.run.uri)
-        for batch in (each for faces in waiting.values() for each in faces):
-            batch.rows[0].fail("read", "the photograph is no longer in the input")
+            yield Batch.cat(ready)
 
     def compute(self, batch: Batch) -> Result:
         assert batch.inversion is not None
@@ -167,10 +148,6 @@ class Composer(StoredStation):
     def _composed(self, batch: Batch, rows: Sequence[int]) -> np.ndarray | SampleError:
         """Write one photograph's files; its seams by picture and face."""
         raw, input = batch.photos[rows[0]]
-        if raw.error is not None:
-            return raw.error
-        if hashlib.sha256(raw.data or b"").hexdigest() != batch.rows[rows[0]].image_sha256:
-            return SampleError("read", "the photograph is not the one that was inverted")
         try:
             with opened(raw, input, None) as upright:
                 base = _in_mode(upright.picture)
@@ -262,39 +239,6 @@ def _adds_change(name: str, job: ComposeJob) -> bool:
     made = read_run(job.source)["config"].get("variants", ())
     others = ("domains", "assigned", "blends")
     return any(v["name"] == name and not any(v[kind] for kind in others) for v in made)
-
-
-def origin(spec: ShardSpec) -> tuple[ShardSpec, InputConfig]:
-    """The shard of photographs that a shard of a run goes back to, and how they were read.
-
-    Raises:
-        LedgerError: a run of the chain is gone.
-    """
-    while spec.kind == "run":
-        run, shard = spec.uri, int(spec.members[0])
-        spec = read_shard_spec(run, shard)
-        if spec.kind != "run":
-            return spec, load_job(run).input  # type: ignore[attr-defined]  # an inversion's
-        moved = read_run(run)["config"]["source"]
-        spec = ShardSpec(id=spec.id, kind="run", uri=moved, members=spec.members)
-    raise AssertionError("a shard of a run")
-
-
-def _joined(
-    batches: Sequence[Batch], photo: tuple[RawSample, InputConfig] | None, folder: str
-) -> Batch:
-    rows = [row for batch in batches for row in batch.rows]
-    return Batch(
-        keys=[key for batch in batches for key in batch.keys],
-        rows=rows,
-        encoded={
-            name: [data for batch in batches for data in batch.encoded[name]]
-            for name in batches[0].encoded
-        },
-        inversion=Inversion.cat([b.inversion for b in batches if b.inversion is not None]),
-        photos=[photo] * len(rows) if photo else [p for batch in batches for p in batch.photos],
-        folder=folder,
-    )
 
 
 def _in_mode(photo: Image.Image) -> Image.Image:

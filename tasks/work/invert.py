@@ -15,20 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.errors import AssetError, ConfigError, SampleError
+from models.errors import ConfigError, SampleError
 from models.inversion.base import Inversion, Method, SampleRng, sample_seed
 from models.inversion.registry import load_method
 from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
-from tasks.input.align import AUTO, FACE, FFHQ, template_points, with_template
+from tasks.input.align import AUTO, input_hashes, template_points, with_template
 from tasks.input.decode import decode_all
-from tasks.input.detect import (
-    MTCNN,
-    face_square,
-    has_mtcnn,
-    load_mtcnn,
-    shows_face,
-)
+from tasks.input.detect import face_square, has_mtcnn, load_mtcnn, shows_face
 from tasks.input.face import Crop, face_key
 from tasks.input.limits import chunks
 from tasks.input.plan import plan_shards
@@ -37,7 +31,6 @@ from tasks.job import JobConfig, ShardSpec
 from tasks.run.parts import Layout
 from tasks.run.rows import Row
 from tasks.storage.crash import crash_point
-from tasks.storage.files import read_bytes
 from tasks.work.attempt import Attempt
 from tasks.work.device import local_copy, rows_not_finite, to_images
 from tasks.work.station import Batch, Failures, Result, Score, Station
@@ -192,18 +185,14 @@ class Inverter(Station):
         """The template of the generator's card, the detector, and what both are made of: they
         decide the crops as much as weights decide the codes."""
         self.input = with_template(self.job.input, self.generator.provenance.get("card"))
+        self.hashes |= input_hashes(self.input)
         self.square = None
-        template, is_aligned = self.input.template, self.input.fit == "align"
-        looks = self.input.detector == MTCNN if is_aligned else self.input.check_aligned
-        if is_aligned and template not in (FACE, FFHQ):
-            self.hashes["input.template"] = hashlib.sha256(
-                read_bytes(template, AssetError)
-            ).hexdigest()
-        if not looks or template == AUTO or not (is_aligned or has_mtcnn()):
+        if self.input.fit == "align" or not self.input.check_aligned:
             return
-        self.hashes["input.detector"] = load_mtcnn().hash
-        if not is_aligned:
-            self.square = face_square(template_points(template) * self.generator.resolution)
+        if self.input.template != AUTO and has_mtcnn():
+            self.hashes["input.detector"] = load_mtcnn().hash
+            template = template_points(self.input.template)
+            self.square = face_square(template * self.generator.resolution)
 
     def _replace_broken_rows(self, inversion: Inversion, failures: Failures) -> Inversion:
         """Codes of rows that are not finite become the average: the next method gets numbers."""

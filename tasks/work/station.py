@@ -84,6 +84,22 @@ class Batch:
             folder=self.folder,
         )
 
+    @staticmethod
+    def cat(parts: Sequence["Batch"]) -> "Batch":
+        """One after the other; they hold the same kinds of things."""
+        first = parts[0]
+        inputs = [part.inputs for part in parts if part.inputs is not None]
+        inversions = [part.inversion for part in parts if part.inversion is not None]
+        return Batch(
+            keys=[key for part in parts for key in part.keys],
+            rows=[row for part in parts for row in part.rows],
+            inputs=np.concatenate(inputs) if inputs else None,
+            encoded={n: [data for p in parts for data in p.encoded[n]] for n in first.encoded},
+            inversion=Inversion.cat(inversions) if inversions else None,
+            photos=[photo for part in parts for photo in part.photos],
+            folder=first.folder,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:

@@ -91,7 +91,7 @@ def test_a_source_without_the_pictures_is_refused(
 ) -> None:
     command = ["rescore", rescored, str(tmp_path / "out"), "--engine", "inline", "--no-flow"]
     assert run_app(command) == 2
-    assert "has stored no pictures 'input', only codes" in capsys.readouterr().err
+    assert "has stored no pictures 'inversion', only codes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,10 +1,13 @@
 """The demo's road, with a tiny generator and one step in a loop instead of Ray."""
 
 import io
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,8 +17,12 @@ from tests.conftest import ROOT, make_tiny_generator
 from tests.e2e.small_dataset import write_dataset
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_ends_with_the_table_and_the_report_and_can_be_asked(
-    tmp_path: Path, face_bytes: list[bytes], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    face_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     dataset = write_dataset(tmp_path, make_tiny_generator(), face_bytes)
     config = tmp_path / "demo.toml"
@@ -36,6 +43,27 @@ def test_the_demo_ends_with_the_table_and_the_report_and_can_be_asked(
     assert "1/1 shards, 28 images, 3 failed" in progress.getvalue()
     assert (folder / "pictures" / "TERMS.md").exists()
     ask_as_the_readme_does(folder, capsys)
+    monkeypatch.chdir(tmp_path)
+    read_as_the_notebook_does()
+
+
+def read_as_the_notebook_does() -> None:
+    """The cells of docs/runs.ipynb, on the demo below the current folder."""
+    cells = json.loads((ROOT / "docs/runs.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    for number, source in enumerate(sources):
+        exec(compile(source, f"docs/runs.ipynb, cell {number}", "exec"), names)
+    run, drawn = names["run"], names["drawn"]
+    assert len(drawn) == 6
+    assert names["codes"].shape == (6, *run.snapshot.declared.shape)
+    np.testing.assert_array_equal(names["codes"][2], run.code(drawn[2]))
+    np.testing.assert_array_equal(names["again"], run.pictures(names["batch"].sample_keys))
+    assert names["item"]["inversion"].shape[:2] == (8, 3)
+    first = names["data"][0]
+    psnr = run.query("SELECT psnr FROM samples WHERE sample_key = $key", key=first["sample_key"])
+    assert first["psnr"] == psnr["psnr"][0].as_py()
+    assert "painted" in names["variants"]
 
 
 def ask_as_the_readme_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,13 @@ def test_each_photograph_is_there_once() -> None:
     assert sorted(photo_keys(["t.tar:c#0#0", "a.jpg#0", "b.jpg#0"], known)) == sorted(known)
 
 
-def test_a_gap_and_a_stranger_come_back_as_keys_of_no_photograph() -> None:
-    assert sorted(photo_keys(["a.jpg#0", "a.jpg#2"], {"a.jpg"})) == ["a.jpg", "a.jpg#2"]
+def test_a_photograph_without_one_of_its_faces_is_not_there() -> None:
+    assert photo_keys(["a.jpg#0", "a.jpg#2"], {"a.jpg"}) == []
+    assert photo_keys(["a.jpg#1"], {"a.jpg"}) == []
+
+
+def test_strangers_come_back_as_they_are() -> None:
+    assert sorted(photo_keys(["a.jpg#0", "a.jpg#x"], {"a.jpg"})) == ["a.jpg", "a.jpg#x"]
+    assert photo_keys(["a.jpg#x"], {"a.jpg"}) == ["a.jpg#x"]
     assert photo_keys(["x.jpg#0"], {"a.jpg"}) == ["x.jpg#0"]
     assert photo_keys(["a.jpg", "a.jpg"], {"a.jpg"}) == ["a.jpg", "a.jpg"]
