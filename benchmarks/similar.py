@@ -13,6 +13,7 @@ not measured again stays as it was.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -20,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,17 @@ from tasks.run.marker import Part
 from tasks.run.parts import to_arrow
 from tasks.run.query import query
 from tasks.run.vectors import Exact, Projection, open_vectors
-from tasks.similar.index import RERANKED, Index
+from tasks.similar import index as similar_index
+from tasks.similar.index import RERANKED, SCANNED, SKETCHED, Index
 from tasks.work.index import Indexer
 
 HERE = Path(__file__).parent
 SHARD = 10_000
 SPECTRUM = 384
 """Directions of the real codes that made-up ones vary in."""
+WIDE = 1_000_000
+"""Rows up to which vectors are whole codes; beyond, their coordinates along `SPECTRUM` directions,
+which are as far apart in a third of the room."""
 QUESTIONS = 100
 BUILT = 100_000
 K = 10
@@ -56,18 +63,21 @@ class Codes:
     """A folder with an index's parts, the questions and their true answers.
 
     Attributes:
-        projected: float32 [N P], what the other libraries index.
         asked: float32 [Q E].
         truth: rows of the K nearest by the exact vectors, [Q K].
         is_real: which questions are real codes.
     """
 
     index: Index
-    projected: np.ndarray
     asked: np.ndarray
     truth: np.ndarray
     is_real: np.ndarray
     bytes_per_row: float
+
+    @cached_property
+    def projected(self) -> np.ndarray:
+        """float32 [N P], what the other libraries index."""
+        return np.load(Path(self.index.uri) / "projected.npy")
 
     def recall(self, found: list[np.ndarray], only: np.ndarray | None = None) -> float:
         """Share of the true neighbours among those found."""
@@ -104,6 +114,9 @@ def make_codes(real: np.ndarray, rows: int, folder: Path) -> Codes:
     mean = known.mean(0)
     _, deviation, directions = np.linalg.svd(known - mean, full_matrices=False)
     deviation, directions = deviation[:SPECTRUM] / len(known) ** 0.5, directions[:SPECTRUM]
+    if rows > WIDE:
+        real, known = ((each - mean) @ directions.T for each in (real, known))
+        mean, directions = np.zeros(SPECTRUM, np.float32), np.eye(SPECTRUM, dtype=np.float32)
 
     def made_up(count: int) -> np.ndarray:
         normal = rng.standard_normal((count, len(deviation)), dtype=np.float32)
@@ -115,14 +128,16 @@ def make_codes(real: np.ndarray, rows: int, folder: Path) -> Codes:
     asked = asked.astype(np.float16).astype(np.float32)
     nearest = np.full((QUESTIONS, K), np.inf, np.float32)
     truth = np.full((QUESTIONS, K), -1)
-    projected = np.empty((rows, 128), np.float32)
+    width = len(projection.component)
+    projected = np.empty((rows if rows <= WIDE else 0, width), np.float32)
     for first in range(0, rows, SHARD):
         count = min(SHARD, rows - first)
         exact = known[first : first + count]
         exact = np.concatenate([exact, made_up(count - len(exact))]).astype(np.float16)
         wide = exact.astype(np.float32)
-        projected[first : first + count] = projection.project(wide)
-        _write(folder, first, exact, projection.codes(wide), parts)
+        if len(projected):
+            projected[first : first + count] = projection.project(wide)
+        _write(folder, first, exact, projection.encode(wide), parts)
         distance = (wide**2).sum(1) - 2 * asked @ wide.T + (asked**2).sum(1)[:, None]
         every = np.concatenate([nearest, distance], 1)
         order = np.argpartition(every, K, 1)[:, :K]
@@ -145,7 +160,6 @@ def _kept(folder: Path) -> Codes:
     size = sum(path.stat().st_size for path in folder.glob("*.vectors"))
     return Codes(
         index=index,
-        projected=np.load(folder / "projected.npy"),
         asked=questions["asked"],
         truth=questions["truth"],
         is_real=questions["real"],
@@ -154,15 +168,24 @@ def _kept(folder: Path) -> Codes:
 
 
 def _write(
-    folder: Path, first: int, exact: np.ndarray, codes: np.ndarray, parts: dict[str, list[Part]]
+    folder: Path,
+    first: int,
+    exact: np.ndarray,
+    encoded: dict[str, np.ndarray],
+    parts: dict[str, list[Part]],
 ) -> None:
     count = len(exact)
-    kind = pa.list_(pa.field("element", pa.uint8()), codes.shape[1])
     table = pa.table(
         {
             "sample_key": [f"train64-{first // SHARD:03d}.parquet:{n}" for n in range(count)],
             "psnr": np.random.default_rng(first).random(count, np.float32) * 100,
-            "code": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), type=kind),
+            **{
+                name: pa.FixedSizeListArray.from_arrays(
+                    pa.array(encoded[name].reshape(-1)),
+                    type=pa.list_(pa.field("element", pa.uint8()), encoded[name].shape[1]),
+                )
+                for name in ("sketch", "code")
+            },
         }
     )
     for name, data in (("vectors", to_arrow(table)), ("exact", None)):
@@ -351,27 +374,36 @@ def timed(ask: Callable[[], Any], rounds: int) -> dict[str, float]:
 def ours(codes: Codes, rounds: int) -> dict[str, Any]:
     """`Index.search`: alone, in batches, under a filter."""
     index, asked = codes.index, codes.asked
-    keys = np.concatenate([table["sample_key"].to_numpy() for table in index.tables])
-    number = {key: row for row, key in enumerate(keys.tolist())}
 
-    def rows(vectors: np.ndarray, where: str | None = None) -> list[np.ndarray]:
-        return [
-            np.array([number[key] for key in found["sample_key"].to_pylist()])
-            for found in index.search(vectors, K, where)
-        ]
+    def rows(vectors: np.ndarray) -> list[np.ndarray]:
+        names = (found["sample_key"].to_pylist() for found in index.search(vectors, K))
+        places = ([name[len("train64-") :].split(".parquet:") for name in each] for each in names)
+        return [np.array([int(p) * SHARD + int(row) for p, row in each]) for each in places]
 
-    found = rows(asked)
-    alone = iter(np.tile(asked, (rounds + 1, 1, 1)).reshape(-1, 1, asked.shape[1]))
-    under = iter(np.tile(asked, (rounds + 1, 1, 1)).reshape(-1, 1, asked.shape[1]))
-    batch = timed(lambda: index.search(asked, K), max(1, rounds // 10))
-    return {
-        "recall": codes.recall(found),
-        "recall_real": codes.recall(found, codes.is_real),
+    def measured() -> dict[str, Any]:
+        batch = timed(lambda: index.search(asked, K), max(1, rounds // 10))
+        found = rows(asked)
+        return {
+            "recall": codes.recall(found),
+            "recall_real": codes.recall(found, codes.is_real),
+            "alone": timed(lambda: index.search(next(questions), K), rounds),
+            "batch": {name: value / len(asked) for name, value in batch.items()},
+        }
+
+    questions = itertools.cycle(asked[:, None])
+    filters = (f"psnr < 1.{number:05d}" for number in itertools.count())  # each a new one
+    with unittest.mock.patch.object(similar_index, "SKETCHED", len(index) + 1):
+        scanned = measured()
+    started = time.perf_counter()
+    index.search(asked[: SCANNED + 1], 1)
+    packed_s = time.perf_counter() - started
+    return measured() | {
         "bytes": codes.bytes_per_row,
-        "alone": timed(lambda: index.search(next(alone), K), rounds),
+        "scanned": scanned,
+        "packed_s": packed_s if len(index) >= SKETCHED else None,
         "pass": timed(lambda: [np.add.reduce(c.view(np.uint64), None) for c in index._codes], 5),
-        "batch": {name: value / len(asked) for name, value in batch.items()},
-        "filtered": timed(lambda: index.search(next(under), K, "psnr < 1"), rounds),
+        "filtered": timed(lambda: index.search(next(questions), K, next(filters)), rounds),
+        "filtered_again": timed(lambda: index.search(next(questions), K, "psnr < 1"), rounds),
     }
 
 

@@ -47,7 +47,8 @@ class IndexJob(StoredJob):
     space: SpaceName = "w_plus"
     """w, w_plus, style: of the codes; clip, identity, perceptual: of the stored pictures."""
     directions: Annotated[int, Ge(1)] = 128
-    """Bytes of a code; fewer where the space or the run is smaller."""
+    """Bytes of a code, and a quarter for its sketch; fewer where the space or the run is
+    smaller."""
     clip: str = field(default="refinery", metadata=FILE)
     """The CLIP of the space clip: "refinery", a folder or a hub id."""
     batch: Annotated[int, Ge(1)] = 256
@@ -56,7 +57,8 @@ class IndexJob(StoredJob):
 
 
 class Indexer(StoredStation):
-    """Stored samples in; 8-bit codes, exact float16 vectors and the run's scores out.
+    """Stored samples in; 8-bit codes, their sketches, exact float16 vectors and the run's scores
+    out.
 
     The projection is fitted to a sample of the run by the first attempt that needs it and kept in
     the index's folder: the same sample, and so the same projection, whoever comes first.
@@ -132,7 +134,6 @@ class Indexer(StoredStation):
         # Stored is exact: the code is of the vector that the ranking will use.
         exact = self.embed(batch.inversion.w_plus, batch.encoded).half()
         assert self._projection is not None
-        codes = self._projection.codes(exact.float().numpy())
         return Result(
             inversion=batch.inversion,
             pictures={},
@@ -140,7 +141,7 @@ class Indexer(StoredStation):
                 name: np.array([row.metrics[name] for row in batch.rows], np.float32)
                 for name in self.source.metrics
             },
-            vectors={"code": codes, "exact": exact.numpy()},
+            vectors={**self._projection.encode(exact.float().numpy()), "exact": exact.numpy()},
             seconds={"embed": time.perf_counter() - started},
         )
 

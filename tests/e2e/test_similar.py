@@ -366,7 +366,8 @@ def answer(index: Index) -> list[tuple[str, float]]:
 
 def test_codes_are_of_the_parts(indexed: str) -> None:
     index = open_index(indexed)
-    assert np.array_equal(index.codes(7, 23), index.projection.codes(index.take(np.arange(7, 23))))
+    vectors = index.take(np.arange(7, 23))
+    assert np.array_equal(index.codes(7, 23), index.projection.encode(vectors)["code"])
     marker = read_markers(indexed)[0]
     latents = pq.read_table(f"{indexed}/{marker.parts['latents'].path}")
     assert latents["w_plus"].null_count == latents.num_rows
