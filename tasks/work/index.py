@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -107,8 +108,8 @@ class Indexer(StoredStation):
             return ()
         return ("input",) if "input" in self.source.pictures else ("inversion",)
 
-    @property
-    def layout(self) -> Layout:
+    @cached_property
+    def layout(self) -> Layout:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Layout(
             method=self.job.method,
             metrics=self.source.metrics,
