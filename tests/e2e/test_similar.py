@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -155,6 +157,19 @@ def test_a_vector_from_a_file(
         found = ask(capsys, tmp_path, "similar", indexed, "--vector", str(path), "-k", "3")
         assert found[0]["distance"] == 0.0
         assert found[0]["sample_key"] == "face-06.png"
+
+
+def test_no_torch_is_loaded_to_answer(indexed: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", np.zeros(128))
+    ways = (["--key", "face-03.png"], ["--key", "face-03.png", "--where", "psnr > 3"])
+    commands = [["similar", indexed, *way] for way in (*ways, ["--vector", f"{tmp_path}/q.npy"])]
+    code = (
+        "import sys; from pipeline.cli import run_app\n"
+        f"assert [run_app(command) for command in {commands!r}] == [0, 0, 0]\n"
+        "assert not {'torch', 'pandas', 'ray', 'prefect'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_words_by_clip(
