@@ -112,7 +112,7 @@ class Projection:
         """What `write` wrote; None where nothing is.
 
         Raises:
-            LedgerError: it is damaged.
+            LedgerError: it is damaged, or of an earlier version.
         """
         uri = join(run_uri, PROJECTION)
         if not exists(uri):
@@ -125,7 +125,8 @@ class Projection:
             )
         except (SafetensorError, KeyError, ValueError) as error:
             raise LedgerError(
-                f"{uri}: damaged ({error}); restore it, or delete the index and make it again"
+                f"{uri}: damaged, or of an earlier version ({error}); restore it, or delete the "
+                "index and make it again"
             ) from error
 
 

@@ -4,7 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from models.errors import LedgerError
 from tasks.run.vectors import ZERO, Projection
 from tasks.similar import scan as scan_module
 from tasks.similar.scan import scan, squared_distances
@@ -122,3 +124,6 @@ def test_a_projection_is_kept(tmp_path: object) -> None:
     encoded = found.encode(np.array([[1, 0, 9]], np.float32))
     assert encoded["code"].tolist() == [[130, 126]]
     assert encoded["sketch"].tolist() == [[0]]
+    save_file({"mean": found.mean}, f"{tmp_path}/projection.safetensors")
+    with pytest.raises(LedgerError, match=r"earlier version \('step'\).*make it again"):
+        Projection.read(str(tmp_path))
