@@ -14,6 +14,7 @@ import torch
 from s3fs import S3FileSystem
 
 from models.losses.clip import load_clip
+from models.losses.identity import load_identity
 from models.losses.style_space import StyleSpace
 from models.statistics import statistics_for
 from pipeline.cli import run_app
@@ -25,6 +26,7 @@ from tasks.storage.files import read_bytes
 from tasks.work.device import to_images
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import Dataset, index_inline, run_inline
+from tests.models.losses.test_dlib_face import dat
 from tests.tasks.coded_run import write_coded_run
 from tests.tasks.work.test_edit import pictures
 
@@ -223,6 +225,27 @@ def test_mirrored_pictures_are_near_in_the_perceptual_space(
     (found,) = index.search(mirrored.numpy(), 1)
     assert found["sample_key"].to_pylist() == ["face-05.png"]
     assert found["distance"][0].as_py() < 0.01
+
+
+def test_a_face_network_by_a_file(
+    undisturbed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "face.dat").write_bytes(dat()[0])
+    out, network = str(tmp_path / "out"), f"identity={tmp_path}/face.dat"
+    assert (
+        run_app(["index", undisturbed, out, "--space", "identity", "--set", network, *FLAGS]) == 0
+    )
+    stored = pictures(undisturbed)["input"]
+    identity = load_identity(tmp_path / "face.dat")
+    embedded = {
+        key: identity.features(to_images(pixels.copy()[None], torch.device("cpu")))[0].numpy()
+        for key, pixels in stored.items()
+    }
+    found = ask(capsys, tmp_path, "similar", out, "--key", "face-05.png", "-k", "99")
+    apart = {key: np.linalg.norm(each - embedded["face-05.png"]) for key, each in embedded.items()}
+    assert {row["sample_key"] for row in found} == apart.keys() - {"face-05.png"}
+    for row in found:
+        assert row["distance"] == pytest.approx(apart[row["sample_key"]], abs=2e-3)
 
 
 def test_duplicates(
