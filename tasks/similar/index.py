@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 from jaxtyping import Float16, Float32, Int64, UInt8
 
 from models.errors import ConfigError, LedgerError
-from tasks.run.ledger import read_markers, read_run
+from tasks.run.ledger import read_run
+from tasks.run.metadata import read_markers
 from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_vectors
 from tasks.similar.scan import Stretch, scan, squared_distances
 from tasks.similar.sketch import Sketches
