@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from annotated_types import Ge
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from models.errors import ConfigError
@@ -85,6 +86,7 @@ class Indexer(StoredStation):
         super().load()
         self.source: Declared = read_declared(self.job.source)
         self._fitting = threading.Lock()
+        self._libraries = ThreadpoolController()  # NumPy's and faiss's threads are not torch's
         self._projection: Projection | None = None
         missing = [name for name in self.columns if name not in self.source.pictures]
         if missing:
@@ -135,6 +137,8 @@ class Indexer(StoredStation):
         # Stored is exact: the code is of the vector that the ranking will use.
         exact = self.embed(batch.inversion.w_plus, batch.encoded).half()
         assert self._projection is not None
+        with self._libraries.limit(limits=self.threads):
+            encoded = self._projection.encode(exact.float().numpy())
         return Result(
             inversion=batch.inversion,
             pictures={},
@@ -142,7 +146,7 @@ class Indexer(StoredStation):
                 name: np.array([row.metrics[name] for row in batch.rows], np.float32)
                 for name in self.source.metrics
             },
-            vectors={**self._projection.encode(exact.float().numpy()), "exact": exact.numpy()},
+            vectors={**encoded, "exact": exact.numpy()},
             seconds={"embed": time.perf_counter() - started},
         )
 
