@@ -152,10 +152,10 @@ def seconds(work: Callable[[], object], rounds: int = ROUNDS) -> dict[str, float
     return {"median": statistics.median(clock), "least": min(clock), "cpu": min(cpu)}
 
 
-def command_seconds(uri: str) -> dict[str, float]:
-    """The whole command, a new process each time, with byte code kept as by an installed one."""
-    tokens = [sys.executable, "-m", "pipeline.cli", "query", uri, MEAN]
-    kept = {**os.environ, "PYTHONPYCACHEPREFIX": str(Path(uri).parent / "byte-code")}
+def command_seconds(folder: Path, *words: str) -> dict[str, float]:
+    """A whole command, a new process each time, with byte code kept as by an installed one."""
+    tokens = [sys.executable, "-m", "pipeline.cli", *words]
+    kept = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "byte-code")}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def run() -> None:
@@ -180,7 +180,7 @@ def measure_local(uri: str, rows: int) -> dict[str, Any]:
     for name, sql in QUESTIONS.items():
         parameters = {"key": key} if "$key" in sql else {}
         found[name] = seconds(partial(query, uri, sql, parameters))
-    found["the command"] = command_seconds(uri)
+    found["the command"] = command_seconds(Path(uri).parent, "query", uri, MEAN)
     return {"key": key, "seconds": found, "from the parts": measure_parts(uri, key)}
 
 
@@ -350,7 +350,8 @@ def main() -> None:
             name = f"{rows}/{args.shard}"
             if args.command:
                 uri = str(folder / f"run-{rows}-{args.shard}")
-                found["sizes"][name]["seconds"]["the command"] = command_seconds(uri)
+                times = command_seconds(folder, "query", uri, MEAN)
+                found["sizes"][name]["seconds"]["the command"] = times
             else:
                 figures = measure(folder, rows, args.shard, with_store=not args.no_store)
                 found["sizes"][name] = figures

@@ -144,13 +144,13 @@ def _open(run: str, index: str | None, space: str | None) -> "Index":
 def _asked(index: "Index", option: str, value: str) -> "np.ndarray":
     if option == "--key":
         return index.vectors([value])
+    if option == "--vector":
+        from tasks.similar.vector_file import of_file
+
+        return of_file(index, value)
     from tasks.similar import question
 
-    ask = {
-        "--image": question.of_picture,
-        "--text": question.of_text,
-        "--vector": question.of_file,
-    }
+    ask = {"--image": question.of_picture, "--text": question.of_text}
     return ask[option](index, value)
 
 

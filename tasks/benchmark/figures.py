@@ -52,16 +52,16 @@ def _axes_and_points(
     shapes = []
     for value, text in ticks(*x_of.span, 6):
         x = x_of(value)
-        shapes.append(_line(x, MARGIN // 2, x, HEIGHT - MARGIN))
-        shapes.append(_text(x, HEIGHT - MARGIN + 18, text, "middle"))
+        shapes.append(svg_line(x, MARGIN // 2, x, HEIGHT - MARGIN))
+        shapes.append(svg_text(x, HEIGHT - MARGIN + 18, text, "middle"))
     for value, text in ticks(*y_of.span, 6):
         y = y_of(value)
-        shapes.append(_line(MARGIN, y, WIDTH - MARGIN, y))
-        shapes.append(_text(MARGIN - 6, y + 4, text, "end"))
-    shapes.append(_text(WIDTH / 2, HEIGHT - 24, f"{perceptual} of reconstructions", "middle"))
-    shapes.append(_text(MARGIN, 18, "Frechet trunk distance of edited pictures", "start"))
+        shapes.append(svg_line(MARGIN, y, WIDTH - MARGIN, y))
+        shapes.append(svg_text(MARGIN - 6, y + 4, text, "end"))
+    shapes.append(svg_text(WIDTH / 2, HEIGHT - 24, f"{perceptual} of reconstructions", "middle"))
+    shapes.append(svg_text(MARGIN, 18, "Frechet trunk distance of edited pictures", "start"))
     shapes.append(
-        _text(
+        svg_text(
             WIDTH / 2,
             HEIGHT - 6,
             "circle: seconds per image, logarithmic; lower left is best",
@@ -79,7 +79,7 @@ def _axes_and_points(
             'fill-opacity=".35" stroke="#1d3f66"/>'
         )
         labels.append((x + radius + 3, y + 4, name))
-    return shapes + [_text(x, y, name, "start") for x, y, name in _apart(labels)]
+    return shapes + [svg_text(x, y, name, "start") for x, y, name in _apart(labels)]
 
 
 def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -111,11 +111,13 @@ class _scale:
         return self.start + (self.stop - self.start) * (value - low) / (high - low)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+def svg_line(x1: float, y1: float, x2: float, y2: float) -> str:
+    """A thin line of a grid."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#dddddd"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def svg_text(x: float, y: float, text: str, anchor: str) -> str:
+    """One line of text; `anchor` is start, middle or end."""
     words = html.escape(text)
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222222">{words}</text>'
 

@@ -344,10 +344,16 @@ def committed(run_uri: str) -> set[int]:
     return {*found.markers, *found.covered}
 
 
-def read_markers(run_uri: str) -> dict[int, Marker]:
+def read_markers(
+    run_uri: str,
+    *,
+    names: Iterable[str] | None = None,
+    known: Mapping[int, tuple[int, Marker]] = MappingProxyType({}),
+) -> dict[int, Marker]:
     """The commits by shard, in order of shards; those that are damaged are left out with a
-    warning. About 1 KB a shard: a run of a million samples has a few thousand."""
-    found = read_commits(run_uri)
+    warning. About 1 KB a shard: a run of a million samples has a few thousand. Arguments are those
+    of `read_commits`."""
+    found = read_commits(run_uri, names=names, known=known)
     for error in found.damaged.values():
         logger.warning("left out: %s", error)
     return found.markers

@@ -190,6 +190,14 @@ def read_snapshot(run_uri: str) -> Snapshot:
     return snapshot
 
 
+def read_markers(run_uri: str) -> dict[int, Marker]:
+    """`ledger.read_markers` in fewer requests: what a metadata file holds is read there."""
+    tags, names = _listed(run_uri)
+    files = ((name, size) for name, size, _ in list_files(join(run_uri, FOLDER), LedgerError))
+    found = [(join(run_uri, FOLDER, name), size) for name, size in sorted(files, reverse=True)]
+    return ledger.read_markers(run_uri, names=names, known=_known(found, tags)[1])
+
+
 def has_moved(snapshot: Snapshot) -> bool:
     """Whether the run has gone on since: a commit, or a metadata file replaced by another."""
     segments = (file_info(segment.uri) for segment in snapshot.segments)

@@ -6,8 +6,8 @@
                  than w_plus: optimised noise maps, replaced features, low-rank kernel residuals.
                  With w_plus they render the inversion again. Half precision (relative error 5e-4):
                  a noise map has as many values as its layer has pixels.
-    vectors/     of an index: one row per inverted sample with its key, scores and 8-bit code, as an
-                 Arrow file, which readers map into memory
+    vectors/     of an index: one row per inverted sample with its key, scores, sketch and 8-bit
+                 code, as an Arrow file, which readers map into memory
     exact/       of an index: the float16 vectors behind the codes, [N E] in NumPy's format: row n
                  is read without its neighbours
 
@@ -165,16 +165,17 @@ def residuals_table(rows: Sequence[Row]) -> pa.Table:
 
 
 def vectors_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
-    """sample_key, metrics, and `code`, a fixed-size list of uint8."""
-    codes = pa.list_(pa.field("element", pa.uint8()), len(rows[0].vectors["code"]))
+    """sample_key, metrics, and `sketch` and `code`, fixed-size lists of uint8."""
     columns: list[tuple[pa.Field, Any]] = [
         (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows]),
         *(
             (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
             for name in layout.metrics
         ),
-        (pa.field("code", codes), _tensor_array([r.vectors["code"] for r in rows], codes)),
     ]
+    for name in ("sketch", "code"):
+        kind = pa.list_(pa.field("element", pa.uint8()), len(rows[0].vectors[name]))
+        columns.append((pa.field(name, kind), _tensor_array([r.vectors[name] for r in rows], kind)))
     return _table(columns)
 
 

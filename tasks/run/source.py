@@ -115,7 +115,8 @@ def read_rows(run_uri: str, marker: Marker) -> list[Row]:
         file = pq.ParquetFile(PartFile(uri, part.bytes))
         known = set(file.schema_arrow.names)
         table = file.read(columns=[*names, *(name for name in faces if name in known)])
-    return [_row(values) for values in table.to_pylist()]
+    has_faces = "face_points" in known
+    return [_row(values) if has_faces else Row(**values) for values in table.to_pylist()]
 
 
 def _row(values: dict[str, Any]) -> Row:

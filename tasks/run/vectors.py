@@ -1,24 +1,30 @@
 """The parts of an index and the projection of its codes, read without device code.
 
-    y = (x - mean) @ component.T            the leading directions of a sample of the run
-    code = round(y / step) + 128            uint8; one step for all directions, so that distances of
+    y = (x - mean) @ component.T / step     the leading directions of a sample of the run
+    code = round(y) + 128                   uint8; one step for all directions, so that distances of
                                             codes are distances of vectors
+    sketch                                  4 bits for each two directions, a wide one and a narrow
+                                            one: the nearest of their 16 centroids (product
+                                            quantisation, Jegou et al. 2011)
 
 Beyond the range a code is cut to 1 or 255. Directions left out and rounding only decide which rows
 are looked at: their order comes from the exact vectors.
 
-Legend: N rows, E values of a vector, P directions.
+Legend: N rows, E values of a vector, P directions, M pairs of them.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import faiss
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, Float32, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from threadpoolctl import threadpool_limits
 
 from models.errors import LedgerError
 from tasks.run.marker import Part
@@ -40,6 +46,8 @@ NPY_HEADER = 128
 """Bytes before the first row of a file of `np.save`."""
 REACH = 0.9995
 """Share of the sample's values, in the widest direction, that is not cut."""
+FEWEST = 1024
+"""Samples that centroids are fitted to; fewer are repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,30 +57,54 @@ class Projection:
     Attributes:
         component: unit rows, largest variance first.
         step: width of a code in units of the vectors.
+        centroids: of the pairs of directions, in units of the codes.
     """
 
     mean: Float32[np.ndarray, " E"]
     component: Float32[np.ndarray, "P E"]
     step: float
+    centroids: Float32[np.ndarray, "M 16 2"]
 
     @staticmethod
     def fit(sample: Float32[np.ndarray, "N E"], component: np.ndarray) -> "Projection":
-        """Centre and step of a sample along directions that were found for it."""
+        """Centre, step and centroids of a sample along directions that were found for it."""
         mean = sample.mean(0, dtype=np.float64).astype(np.float32)
-        reach = np.quantile(np.abs((sample - mean) @ component.T), REACH, axis=0).max(initial=0.0)
-        return Projection(mean=mean, component=component, step=max(float(reach), 1e-12) / 127)
+        along = (sample - mean) @ component.T
+        reach = np.quantile(np.abs(along), REACH, axis=0).max(initial=0.0)
+        step = max(float(reach), 1e-12) / 127
+        pairs = paired(along / np.float32(step))
+        # One thread, as sums split over threads round differently.
+        with threadpool_limits(1, "openmp"):
+            quantizer = faiss.ProductQuantizer(pairs.shape[1], pairs.shape[1] // 2, 4)
+            quantizer.train(np.resize(pairs, (max(len(pairs), FEWEST), pairs.shape[1])))
+        centroids = faiss.vector_to_array(quantizer.centroids).reshape(-1, 16, 2)
+        return Projection(mean=mean, component=component, step=step, centroids=centroids)
 
     def project(self, vectors: Float32[np.ndarray, "N E"]) -> Float32[np.ndarray, "N P"]:
         """In units of the codes, about `ZERO` less; not rounded."""
         return (vectors - self.mean) @ self.component.T / np.float32(self.step)
 
-    def codes(self, vectors: Float32[np.ndarray, "N E"]) -> UInt8[np.ndarray, "N P"]:
-        return (np.rint(self.project(vectors)).clip(-127, 127) + ZERO).astype(np.uint8)
+    def encode(self, vectors: Float32[np.ndarray, "N E"]) -> dict[str, np.ndarray]:
+        """`code` uint8 [N P] and `sketch` uint8 [N, M / 2]."""
+        along = self.project(vectors)
+        sketch = self.quantizer.compute_codes(paired(along))
+        np.rint(along, out=along).clip(-127, 127, out=along)
+        along += ZERO
+        return {"code": along.astype(np.uint8), "sketch": sketch}
+
+    @cached_property
+    def quantizer(self) -> faiss.ProductQuantizer:
+        """Of the sketches; it takes what `paired` gives."""
+        pairs = len(self.centroids)
+        quantizer = faiss.ProductQuantizer(2 * pairs, pairs, 4)
+        faiss.copy_array_to_vector(self.centroids.reshape(-1), quantizer.centroids)
+        return quantizer
 
     def write(self, run_uri: str) -> None:
         """Keep it in the index's folder."""
         step = np.array([self.step], np.float64)
         tensors = {"mean": self.mean, "component": self.component, "step": step}
+        tensors["centroids"] = self.centroids
         write_bytes(join(run_uri, PROJECTION), save(tensors))
 
     @staticmethod
@@ -80,20 +112,29 @@ class Projection:
         """What `write` wrote; None where nothing is.
 
         Raises:
-            LedgerError: it is damaged.
+            LedgerError: it is damaged, or of an earlier version.
         """
         uri = join(run_uri, PROJECTION)
         if not exists(uri):
             return None
         try:
             found = load(read_bytes(uri, LedgerError))
+            step = float(found.pop("step")[0])
             return Projection(
-                mean=found["mean"], component=found["component"], step=float(found["step"][0])
+                **{name: found[name] for name in ("mean", "component", "centroids")}, step=step
             )
         except (SafetensorError, KeyError, ValueError) as error:
             raise LedgerError(
-                f"{uri}: damaged ({error}); restore it, or delete the index and make it again"
+                f"{uri}: damaged, or of an earlier version ({error}); restore it, or delete the "
+                "index and make it again"
             ) from error
+
+
+def paired(values: Float32[np.ndarray, "N P"]) -> Float32[np.ndarray, "N 2*M"]:
+    """Directions two by two: the widest beside the narrowest, so that all pairs are as wide."""
+    wide = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
+    half = wide.shape[1] // 2
+    return np.stack([wide[:, :half], wide[:, : half - 1 : -1]], 2).reshape(len(wide), -1)
 
 
 def default_index(run_uri: str, space: str = "w_plus") -> str:
@@ -118,9 +159,9 @@ def open_vectors(run_uri: str, part: Part) -> pa.Table:
         return pa.ipc.open_file(pa.py_buffer(PartFile(uri, part.bytes).readall())).read_all()
 
 
-def codes_of(table: pa.Table) -> UInt8[np.ndarray, "N P"]:
-    """The codes of `open_vectors`, without a copy."""
-    (column,) = table["code"].chunks
+def codes_of(table: pa.Table, name: str = "code") -> UInt8[np.ndarray, "N P"]:
+    """The codes, or sketches, of `open_vectors`, without a copy."""
+    (column,) = table[name].chunks
     flat = column.flatten()
     # Not `to_numpy`, which loads pandas: 0.3 s of a first answer.
     values = np.frombuffer(flat.buffers()[1], np.uint8, len(flat), flat.offset)

@@ -4,10 +4,11 @@
     (found,) = index.search(index.vectors(["a.png"]), 20, "psnr > 22", leave_out=["a.png"])
 
 A filter comes first, and only what it keeps is scanned; the scan is of 8-bit codes, exact over all
-rows; the best of it are ordered by the exact vectors. The index may still be growing: what is
+rows, or, in a large index that is asked again and again, of those that are nearest by their
+sketches; the best of it are ordered by the exact vectors. The index may still be growing: what is
 committed when it is opened is what is searched.
 
-Legend: Q queries, E values of a vector, P bytes of a code.
+Legend: Q queries, E values of a vector, P bytes of a code, R rows.
 """
 
 import difflib
@@ -23,18 +24,25 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float16, Float32
+from jaxtyping import Float16, Float32, Int64, UInt8
 
 from models.errors import ConfigError, LedgerError
-from tasks.run.ledger import read_markers
+from tasks.run.metadata import read_markers
 from tasks.run.run_json import read_run
 from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_vectors
 from tasks.similar.scan import Stretch, scan, squared_distances
+from tasks.similar.sketch import Sketches
 from tasks.storage.files import exists, join
 
 RERANKED = 200
 """Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
 RERANKED_EACH = 10
+SKETCHED = 100_000
+"""Rows from which on sketches are worth their memory."""
+SCANNED = 3
+"""Questions for which a process scans the codes before it packs the sketches."""
+SHORTLISTED_EACH = 10
+"""Rows found by their sketches, for each that is found by its code."""
 TOGETHER = 16
 """Questions whose candidates are read at once."""
 READERS = 16
@@ -129,10 +137,13 @@ class Index:
         sizes = [table.num_rows for table in self.tables]
         self._starts = np.array([0, *itertools.accumulate(sizes)], np.int64)
         self._codes = [codes_of(table) for table in self.tables]
-        self._rows = [table.drop_columns("code") for table in self.tables]
+        self._rows = [table.drop_columns(["sketch", "code"]) for table in self.tables]
+        self._sketches: Sketches | None = None
+        self._scanned = 0
         self._labels: pa.Table | None = None
+        self._kept: tuple[str, np.ndarray] | None = None
         self._connection: duckdb.DuckDBPyConnection | None = None
-        self._asking = threading.Lock()
+        self._asking, self._packing = threading.Lock(), threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -153,7 +164,7 @@ class Index:
         if len(keys.unique()) != len(keys):
             raise ConfigError("table: a sample_key is there twice; expected one row a sample")
         labels = labels.set_column(names.index("sample_key"), "sample_key", keys)
-        self._labels, self._connection = labels, None
+        self._labels, self._connection, self._kept = labels, None, None
 
     def search(
         self,
@@ -177,11 +188,8 @@ class Index:
             LedgerError: a part is missing or damaged.
         """
         vectors = self._checked(vectors, k)
-        stretches, kept = self._stretches(where)
         keep = min(max(RERANKED, RERANKED_EACH * k) + len(leave_out), len(self))
-        _, rows = scan(stretches, self.projection.project(vectors), keep)
-        if kept is not None and len(kept):
-            rows = np.where(rows < 0, -1, kept[rows.clip(0)])
+        rows = self._candidates(self.projection.project(vectors), keep, where)
         answers: list[pa.Table] = []
         for at in range(0, len(vectors), TOGETHER):
             some = [np.sort(found[found >= 0]) for found in rows[at : at + TOGETHER]]
@@ -219,6 +227,51 @@ class Index:
 
     # ------------------------------------------------------------------ inside
 
+    def _candidates(
+        self, queries: Float32[np.ndarray, "Q P"], keep: int, where: str | None
+    ) -> Int64[np.ndarray, "Q R"]:
+        """The nearest rows by their codes; -1 where there are fewer."""
+        sketches = None if where is not None else self._packed(len(queries))
+        if sketches is not None:
+            return self._shortlisted(sketches, queries, keep)
+        stretches, kept = self._stretches(where)
+        _, rows = scan(stretches, queries, keep)
+        if kept is not None and len(kept):
+            rows = np.where(rows < 0, -1, kept[rows.clip(0)])
+        return rows
+
+    def _packed(self, questions: int) -> Sketches | None:
+        """The sketches, once so much was asked of a large index that packing them pays."""
+        with self._packing:
+            self._scanned += questions
+            if self._sketches is None and len(self) >= SKETCHED and self._scanned > SCANNED:
+                parts = [codes_of(table, "sketch") for table in self.tables]
+                self._sketches = Sketches(self.projection, parts)
+            return self._sketches
+
+    def _shortlisted(
+        self, sketches: Sketches, queries: Float32[np.ndarray, "Q P"], keep: int
+    ) -> Int64[np.ndarray, "Q R"]:
+        """The nearest by their codes of those that are nearest by their sketches."""
+        found = []
+        for at in range(0, len(queries), TOGETHER):
+            some = queries[at : at + TOGETHER]
+            listed = sketches.nearest(some, min(SHORTLISTED_EACH * keep, len(self)))
+            codes = self._codes_at(listed.reshape(-1)).reshape(*listed.shape, -1)
+            for query, rows, near in zip(some, listed, codes, strict=True):
+                _, places = scan([(0, near)], query[None], keep)
+                found.append(rows[places[0]])
+        return np.stack(found)
+
+    def _codes_at(self, rows: Int64[np.ndarray, " R"]) -> UInt8[np.ndarray, "R P"]:
+        order = np.argsort(rows)
+        cuts = np.searchsorted(rows[order], self._starts)
+        found = np.empty((len(rows), self._codes[0].shape[1]), np.uint8)
+        for part in np.flatnonzero(np.diff(cuts)):
+            at = order[cuts[part] : cuts[part + 1]]
+            found[at] = self._codes[part][rows[at] - self._starts[part]]
+        return found
+
     def _exact(self, rows: np.ndarray) -> Float16[np.ndarray, "M E"]:
         parts = np.searchsorted(self._starts, rows, "right") - 1
         return self.exact.take(parts, rows - self._starts[parts])
@@ -252,7 +305,10 @@ class Index:
         return codes, kept
 
     def _filtered(self, where: str) -> np.ndarray:
-        """Rows that a condition keeps, ascending."""
+        """Rows that a condition keeps, ascending; those of the latest condition are remembered."""
+        known = self._kept
+        if known is not None and known[0] == where:
+            return known[1]
         try:
             found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
         except duckdb.Error as error:
@@ -263,7 +319,9 @@ class Index:
                 f"{f'did you mean {near[0]!r}? ' if near else ''}columns: "
                 f"{', '.join(self._columns)}"
             ) from error
-        return found["row number"].to_numpy()
+        kept = found["row number"].to_numpy()
+        self._kept = where, kept
+        return kept
 
     def _sql(self, sql: str, *parameters: str) -> pa.Table:
         """The rows as SQL sees them: the view `samples`. One question at a time."""

@@ -1,11 +1,8 @@
-"""What a user points at, as a vector of an index: a picture, words, or numbers in a file.
+"""What a user points at, as a vector of an index: a picture or words.
 
 Legend: E values of a vector.
 """
 
-import io
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -71,32 +68,6 @@ def of_text(index: Index, text: str) -> Vector:
             f"refinery index {index.source} {default_index(index.source, 'clip')} --space clip"
         )
     return _network(index).network.texts([text]).numpy()
-
-
-def of_file(index: Index, path: str) -> Vector:
-    """The numbers in a .npy or .json file, in any shape: a vector of the index's space.
-
-    Raises:
-        ConfigError: it cannot be read, or has another number of values.
-    """
-    data = read_bytes(path, ConfigError)
-    try:
-        values: Sequence[float] | np.ndarray = (
-            json.loads(data)
-            if path.endswith(".json")
-            else np.load(io.BytesIO(data), allow_pickle=False)
-        )
-        found = np.asarray(values, np.float32).reshape(1, -1)
-    except (ValueError, TypeError, EOFError) as error:
-        raise ConfigError(
-            f"vector {path}: cannot be read ({error}); expected numbers, .npy or .json"
-        ) from error
-    if found.shape[1] != index.size:
-        raise ConfigError(
-            f"vector {path}: it has {found.shape[1]} values, {index.uri} holds vectors of "
-            f"{index.size} (space {index.space})"
-        )
-    return found
 
 
 def _network(index: Index) -> PictureSpace:

@@ -62,7 +62,6 @@ def scan(
     rounded = np.rint(queries)
     is_inside = bool((np.abs(rounded) < ZERO).all())
     queries = np.ascontiguousarray(rounded if is_inside else queries, np.float32)
-    pool = _pool()
     threads = max(1, min(_THREADS, len(pieces)))
 
     def nearest(at: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +71,7 @@ def scan(
         return _nearest(pieces[at::threads], queries, keep, kind)
 
     with _products() if is_many else nullcontext():
-        parts = list(pool.map(nearest, range(threads)))
+        parts = list(pool().map(nearest, range(threads)))
     found, rows = (np.concatenate(each, 1) for each in zip(*parts, strict=True))
     order = np.argsort(found, 1, kind="stable")[:, :keep]
     return np.take_along_axis(found, order, 1), np.take_along_axis(rows, order, 1)
@@ -183,8 +182,11 @@ class _Best:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="similar")
+def pool() -> ThreadPoolExecutor:
+    """A thread for each core, in which faiss starts no others."""
+    return ThreadPoolExecutor(
+        _THREADS, thread_name_prefix="similar", initializer=faiss.omp_set_num_threads, initargs=(1,)
+    )
 
 
 def _scanner(size: int, kind: int) -> Any:

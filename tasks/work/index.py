@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from annotated_types import Ge
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from models.errors import ConfigError
@@ -48,7 +50,8 @@ class IndexJob(StoredJob):
     space: SpaceName = "w_plus"
     """w, w_plus, style: of the codes; clip, identity, perceptual: of the stored pictures."""
     directions: Annotated[int, Ge(1)] = 128
-    """Bytes of a code; fewer where the space or the run is smaller."""
+    """Bytes of a code, and a quarter for its sketch; fewer where the space or the run is
+    smaller."""
     clip: str = field(default="refinery", metadata=FILE)
     """The CLIP of the space clip: "refinery", a folder or a hub id."""
     batch: Annotated[int, Ge(1)] = 256
@@ -57,7 +60,8 @@ class IndexJob(StoredJob):
 
 
 class Indexer(StoredStation):
-    """Stored samples in; 8-bit codes, exact float16 vectors and the run's scores out.
+    """Stored samples in; 8-bit codes, their sketches, exact float16 vectors and the run's scores
+    out.
 
     The projection is fitted to a sample of the run by the first attempt that needs it and kept in
     the index's folder: the same sample, and so the same projection, whoever comes first.
@@ -83,6 +87,7 @@ class Indexer(StoredStation):
         super().load()
         self.source: Declared = read_declared(self.job.source)
         self._fitting = threading.Lock()
+        self._libraries = ThreadpoolController()  # NumPy's and faiss's threads are not torch's
         self._projection: Projection | None = None
         missing = [name for name in self.columns if name not in self.source.pictures]
         if missing:
@@ -106,8 +111,8 @@ class Indexer(StoredStation):
             return ()
         return ("input",) if "input" in self.source.pictures else ("inversion",)
 
-    @property
-    def layout(self) -> Layout:
+    @cached_property
+    def layout(self) -> Layout:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Layout(
             method=self.job.method,
             metrics=self.source.metrics,
@@ -133,7 +138,8 @@ class Indexer(StoredStation):
         # Stored is exact: the code is of the vector that the ranking will use.
         exact = self.embed(batch.inversion.w_plus, batch.encoded).half()
         assert self._projection is not None
-        codes = self._projection.codes(exact.float().numpy())
+        with self._libraries.limit(limits=self.threads):
+            encoded = self._projection.encode(exact.float().numpy())
         return Result(
             inversion=batch.inversion,
             pictures={},
@@ -141,7 +147,7 @@ class Indexer(StoredStation):
                 name: np.array([row.metrics[name] for row in batch.rows], np.float32)
                 for name in self.source.metrics
             },
-            vectors={"code": codes, "exact": exact.numpy()},
+            vectors={**encoded, "exact": exact.numpy()},
             seconds={"embed": time.perf_counter() - started},
         )
 

@@ -294,7 +294,7 @@ class Station(ABC):
 
 def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
     """Put result number `at` of a batch into its sample's row, pictures encoded."""
-    row, output = batch.rows[at], station.layout.output
+    row, layout = batch.rows[at], station.layout
     if at in result.failures:
         row.fail(*result.failures[at])
         return
@@ -302,7 +302,7 @@ def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
     row.w_plus = None if row.vectors else result.inversion.w_plus[at].numpy()
     row.metrics = {name: float(values[at]) for name, values in result.metrics.items()}
     row.doors = stored_doors(result.inversion, at) if station.stores_doors else {}
-    for name in station.layout.pictures:
+    for name in layout.pictures:
         if name in batch.encoded:
             row.pictures[name] = batch.encoded[name][at]
             continue
@@ -311,7 +311,8 @@ def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
         if name == "thumbnail":
             row.pictures[name] = encode_thumbnail(pixels[at])
         else:
-            row.pictures[name] = encode_picture(pixels[at], output.picture_format, output.quality)
+            kind, quality = layout.output.picture_format, layout.output.quality
+            row.pictures[name] = encode_picture(pixels[at], kind, quality)
 
 
 def stored_doors(inversion: Inversion, at: int) -> dict[str, np.ndarray]:

@@ -80,8 +80,8 @@ def test_requests_of_a_question_to_an_index_at_work(
     with s3_proxy(s3_server.endpoint) as store:
         monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
         opened = open_index(index)
-        # Is it there, run.json, the listing, the projection twice; a marker and the codes of each.
-        assert store.requests.total() <= 6 + 2 * shards, store.paths
+        # Is it there, run.json, two listings, the markers' file, the projection twice; the codes.
+        assert store.requests.total() <= 8 + shards, store.paths
         store.forget()
         (found,) = opened.search(
             opened.vectors(opened.samples(np.arange(1))["sample_key"].to_pylist()), 3

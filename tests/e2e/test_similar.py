@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from s3fs import S3FileSystem
 
 from models.losses.clip import load_clip
+from models.losses.identity import load_identity
 from models.losses.style_space import StyleSpace
 from models.statistics import statistics_for
 from pipeline.cli import run_app
@@ -23,6 +26,7 @@ from tasks.storage.files import read_bytes
 from tasks.work.device import to_images
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import Dataset, index_inline, run_inline
+from tests.models.losses.test_dlib_face import dat
 from tests.tasks.coded_run import write_coded_run
 from tests.tasks.work.test_edit import pictures
 
@@ -157,6 +161,19 @@ def test_a_vector_from_a_file(
         assert found[0]["sample_key"] == "face-06.png"
 
 
+def test_no_torch_is_loaded_to_answer(indexed: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", np.zeros(128))
+    ways = (["--key", "face-03.png"], ["--key", "face-03.png", "--where", "psnr > 3"])
+    commands = [["similar", indexed, *way] for way in (*ways, ["--vector", f"{tmp_path}/q.npy"])]
+    code = (
+        "import sys; from pipeline.cli import run_app\n"
+        f"assert [run_app(command) for command in {commands!r}] == [0, 0, 0]\n"
+        "assert not {'torch', 'pandas', 'ray', 'prefect'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_words_by_clip(
     undisturbed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +225,27 @@ def test_mirrored_pictures_are_near_in_the_perceptual_space(
     (found,) = index.search(mirrored.numpy(), 1)
     assert found["sample_key"].to_pylist() == ["face-05.png"]
     assert found["distance"][0].as_py() < 0.01
+
+
+def test_a_face_network_by_a_file(
+    undisturbed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "face.dat").write_bytes(dat()[0])
+    out, network = str(tmp_path / "out"), f"identity={tmp_path}/face.dat"
+    assert (
+        run_app(["index", undisturbed, out, "--space", "identity", "--set", network, *FLAGS]) == 0
+    )
+    stored = pictures(undisturbed)["input"]
+    identity = load_identity(tmp_path / "face.dat")
+    embedded = {
+        key: identity.features(to_images(pixels.copy()[None], torch.device("cpu")))[0].numpy()
+        for key, pixels in stored.items()
+    }
+    found = ask(capsys, tmp_path, "similar", out, "--key", "face-05.png", "-k", "99")
+    apart = {key: np.linalg.norm(each - embedded["face-05.png"]) for key, each in embedded.items()}
+    assert {row["sample_key"] for row in found} == apart.keys() - {"face-05.png"}
+    for row in found:
+        assert row["distance"] == pytest.approx(apart[row["sample_key"]], abs=2e-3)
 
 
 def test_duplicates(
@@ -366,7 +404,8 @@ def answer(index: Index) -> list[tuple[str, float]]:
 
 def test_codes_are_of_the_parts(indexed: str) -> None:
     index = open_index(indexed)
-    assert np.array_equal(index.codes(7, 23), index.projection.codes(index.take(np.arange(7, 23))))
+    vectors = index.take(np.arange(7, 23))
+    assert np.array_equal(index.codes(7, 23), index.projection.encode(vectors)["code"])
     marker = read_markers(indexed)[0]
     latents = pq.read_table(f"{indexed}/{marker.parts['latents'].path}")
     assert latents["w_plus"].null_count == latents.num_rows

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import run_app
+from tasks import open_run
 from tests.conftest import ROOT, make_tiny_generator
 from tests.e2e.small_dataset import Dataset, run_inline, write_dataset
 
@@ -160,6 +161,23 @@ def test_codes_as_a_tensor(root: Path, tmp_path: Path) -> None:
         "sample_key",
         "face-00.png",
     ]
+
+
+def test_a_data_set_of_pictures(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    sql = "SELECT sample_key, psnr, inversion FROM images JOIN samples USING (sample_key, run)"
+    assert (
+        ask("query", root / "tuesday", f"{sql} ORDER BY 1", "--to-dataset", tmp_path / "set") == 0
+    )
+    cache = str(tmp_path / "cache")
+    found = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=cache)
+    assert found["sample_key"][:] == [f"face-{number:02d}.png" for number in range(11)]
+    wanted = open_run(str(root / "tuesday")).pictures(["face-00.png"], "inversion")[0]
+    np.testing.assert_array_equal(np.asarray(found[0]["inversion"]), wanted)
 
 
 def test_runs(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

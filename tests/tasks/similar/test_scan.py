@@ -4,7 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from models.errors import LedgerError
 from tasks.run.vectors import ZERO, Projection
 from tasks.similar import scan as scan_module
 from tasks.similar.scan import scan, squared_distances
@@ -98,7 +100,7 @@ def test_codes_keep_distances() -> None:
     sample = (rng.standard_normal((500, 30)) * np.linspace(3, 0.1, 30)).astype(np.float32)
     _, _, directions = np.linalg.svd(sample - sample.mean(0), full_matrices=False)
     projection = Projection.fit(sample, directions[:20])
-    codes = projection.codes(sample).astype(np.float32) - ZERO
+    codes = projection.encode(sample)["code"].astype(np.float32) - ZERO
     assert np.abs(codes).max() == 127
     apart = np.linalg.norm(sample[:250] - sample[250:], axis=1)
     coded = np.linalg.norm(codes[:250] - codes[250:], axis=1) * projection.step
@@ -109,11 +111,19 @@ def test_codes_keep_distances() -> None:
 
 def test_a_projection_is_kept(tmp_path: object) -> None:
     projection = Projection(
-        mean=np.arange(3, dtype=np.float32), component=np.eye(3, dtype=np.float32)[:2], step=0.5
+        mean=np.arange(3, dtype=np.float32),
+        component=np.eye(3, dtype=np.float32)[:2],
+        step=0.5,
+        centroids=np.arange(32, dtype=np.float32).reshape(1, 16, 2),
     )
     assert Projection.read(str(tmp_path)) is None
     projection.write(str(tmp_path))
     found = Projection.read(str(tmp_path))
     assert found is not None
     assert found.step == 0.5
-    assert found.codes(np.array([[1, 0, 9]], np.float32)).tolist() == [[130, 126]]
+    encoded = found.encode(np.array([[1, 0, 9]], np.float32))
+    assert encoded["code"].tolist() == [[130, 126]]
+    assert encoded["sketch"].tolist() == [[0]]
+    save_file({"mean": found.mean}, f"{tmp_path}/projection.safetensors")
+    with pytest.raises(LedgerError, match=r"earlier version \('step'\).*make it again"):
+        Projection.read(str(tmp_path))
