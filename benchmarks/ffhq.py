@@ -46,6 +46,7 @@ All times are CPU seconds of one core. "A picture" is what each picture beyond t
 run. "All" and the largest resident memory are of the whole command: start-up, weights read twice
 (1.0 and 1.2 GB), the report, and in `plan`, which comes first, the statistics of the generator.
 Learning is one step of two codes with two held-out ones: most of it are renders before and after.
+What `plan` says of time is wall time, and goes with all else that the machine does; see the load.
 """
 
 
