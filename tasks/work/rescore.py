@@ -20,7 +20,7 @@ from models.losses.pixel import mse, psnr
 from models.losses.structure import ssim
 from tasks.input.align import input_hashes, with_template
 from tasks.input.decode import decode_all
-from tasks.input.face import Crop, face_key
+from tasks.input.face import Crop, Face, face_key
 from tasks.input.limits import chunks
 from tasks.job import OutputConfig, StoredJob
 from tasks.run.parts import Layout
@@ -32,6 +32,8 @@ from tasks.work.originals import Original, originals
 from tasks.work.station import Batch, Result, Score
 from tasks.work.stored_station import StoredStation
 
+SAME_PX = 1.0
+"""How far the points of a face may have moved when it is looked for once more."""
 PIXEL_SCORES: dict[str, Score] = {"mse": mse, "psnr": psnr, "ssim": ssim}
 
 
@@ -120,12 +122,14 @@ class Rescorer(StoredStation):
         crops = {face_key(photo.key, crop.number): crop for crop in found}
         good = []
         for sample in samples:
-            crop = crops.get(sample.keys[0], found[0])
-            if crop.picture is not None:
-                good.append(replace(sample, inputs=crop.picture[None]))
+            row = sample.rows[0]
+            crop = crops.get(row.sample_key, found[0])
+            if crop.error is not None:
+                row.fail(crop.error.kind, str(crop.error))
+            elif crop.picture is None or not _is_same(crop.face, row.face):
+                row.fail("align", "the detector finds another face than the one that was inverted")
             else:
-                assert crop.error is not None
-                sample.rows[0].fail(crop.error.kind, str(crop.error))
+                good.append(replace(sample, inputs=crop.picture[None]))
         return good
 
     @property
@@ -174,6 +178,13 @@ class Rescorer(StoredStation):
             return decoded(batch.encoded[name])
         assert batch.inputs is not None
         return batch.inputs
+
+
+def _is_same(found: Face | None, before: Face | None) -> bool:
+    """Whether a face is where it was, or neither was looked for."""
+    if found is None or before is None:
+        return found is before
+    return float(np.abs(found.points - before.points).max()) < SAME_PX
 
 
 def decoded(pictures: Sequence[bytes]) -> np.ndarray:

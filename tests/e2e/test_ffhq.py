@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def test_from_a_bucket_to_edits_and_domains(
     assert said is not None
     assert said.rows == 3
     assert run_app(["invert", photos, run, *flags, "--no-flow"]) == 0
-    assert "predicted" in capsys.readouterr().out
+    summary = capsys.readouterr().out
+    for figure in ("time", "disk", "memory"):
+        assert re.search(rf"{figure}.*\(predicted ", summary), summary
     markers = list(read_markers(run).values())
     taken = sum(part.bytes for marker in markers for part in marker.parts.values())
     assert taken == pytest.approx(said.bytes, rel=0.1)
@@ -73,11 +76,13 @@ def test_from_a_bucket_to_edits_and_domains(
     assert run_app(["directions", "fit", "sefa", "--config", str(tmp_path / "sefa.toml")]) == 0
     (direction,) = (tmp_path / "directions").glob("*.json")
     adapt = "adapt style --text 'fantasy painting of a face' --set steps=1 --set batch=2"
-    adapt += f" --set generator={path}"
+    adapt += f" --set validation_codes=2 --set generator={path}"
     assert run_app(shlex.split(adapt)) == 0
     wish = ["--edit", f"{direction}=2", "--domain", "domains/style", "--each"]
     assert run_app(["edit", run, edits, *wish, *INLINE, "--no-flow"]) == 0
     found = query(edits, "SELECT count(*) AS rows FROM edits").to_pylist()
     assert found == [{"rows": 6}]
     assert run_app(["verify", edits]) == 0
+    assert run_app(["query", edits, "SELECT count(*) FROM edits"]) == 0
+    assert run_app(["report", run]) == 0
     assert b"Predicted time" in read_bytes(f"{run}/report.html")

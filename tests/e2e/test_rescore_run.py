@@ -16,7 +16,7 @@ from tasks.run.ledger import committed, read_markers
 from tasks.run.query import query
 from tasks.run.run_json import read_declared
 from tasks.work.device import to_images
-from tests.e2e.small_dataset import rescore_inline
+from tests.e2e.small_dataset import Dataset, rescore_inline, run_inline
 from tests.tasks.small_edit import write_domain
 from tests.tasks.work.test_edit import pictures
 
@@ -84,6 +84,19 @@ def test_pictures_can_be_copied(undisturbed: str, tmp_path: Path) -> None:
             copied = pq.read_table(f"{out}/{marker.parts['images'].path}")
             before = pq.read_table(f"{undisturbed}/{source[marker.shard]['images'].path}")
             assert copied["inversion"].equals(before["inversion"])
+
+
+def test_inputs_that_the_run_has_not_stored_are_read_again(
+    dataset: Dataset, undisturbed: str, tmp_path: Path
+) -> None:
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert run_inline(dataset, run, 'output.pictures=["inversion"]').is_clean
+    command = ["rescore", run, out, "--engine", "inline", "--no-flow"]
+    assert run_app([*command, "--set", 'output.pictures=["input"]']) == 0
+    sql = f"SELECT sample_key, status, error, {', '.join(SCORES)} FROM latents ORDER BY 1"
+    assert query(out, sql).equals(query(undisturbed, sql))
+    sql = "SELECT sample_key, input.bytes FROM images ORDER BY 1"
+    assert query(out, sql).equals(query(undisturbed, sql))
 
 
 def test_a_source_without_the_pictures_is_refused(

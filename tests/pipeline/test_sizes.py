@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from models.checkpoints.native import save_generator
-from models.stylegan2.generator import Generator
+from models.stylegan2.generator import Generator, GeneratorArchitecture
+from pipeline import progress
 from pipeline import run as stages
+from pipeline.cli import run_app
 from pipeline.config import EngineConfig, RunConfig
 from tasks.job import OutputConfig
 from tasks.run.manifest import read_manifest, read_shard_size
@@ -78,12 +80,14 @@ def test_a_run_goes_on_as_it_began(
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/jpeg") > 0
 
 
-def test_a_large_generator_begins_with_thumbnails(
-    tmp_path: Path, face_bytes: list[bytes], monkeypatch: pytest.MonkeyPatch
+def test_a_large_generator_begins_with_thumbnails_and_tells_its_batches(
+    tmp_path: Path,
+    face_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The rule at the door: a generator of 512 px, its synthesis thin."""
-    from models.stylegan2.generator import GeneratorArchitecture
-
+    """The rules through the command, which sets nothing: a generator of 512 px, its synthesis
+    thin."""
     widths = {side: 4 for side in (4, 8, 16, 32, 64, 128, 256, 512)}
     architecture = GeneratorArchitecture(
         resolution=512, widths=widths, z_dim=8, w_dim=8, mapping_layers=1
@@ -91,12 +95,17 @@ def test_a_large_generator_begins_with_thumbnails(
     generator = Generator(architecture).requires_grad_(False)
     generator.latent_avg.zero_()
     path = save_generator(generator, tmp_path / "large.safetensors", {"terms": "test"})
-    folder, out = str(write_pictures(tmp_path / "in", face_bytes[:2])), str(tmp_path / "out")
-    job = replace(make_job(generator, tmp_path), generator=str(path), batch="auto")
-    job = replace(job, output=OutputConfig(pictures="auto"))
-    config = RunConfig(job=job, engine=EngineConfig(kind="inline"))
-    assert stages.carry_out(folder, out, config).is_clean
+    folder, out = str(write_pictures(tmp_path / "in", face_bytes[:6])), str(tmp_path / "out")
+    config = tmp_path / "large.toml"
+    config.write_text(
+        f'generator = "{path}"\nperceptual = "none"\n[[method]]\nname = "wplus"\nsteps = 1\n'
+        'perceptual = "none"\n'
+    )
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
+    command = ["invert", folder, out, "--config", str(config), "--engine", "inline", "--no-flow"]
+    assert run_app(command) == 0
+    assert "0/1 shards, 0/7 images, 0 failed, 4 more computed" in capsys.readouterr().err
     assert read_shard_size(out) == 128
     assert read_declared(out).pictures == ("thumbnail", "inversion")
-    (first, _) = query(out, "SELECT thumbnail FROM images").to_pylist()
+    first, *_ = query(out, "SELECT thumbnail FROM images").to_pylist()
     assert max(Image.open(io.BytesIO(first["thumbnail"]["bytes"])).size) == 256
