@@ -59,7 +59,7 @@ WIDE = 1_000_000
 which are as far apart in a third of the room."""
 QUESTIONS = 100
 BUILT = 1_000_000
-BUILD_S = 200.0
+BUILD_S = 120.0
 """After so long a library's building is given up."""
 K = 10
 WANTED = 0.99
