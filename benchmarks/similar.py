@@ -587,12 +587,12 @@ def page(found: dict[str, Any]) -> str:
         "1 % filter; the same again | build, s | load |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for rows, table in found["rows"].items():
+    for rows, table in _sizes(found):
         for name, each in table.items():
             lines.append(f"| {int(rows):,} | {_row(name, each)} |")
-            if "scanned" in each:
+            if each.get("packed_s"):
                 lines.append(f"| {int(rows):,} | {_row(SCAN, each | each['scanned'])} |")
-    stores = [(int(rows), t["refinery"].get("store")) for rows, t in found["rows"].items()]
+    stores = [(int(rows), table["refinery"].get("store")) for rows, table in _sizes(found)]
     lines += [
         f"\nOn an object store (moto's server on the same machine), {rows:,} rows: the first "
         f"answer after {each['requests']} requests and {each['megabytes']:.0f} MB in "
@@ -604,13 +604,18 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_goals(found)]) + "\n"
 
 
+def _sizes(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(found["rows"].items(), key=lambda item: int(item[0]))
+
+
 def plot(found: dict[str, Any]) -> str:
     """Milliseconds alone by rows, of everything that was measured at two sizes."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for rows, table in found["rows"].items():
+    for rows, table in _sizes(found):
         own = table["refinery"]
         batch = ("refinery, in batches of 100", {"alone": own["batch"]})
-        for name, each in (*table.items(), (SCAN, own["scanned"]), batch):
+        scanned = [(SCAN, own["scanned"])] if own["packed_s"] else []
+        for name, each in (*table.items(), *scanned, batch):
             if "alone" in each:
                 curves.setdefault(name, []).append((float(rows), each["alone"]["ms"]))
     shown = {name: curve for name, curve in curves.items() if len(curve) > 1}
