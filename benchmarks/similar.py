@@ -26,7 +26,7 @@ import time
 import unittest.mock
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ BUILD_S = 120.0
 K = 10
 WANTED = 0.99
 KEPT = "q.npz"
-SCAN = "refinery, the first questions of a process"
+SCAN = "refinery, first questions"
 Search = Callable[[np.ndarray], list[np.ndarray]]
 """Projected questions [Q P] to row numbers of candidates, for each."""
 
@@ -384,10 +384,12 @@ LIBRARIES = {
 # ---------------------------------------------------------------------------- measuring
 
 
-def timed(ask: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Median milliseconds by the clock, and of processors."""
+def timed(ask: Callable[[], Any], rounds: int, warm_up: int = 1) -> dict[str, float]:
+    """Median milliseconds by the clock, and of processors, of the rounds after those that warm
+    up."""
     wall, work = [], []
-    ask()
+    for _ in range(warm_up):
+        ask()
     for _ in range(rounds):
         clock, busy = time.perf_counter(), time.process_time()
         ask()
@@ -460,7 +462,7 @@ def theirs(name: str, codes: Codes, folder: Path, rounds: int) -> dict[str, Any]
             break
 
     def answer(first: int, stop: int) -> None:
-        part = Codes(**{**vars(codes), "asked": codes.asked[first:stop]})
+        part = replace(codes, asked=codes.asked[first:stop])
         part.reranked(search(asked[first:stop]))
 
     turn = iter(np.arange(10 * rounds) % QUESTIONS)
@@ -469,7 +471,7 @@ def theirs(name: str, codes: Codes, folder: Path, rounds: int) -> dict[str, Any]
         at = int(next(turn))
         answer(at, at + 1)
 
-    batch = timed(lambda: answer(0, QUESTIONS), max(1, rounds // 10))
+    batch = timed(lambda: answer(0, QUESTIONS), max(1, rounds // 10), warm_up=0)
     return result | {
         "alone": timed(one, rounds),
         "batch": {key: value / QUESTIONS for key, value in batch.items()},
