@@ -580,7 +580,8 @@ def page(found: dict[str, Any]) -> str:
         f"exact ranking of {RERANKED} candidates; a library with a knob is at its first setting "
         f"with a recall of {WANTED}. Beyond a million rows vectors are coordinates along "
         f"{SPECTRUM} directions, as far apart as whole codes. A library that was not built after "
-        f"{BUILD_S:.0f} s is given up; one without a row was not measured at that size. DuckDB's own index (VSS) is an extension that has to be "
+        f"{BUILD_S:.0f} s is given up; one without a row was not measured at that size. "
+        "DuckDB's own index (VSS) is an extension that has to be "
         "downloaded, so its row is its scan.",
         "",
         "![milliseconds a question by rows](similar.svg)",
