@@ -33,11 +33,11 @@ def loglog(curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up:
     for decade in range(decades[0][0], decades[0][1] + 1):
         x = place(0, 10.0**decade)
         shapes.append(svg_line(x, MARGIN // 2, x, HEIGHT - MARGIN))
-        shapes.append(svg_text(x, HEIGHT - MARGIN + 18, f"{10.0**decade:,g}", "middle"))
+        shapes.append(svg_text(x, HEIGHT - MARGIN + 18, _named(decade), "middle"))
     for decade in range(decades[1][0], decades[1][1] + 1):
         y = place(1, 10.0**decade)
         shapes.append(svg_line(MARGIN, y, WIDTH - RIGHT, y))
-        shapes.append(svg_text(MARGIN - 6, y + 4, f"{10.0**decade:,g}", "end"))
+        shapes.append(svg_text(MARGIN - 6, y + 4, _named(decade), "end"))
     for number, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         places = [(place(0, x), place(1, y)) for x, y in curve]
@@ -48,3 +48,7 @@ def loglog(curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up:
         shapes.append(f'<circle cx="{WIDTH - RIGHT + 20}" cy="{y - 4}" r="4" fill="{colour}"/>')
         shapes.append(svg_text(WIDTH - RIGHT + 30, y, name, "start"))
     return "".join([*shapes, "</svg>\n"])
+
+
+def _named(decade: int) -> str:
+    return f"{10**decade:,}" if decade >= 0 else f"{10.0**decade:g}"

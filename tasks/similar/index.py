@@ -18,9 +18,8 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,10 +33,13 @@ from tasks.similar.scan import Stretch, scan, squared_distances
 from tasks.similar.sketch import Sketches
 from tasks.storage.files import exists, join
 
+if TYPE_CHECKING:
+    import duckdb  # only a filter and a wrong key need it: 80 ms of a command
+
 RERANKED = 200
 """Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
 RERANKED_EACH = 10
-SKETCHED = 100_000
+SKETCHED = 200_000
 """Rows from which on sketches are worth their memory."""
 SCANNED = 3
 """Questions for which a process scans the codes before it packs the sketches."""
@@ -309,6 +311,8 @@ class Index:
         known = self._kept
         if known is not None and known[0] == where:
             return known[1]
+        import duckdb
+
         try:
             found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
         except duckdb.Error as error:
@@ -368,8 +372,10 @@ class Index:
         )
 
 
-def _sandbox(rows: pa.Table, labels: pa.Table | None) -> duckdb.DuckDBPyConnection:
+def _sandbox(rows: pa.Table, labels: pa.Table | None) -> "duckdb.DuckDBPyConnection":
     """A connection that knows the view `samples` and nothing else: no file, no variable."""
+    import duckdb
+
     connection = duckdb.connect(
         config={"python_enable_replacements": False, "enable_external_access": False}
     )

@@ -50,6 +50,7 @@ TOLD = (
     ("nscd_weight", "alignment of styles"),
     ("align_weight", "alignment of W"),
     ("feature_weight", "distance of F"),
+    ("pair_weight", "pairs of edits"),
     ("token_weight", "residual's energy"),
 )
 """Settings that the page repeats; all of them stand in the card."""
@@ -76,7 +77,10 @@ def _page(weights: Path, card: dict[str, Any]) -> str:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     values = sum(torch.Size(shape).numel() for shape in shapes)
     data = ", ".join(settings.get("data", ())) or "drawn from the generator"
-    weights_of_losses = [f"{name} {settings[key]:g}" for key, name in TOLD if settings.get(key)]
+    silent = () if settings.get("align", "") is not None else ("align_weight",)  # nothing to align
+    told = [
+        f"{name} {settings[key]:g}" for key, name in TOLD if settings.get(key) and key not in silent
+    ]
     scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in card["scores"].items())
     shown = made.get("images_shown", made.get("pairs_shown", 0))
     return f"""# {title} for {made["generator"]}
@@ -87,7 +91,7 @@ def _page(weights: Path, card: dict[str, Any]) -> str:
 - **Data.** {data}.
 - **Terms.** {card["terms"]}
 - **Shown.** {shown:,}, in {settings["precision"]}.{_before(made)}
-- **Settings.** {", ".join(weights_of_losses)}.{_face_network(settings.get("identity"))}
+- **Settings.** {", ".join(told)}.{_face_network(settings.get("identity"))}
 - **Generator.** `{card["generator_hash"]}`; the file fits no other.
 
 | score | value |

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, ClassVar
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from annotated_types import Ge
@@ -143,10 +142,7 @@ class Indexer(StoredStation):
         return Result(
             inversion=batch.inversion,
             pictures={},
-            metrics={
-                name: np.array([row.metrics[name] for row in batch.rows], np.float32)
-                for name in self.source.metrics
-            },
+            metrics={},  # the rows have the run's
             vectors={**encoded, "exact": exact.numpy()},
             seconds={"embed": time.perf_counter() - started},
         )

@@ -300,7 +300,7 @@ def fill_row(batch: Batch, result: Result, station: Station, at: int) -> None:
         return
     row.vectors = {name: values[at] for name, values in result.vectors.items()}
     row.w_plus = None if row.vectors else result.inversion.w_plus[at].numpy()
-    row.metrics = {name: float(values[at]) for name, values in result.metrics.items()}
+    row.metrics |= {name: float(values[at]) for name, values in result.metrics.items()}
     row.doors = stored_doors(result.inversion, at) if station.stores_doors else {}
     for name in layout.pictures:
         if name in batch.encoded:
