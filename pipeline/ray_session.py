@@ -71,7 +71,9 @@ def ray_on_its_way(address: str = "") -> Iterator[None]:
         finally:
             while _coming:
                 _coming.pop().exception()
-                sys.modules["ray"].shutdown()
+                import ray
+
+                ray.shutdown()
 
 
 def _has_ray() -> bool:

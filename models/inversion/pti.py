@@ -115,7 +115,7 @@ class Pti(Method):
             own = synthesis_parameters(self.generator)
             changes = [_changes(own, own)] * len(images)
             rows = [row for row in range(len(images)) if row not in failures]
-            size = TOGETHER[images.device.type]
+            size = TOGETHER.get(images.device.type, 1)
             for part in (rows[at : at + size] for at in range(0, len(rows), size)):
                 doors = {name: value[part] for name, value in pivots.tensors().items()}
                 seeds = SampleRng([rng.seeds[row] for row in part])

@@ -5,9 +5,10 @@ M references.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from models.losses.identity import Identity
 from models.losses.trunk import PerceptualTrunk
 from tasks.adapt.config import DomainConfig
 from tasks.adapt.critic import Critic
-from tasks.adapt.terms import TERMS, Scene, styles
+from tasks.adapt.terms import TERMS, Scene, Scenes, styles
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class Guide:
         rng: torch.Generator,
         *,
         is_training: bool,
+        known: Mapping[str, Float[Tensor, " B"]] = MappingProxyType({}),
     ) -> dict[str, Float[Tensor, " B"]]:
         """Every term with its weight in it, by picture.
 
@@ -183,10 +185,12 @@ class Guide:
             own: the reference's code rendered in the new domain (image guidance).
             rng: where lines, places and shifts come from.
             is_training: False leaves out the terms that are no scores.
+            known: terms that were computed for all domains (`joint_terms`).
         """
         scene = Scene(after=after, before=before, own=own, guide=self, rng=rng)
         return {
-            name: self.domain.weight(name) * term.loss(scene).expand(len(after.images))
+            name: self.domain.weight(name)
+            * (known[name] if name in known else term.loss(scene).expand(len(after.images)))
             for name, term in self.terms.items()
             if is_training or term.is_score
         }
@@ -200,6 +204,23 @@ class Guide:
         self.rng.set_state(state["rng"])
         if self.critic is not None:
             self.critic.restore(state)
+
+
+def joint_terms(
+    guides: Sequence[Guide], after: Seen, before: Seen
+) -> list[dict[str, Float[Tensor, " B"]]]:
+    """Of each domain the terms that all of them have and that have a joint form, without weights.
+
+    Args:
+        after: the adapted pictures of all domains, one domain after the other.
+    """
+    scenes = Scenes(after=after, before=before, guides=guides)
+    shared = [
+        (name, term.joint(scenes))
+        for name, term in TERMS.items()
+        if term.joint and all(name in guide.terms for guide in guides)
+    ]
+    return [{name: values[at] for name, values in shared} for at in range(len(guides))]
 
 
 def check_words(domain: DomainConfig, clip: Embeds) -> None:

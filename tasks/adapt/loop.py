@@ -23,7 +23,7 @@ from models.optim import RowAdam
 from models.stylegan2.generator import Generator
 from tasks.adapt.config import AdaptConfig
 from tasks.adapt.forms import Form
-from tasks.adapt.guidance import Guide, Judges, Seen, look
+from tasks.adapt.guidance import Guide, Judges, Seen, joint_terms, look
 
 Status = Literal["running", "finished", "stopped", "diverged"]
 
@@ -154,6 +154,7 @@ class Descent:
         repeated = [part.repeat(count, 1, 1) for part in maps]
         after = self._look(self.form.render(tensors, codes), repeated)
         own = self._own_renders(tensors)
+        known = joint_terms([self.guides[row] for row in self.rows], after, before)
         found = []
         for at, row in enumerate(self.rows):
             guide, size = self.guides[row], len(w_plus)
@@ -165,6 +166,7 @@ class Descent:
                     own.get(row),
                     rng,
                     is_training=is_training,
+                    known=known[at],
                 )
             )
         return found

@@ -1,9 +1,12 @@
 """The loss terms of an adaptation, a table of small functions: a new term is one entry of `TERMS`.
 
-Legend: B pictures of a batch, V views of each, D an embedding.
+Terms that stand on nothing random are computed for all domains in one program; the twin, domain by
+domain, is what a test holds it against.
+
+Legend: G domains, B pictures of a batch, V views of each, D an embedding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -70,12 +73,31 @@ class Scene:
         return torch.stack([w * value(index) for index, w in enumerate(weights)]).sum(0)
 
 
+@dataclass(kw_only=True)
+class Scenes:
+    """The same of several domains, whose pictures stand one after the other in `after`; all have
+    the sources in common."""
+
+    after: "Seen"
+    before: "Seen"
+    guides: Sequence["Guide"]
+
+    def grouped(self, value: Float[Tensor, "_ ..."]) -> Float[Tensor, "G B ..."]:
+        return value.unflatten(0, (len(self.guides), -1))
+
+    def over_clips(self, value: Callable[[int], Float[Tensor, "G B"]]) -> Float[Tensor, "G B"]:
+        """As `Scene.over_clips`."""
+        weights = [weight for _, weight in self.guides[0].judges.clips]
+        return torch.stack([w * value(index) for index, w in enumerate(weights)]).sum(0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """One loss.
 
     Attributes:
         loss: [B], or [1] where it is the same for all pictures.
+        joint: the same of several domains at once, where it can be.
         weights: by guidance, where a domain does not set its own; 0 elsewhere.
         needs: what must be given for it.
         is_pull: whether it pulls towards the domain; others hold to the source.
@@ -83,6 +105,7 @@ class Term:
     """
 
     loss: Callable[[Scene], Float[Tensor, " _"]]
+    joint: Callable[[Scenes], Float[Tensor, "G B"]] | None = None
     needs: frozenset[Need] = frozenset()
     weights: Mapping[str, float] = field(default_factory=dict)
     is_pull: bool = True
@@ -98,6 +121,18 @@ def _direction(scene: Scene) -> Float[Tensor, " B"]:
     return scene.over_clips(
         lambda i: direction_loss(a.embeddings[i], b.embeddings[i], ways[i]).mean(0)
     )
+
+
+def _direction_joint(scenes: Scenes) -> Float[Tensor, "G B"]:
+    a, b = scenes.after, scenes.before
+
+    def value(index: int) -> Float[Tensor, "G B"]:
+        after = torch.stack([scenes.grouped(view) for view in a.embeddings[index]])  # [V G B D]
+        before = b.embeddings[index][:, None].expand_as(after)
+        ways = torch.cat([guide.directions[index] for guide in scenes.guides])  # [G 1 D]
+        return direction_loss(after, before, ways.expand(len(after), -1, -1, -1)).mean(0)
+
+    return scenes.over_clips(value)
 
 
 def _across(scene: Scene) -> Float[Tensor, " B"]:
@@ -171,9 +206,30 @@ def _in_domain(scene: Scene) -> Float[Tensor, " B"]:
     return value
 
 
+def _in_domain_joint(scenes: Scenes) -> Float[Tensor, "G B"]:
+    a, b = scenes.after, scenes.before
+
+    def change(after: Float[Tensor, "_ D"], before: Float[Tensor, "B D"]) -> Tensor:
+        after = scenes.grouped(after)
+        return in_domain_loss(after, before.expand_as(after))
+
+    value = change(_shape(a), _shape(b))
+    uses = [guide.uses_clip for guide in scenes.guides]
+    if any(uses):
+        seen = scenes.over_clips(lambda i: change(a.embeddings[i][0], b.embeddings[i][0]))
+        value = torch.where(torch.tensor(uses, device=value.device)[:, None], value + seen, value)
+    return value
+
+
 def _content(scene: Scene) -> Float[Tensor, " B"]:
     a, b = scene.after.taps[CONTENT_SCALES], scene.before.taps[CONTENT_SCALES]
     return tap_distance(units(a), units(b))
+
+
+def _content_joint(scenes: Scenes) -> Float[Tensor, "G B"]:
+    a, b = units(scenes.after.taps[CONTENT_SCALES]), units(scenes.before.taps[CONTENT_SCALES])
+    repeated = [tap.repeat(len(scenes.guides), 1, 1, 1) for tap in b]
+    return scenes.grouped(tap_distance(a, repeated))
 
 
 def _identity(scene: Scene) -> Float[Tensor, " B"]:
@@ -185,7 +241,12 @@ def _identity(scene: Scene) -> Float[Tensor, " B"]:
 
 
 TERMS: Mapping[str, Term] = {
-    "direction": Term(loss=_direction, needs=frozenset({"clip", "target"}), weights={"text": 1.0}),
+    "direction": Term(
+        loss=_direction,
+        joint=_direction_joint,
+        needs=frozenset({"clip", "target"}),
+        weights={"text": 1.0},
+    ),
     "across": Term(loss=_across, needs=frozenset({"clip", "reference"}), weights={"image": 1.0}),
     "within": Term(loss=_within, needs=frozenset({"clip", "reference"}), weights={"image": 0.5}),
     "reference_clip": Term(
@@ -207,9 +268,17 @@ TERMS: Mapping[str, Term] = {
     "adversarial": Term(
         loss=_adversarial, needs=frozenset({"references"}), is_score=False, weights={"images": 0.1}
     ),
-    "in_domain": Term(loss=_in_domain, is_pull=False, weights={"text": 1.0, "images": 1.0}),
+    "in_domain": Term(
+        loss=_in_domain,
+        joint=_in_domain_joint,
+        is_pull=False,
+        weights={"text": 1.0, "images": 1.0},
+    ),
     "content": Term(
-        loss=_content, is_pull=False, weights={"text": 0.05, "image": 0.05, "images": 0.1}
+        loss=_content,
+        joint=_content_joint,
+        is_pull=False,
+        weights={"text": 0.05, "image": 0.05, "images": 0.1},
     ),
     "identity": Term(loss=_identity, is_pull=False, needs=frozenset({"identity"})),
 }

@@ -12,7 +12,7 @@ import pytest
 from models.checkpoints.load import load_generator
 from models.errors import LedgerError
 from models.stylegan2.generator import weights_hash
-from pipeline import cli, faults
+from pipeline import cli, faults, worker
 from pipeline import run as stages
 from pipeline.cli import app, run_app
 from pipeline.commands.jobs import begin_flow
@@ -66,6 +66,32 @@ def test_looking_does_not_wait_for_torch(command: str, run: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_worker_does_not_wait_for_what_it_does_not_use() -> None:
+    code = (
+        "import sys, pyarrow; import tasks.work.invert; from pipeline.start import spare_pandas;"
+        "spare_pandas(); pyarrow.array([1]); sys.exit(bool({'pandas', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("threads", "loads"), [(1, 1), (2, 2)])
+def test_inline_the_models_that_were_hashed_do_the_work(
+    threads: int, loads: int, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where the work asks for others."""
+    made: list[object] = []
+    for module in (stages, worker):
+        real = module.load_station
+        monkeypatch.setattr(
+            module, "load_station", lambda *args, real=real: made.append(1) or real(*args)
+        )
+    command = ["invert", dataset.source, str(tmp_path / "out"), "--config", dataset.config]
+    more = ["--limit", "2", "--engine", "inline", "--no-flow", "--set", f"engine.threads={threads}"]
+    assert run_app([*command, *more]) == 0
+    assert len(made) == loads
 
 
 def test_a_private_server_starts_only_when_asked_for(

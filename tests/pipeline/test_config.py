@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from models.errors import ConfigError
-from pipeline.config import apply_set, load_config, load_dataclass, validate
+from pipeline.config import (
+    apply_set,
+    engine_of,
+    load_config,
+    load_dataclass,
+    load_engine,
+    validate,
+)
 from tasks.job import MethodConfig
 from tasks.training.generator import FitGeneratorConfig
 
@@ -18,6 +25,18 @@ def test_defaults_run_without_a_file() -> None:
     assert config.engine.kind == "ray"
     assert config.engine.threads == 1
     assert (config.job.batch, config.job.output.pictures) == ("auto", "auto")
+
+
+def test_the_engine_is_known_before_the_rest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[engine]\nactors = 3\nkind = "inline"\n[[method]]\nname = "no such"\n')
+    engine = engine_of(str(path), ["engine.kind=ray", "method.0.steps=nonsense", "seed=x"])
+    assert (engine.kind, engine.actors) == ("ray", 3)
+    path.write_text("engine = 3")
+    with pytest.raises(ConfigError, match="engine: expected a table, found 3"):
+        engine_of(str(path), [])
+    with pytest.raises(ConfigError, match="only engine"):
+        load_engine(None, ["seed=3"])
 
 
 def test_file_then_methods_then_sets(tmp_path: Path) -> None:

@@ -120,6 +120,15 @@ class Booked:
         return len(list(self.folder.glob(f"{shard}.*")))
 
 
+def test_a_ray_of_ours_has_no_helpers() -> None:
+    """`ray.init` waits for them."""
+    from ray._private import worker
+
+    assert {"raylet", "gcs_server"} <= set(worker._global_node.all_processes)
+    helpers = {"monitor", "log_monitor", "dashboard"}
+    assert not helpers & set(worker._global_node.all_processes)
+
+
 def test_every_shard_once(tmp_path: Path) -> None:
     booked = Booked(tmp_path, 7, actors=2)
     booked.pool.run()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tasks.adapt.job as job_module
+import tasks.adapt.loop as loop
 from models.adaptation.domain import add_domains, load_domain, without_noise
 from models.checkpoints.native import save_generator
 from models.errors import AssetError, ConfigError
@@ -326,6 +327,41 @@ def test_a_domain_is_the_same_alone_and_in_company(place: Path, tmp_path: Path) 
         assert moved > 0.02
 
 
+def test_terms_of_all_domains_at_once_are_those_of_each(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin computes them domain by domain; a CLIP has no say in a domain without one."""
+    texts = [
+        DomainConfig(name=f"d{i}", guidance="text", target_text=text, weights={"content": 0.1 + i})
+        for i, text in enumerate(("ink drawing", "pencil sketch"))
+    ]
+    joint = {"direction", "in_domain", "content"}
+    for number, company in enumerate([texts, [texts[0], images(place)], [images(place)]]):
+        work = job_module._Job(job(place, tmp_path / str(number), *company))
+        work.prepare()
+        descent, codes = work.descent, work.descent.held_out
+        rng = torch.Generator().manual_seed(0)
+        moved = [t + 0.3 * torch.randn(t.shape, generator=rng) for t in descent.adam.tensors]
+        maps = descent._views(len(codes))
+        before = descent._look(descent._source(codes), maps)
+        found = descent._terms(moved, codes, before, maps, is_training=False)
+        real, known = loop.joint_terms, list[set[str]]()
+
+        def none(guides: Any, *seen: Any, real: Any = real, known: Any = known) -> Any:
+            known.extend(set(terms) for terms in real(guides, *seen))
+            return [{} for _ in guides]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "joint_terms", none)
+            twin = descent._terms(moved, codes, before, maps, is_training=False)
+        assert known == [joint if company is texts else joint - {"direction"}] * len(company)
+        assert [list(terms) for terms in found] == [list(terms) for terms in twin]
+        for terms, want in zip(found, twin, strict=True):
+            for name, value in want.items():
+                assert value.shape == (len(codes),)
+                torch.testing.assert_close(terms[name], value, atol=2e-6, rtol=2e-5)
+
+
 class KilledError(Exception):
     pass
 
@@ -383,8 +419,10 @@ def test_a_domain_that_diverges_leaves_the_others_alone(
     sound = Guide.losses
     calls = {"n": 0}
 
-    def broken(self: Guide, after: Any, *args: Any, is_training: bool) -> dict:
-        found = sound(self, after, *args, is_training=is_training)
+    def broken(
+        self: Guide, after: Any, *args: Any, is_training: bool, known: dict[str, Any]
+    ) -> dict:
+        found = sound(self, after, *args, is_training=is_training, known=known)
         if self.domain.name != "cold":
             return found
         calls["n"] += 1
