@@ -115,7 +115,7 @@ def estimate(
 
     Args:
         limit: only the first samples.
-        count: pictures to invert for the estimate of time and size; None for four batches, 0 for
+        count: pictures to invert for the estimate of time and size; None for what `probe` takes, 0 for
             none.
         output: the run that is planned; it gets the prediction.
         price: of a worker's hour.
