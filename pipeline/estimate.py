@@ -115,8 +115,8 @@ def estimate(
 
     Args:
         limit: only the first samples.
-        count: pictures to invert for the estimate of time and size; None for four batches, 0 for
-            none.
+        count: pictures to invert for the estimate of time and size, 0 for none; None leaves it to
+            `probe`.
         output: the run that is planned; it gets the prediction.
         price: of a worker's hour.
 

@@ -4,6 +4,7 @@ A Ray without its raylet or its GCS server answers nothing, and its client waits
 a Ray of this process are looked at from outside, by pid.
 """
 
+import ctypes
 import logging
 import os
 import secrets
@@ -37,9 +38,14 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
 Linux all of 127/8 is loopback."""
 DAEMONS = ("gcs_server", "raylet")
+<<<<<<< HEAD
 SPARED = ("start_monitor", "start_log_monitor", "start_api_server")
 """What Ray starts besides, and `ray.init` waits for: autoscaler, tail of the workers' logs, server
 of a dashboard. A Ray of one command has no use for them; they have no switch."""
+||||||| b064579
+=======
+PR_SET_CHILD_SUBREAPER = 36
+>>>>>>> nights
 START_TRIES = 3
 STOPPED_S = 15.0
 """How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
@@ -137,15 +143,20 @@ def _connect(address: str) -> None:
 
 def _start(num_cpus: int | None) -> None:
     """A local Ray. A busy machine may need another try: Ray waits for half a minute, then raises a
-    plain Exception and leaves what it has started."""
+    plain Exception and leaves what it has started, or has ended all but the agents of its raylet:
+    whoever loses its parent is then this process's child."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for left in reversed(range(START_TRIES)):
         try:
             _start_local(num_cpus)
             return
         except Exception as error:
-            mine = {pid for pid, _ in _children({os.getpid()})}
-            begun = {pid for pid in mine if any(name in _command(pid) for name in DAEMONS)}
-            _kill([*_agents(begun), *begun])
+            me = {os.getpid()}
+            begun = {
+                pid for pid, _ in _children(me) if any(name in _command(pid) for name in DAEMONS)
+            }
+            _kill([*_agents(me | begun), *begun])
             if not left:
                 raise ConfigError(
                     f"a local Ray does not start: {error}; set RAY_TMPDIR to a short path with "
@@ -169,7 +180,7 @@ def _no_agent_left() -> Iterator[None]:
     finally:
         guard.kill()
         guard.communicate()
-        _kill(filter(_is_agent, agents))
+        _kill({*filter(_is_agent, agents), *_agents({os.getpid()})})
 
 
 def _kill(pids: Iterable[int]) -> None:
@@ -178,9 +189,9 @@ def _kill(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _agents(raylets: set[int]) -> list[int]:
-    """Pids of the agents of some raylets."""
-    return [pid for pid, _ in _children(raylets) if _is_agent(pid)]
+def _agents(parents: set[int]) -> list[int]:
+    """Pids of the agents that some processes have started, or inherited."""
+    return [pid for pid, _ in _children(parents) if _is_agent(pid)]
 
 
 def _is_agent(pid: int) -> bool:

@@ -55,7 +55,7 @@ class PlanOptions:
     """What only `plan` takes."""
 
     probe: int | None = None
-    """Samples to invert for it; four batches without it, 0 for none."""
+    """Samples to invert for it; without it four batches, or as many as take 15 s, 0 for none."""
     price_per_hour: float | None = None
     """Of a worker (a GPU, else a core): what the run costs."""
     engine: Engine = None

@@ -361,9 +361,18 @@ def worker_out_of_memory(trial: Trial) -> None:
         driver = _with_worker(trial)
         for pid in named(driver.pid, "ray::PoolActor"):
             scarcity.put(pid)
-        trial.expect(driver, 0)
+        code = trial.expect(driver, 0, 2)
         trial.hits += scarcity.kills
-    trial.check(driver)
+    _look(trial, driver, code)
+
+
+def _look(trial: Trial, driver: Driver, code: int) -> None:
+    """After a driver with a Ray of its own: at once, or where Ray did not come up again in its
+    time, and the command said so, after another run."""
+    if code == 0:
+        trial.check(driver)
+    else:
+        trial.finish()
 
 
 def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
@@ -376,10 +385,8 @@ def _in_ray(part: str, number: signal.Signals) -> Callable[[Trial], None]:
             driver.end()
             time.sleep(5)
             trial.finish()
-        elif trial.expect(driver, 0, 2) == 0:
-            trial.check(driver)
-        else:  # Ray did not come up again in its time, and the command said so
-            trial.finish()
+        else:
+            _look(trial, driver, trial.expect(driver, 0, 2))
 
     return fault
 

@@ -62,7 +62,7 @@ def set_up(site: PrefectSite) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_scheduled_run_of_the_shipped_deployment_completes(
     site: PrefectSite, tmp_path: Path, tiny_generator: Generator, face_bytes: list[bytes]
 ) -> None:

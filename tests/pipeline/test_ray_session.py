@@ -19,7 +19,8 @@ from tests.processes import below, command_line, wait_for
 class Starts:
     """Ray's start-up, which fails so many times as a busy machine makes it fail."""
 
-    def __init__(self, failures: int, folder: Path) -> None:
+    def __init__(self, failures: int, folder: Path, *, ends_them: bool) -> None:
+        self.ends_them = ends_them  # as Ray does sometimes, but not their agents
         self.failures, self.tries, self.left = failures, 0, list[subprocess.Popen[bytes]]()
         self.program, self.agent = folder / "raylet", folder / "ray" / "agent.py"
         self.program.symlink_to(sys.executable)
@@ -36,6 +37,9 @@ class Starts:
             wait_for(lambda: below(self.left[-1].pid), 30, "a half-started daemon")
             self.agents += below(self.left[-1].pid)
             wait_for(lambda: "agent" in command_line(self.agents[-1]), 30, "its agent")
+            if self.ends_them:
+                self.left[-1].kill()
+                self.left[-1].wait(30)
             raise Exception("The current node timed out during startup.")
 
 
@@ -44,8 +48,8 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
     """No Ray is there, and one that is started fails so many times first."""
     import ray
 
-    def starting(failures: int) -> Any:
-        starts = Starts(failures, tmp_path)
+    def starting(failures: int, ends_them: bool = False) -> Any:
+        starts = Starts(failures, tmp_path, ends_them=ends_them)
         monkeypatch.setattr(module, "_start_local", starts)
         return starts
 
@@ -57,9 +61,11 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
     return starting
 
 
-@pytest.mark.parametrize("failures", [0, 2, 3])
-def test_a_busy_machine_gets_another_try(failures: int, starting: Callable[[int], Any]) -> None:
-    starts = starting(failures)
+@pytest.mark.parametrize(("failures", "ends_them"), [(0, False), (2, False), (3, False), (2, True)])
+def test_a_busy_machine_gets_another_try(
+    failures: int, ends_them: bool, starting: Callable[..., Any]
+) -> None:
+    starts = starting(failures, ends_them)
     if failures < 3:
         with ray_session():
             assert starts.tries == failures + 1

@@ -144,7 +144,7 @@ def server(site: PrefectSite) -> Iterator[subprocess.Popen[bytes]]:
     port = site.api_url.removesuffix("/api").rpartition(":")[2]
     arguments = ("server", "start", "--host", "127.0.0.1", "--port", port)
     with site.running("server", *arguments) as process:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 360
         while True:
             assert process.poll() is None, site.log("server")
             try:
