@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,14 +38,10 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the address of a network card, which a laptop may lose meanwhile; on
 Linux all of 127/8 is loopback."""
 DAEMONS = ("gcs_server", "raylet")
-<<<<<<< HEAD
 SPARED = ("start_monitor", "start_log_monitor", "start_api_server")
 """What Ray starts besides, and `ray.init` waits for: autoscaler, tail of the workers' logs, server
 of a dashboard. A Ray of one command has no use for them; they have no switch."""
-||||||| b064579
-=======
 PR_SET_CHILD_SUBREAPER = 36
->>>>>>> nights
 START_TRIES = 3
 STOPPED_S = 15.0
 """How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
@@ -306,7 +302,10 @@ def _start_local(num_cpus: int | None) -> None:
     spared = [
         name for name in SPARED if name != "start_log_monitor" or not options["log_to_driver"]
     ]
-    with patch.multiple(Node, **dict.fromkeys(spared, lambda node, **_: None)):
+    with ExitStack() as stack:
+        for name in spared:
+            if hasattr(Node, name):  # another version of Ray may call it otherwise
+                stack.enter_context(patch.object(Node, name, lambda node, **_: None))
         ray.init(
             address="local",
             include_dashboard=False,
