@@ -193,7 +193,7 @@ class Pti(Method):
             for step in range(config.steps):
                 near = self._near(pivots.w_plus, rng) if self.locality_weight else ()
                 near = tree_map(lambda part, chosen=rows: part[chosen], near)
-                gradients, (values, distances) = descent(adam.tensors, *fixed, near)
+                gradients, (values, distances) = descent(adam.tensors, *fixed, near)  # type: ignore[call-arg]
                 is_near = (distances <= self.stop) & has_stop
                 goes_on = ~is_near & values.isfinite()
                 ends = torch.stack([rows, is_near, goes_on]).T.tolist()  # one answer of the device

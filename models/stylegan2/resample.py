@@ -76,7 +76,7 @@ class _Blur(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, padding: int, gain: float, stride: int) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, padding: int, gain: float, stride: int) -> Tensor:
         if x.is_cuda and HAS_TRITON:
             from models.stylegan2.blur_gpu import blur_gpu
 
@@ -91,7 +91,7 @@ class _Blur(torch.autograd.Function):
         ctx.settings = (padding, gain, stride, x.shape[2:])
 
     @staticmethod
-    def vmap(
+    def vmap(  # type: ignore[override]
         info: Any, in_dims: tuple[Any, ...], x: Tensor, padding: int, gain: float, stride: int
     ) -> tuple[Tensor, int]:
         x = x.movedim(in_dims[0], 0)
