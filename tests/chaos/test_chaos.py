@@ -28,7 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 LONG = (
-    *("adapt-stopped", "adapt-terminated", "driver-stopped"),
+    *("adapt-killed", "adapt-stopped", "adapt-terminated", "driver-stopped"),
     *("s3-503-burst", "s3-lost-acknowledgement", "s3-outage", "s3-reset", "s3-slow"),
     "s3-truncated",
 )

@@ -110,6 +110,7 @@ def test_a_large_member_is_passed_by(tmp_path: Path) -> None:
     assert outcomes[0] == outcomes[2]
 
 
+@pytest.mark.slow
 def test_a_tar_of_4_gib_needs_little_memory(tmp_path: Path) -> None:
     """128 members just below input.max_bytes, which are holes on the disk."""
     path, member = tmp_path / "long.tar", tarfile.TarInfo()

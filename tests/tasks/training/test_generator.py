@@ -220,8 +220,8 @@ def test_it_learns_and_pulls_the_generator_by_its_weight(
     heard = training(vision=eyes, vision_weight=1.0)
     assert torch.equal(alone, ignored)
     assert float((generator_after(heard) - alone).abs().max()) > 1e-4
-    losses = [float(heard.step()["loss_second"]) for _ in range(40)]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    losses = [float(heard.step()["loss_second"]) for _ in range(12)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 def test_a_second_discriminator_needs_its_file(data: tuple[str], tmp_path: Path) -> None:
