@@ -147,7 +147,7 @@ def measure(
             "set REFINERY_SHARED to the shared data\n"
         )
         return None
-    return pipeline.compare(pipeline.default_data(), 2048, rounds)
+    return pipeline.compare(pipeline.default_data(), pipeline.IMAGES, rounds)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What ledger, Ray and the pool cost: the pipeline beside bare loops over the same pictures.
 
-Run: python -m benchmarks.pipeline [--data DIR] [--limit 2048] [--rounds 3] [--engines inline ray]
+Run: python -m benchmarks.pipeline [--data DIR] [--limit 512] [--rounds 3] [--engines inline ray]
 
 The bare loops are as many processes of one thread as the pipeline has actors. They read the same
 shards, decode, hash, invert with e4e, score and encode as it does, and keep nothing: no ledger, no
@@ -38,6 +38,7 @@ from tasks.work.invert import Inverter
 from tasks.work.station import Batch, fill_row
 
 ENGINES = ("inline", "ray")
+IMAGES = 512
 STARTED = 40
 """Pictures of the run whose start-up is measured."""
 
@@ -161,7 +162,8 @@ def compare(
         (folder / "in").mkdir()
         source = prepare_input(data, folder / "in")
         for engine in engines:
-            config = load_config(None, [f"engine.kind={engine}"], ["e4e"])
+            sets = [f"engine.kind={engine}", "engine.shard_size=64", "batch=16"]
+            config = load_config(None, sets, ["e4e"])
             cores = max((os.cpu_count() or 1) // config.engine.threads, 1)
             count = 1 if engine == "inline" else cores
             bare: list[dict[str, float]] = []
@@ -197,7 +199,7 @@ def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=default_data())
-    parser.add_argument("--limit", type=int, default=2048)
+    parser.add_argument("--limit", type=int, default=IMAGES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     args = parser.parse_args()
