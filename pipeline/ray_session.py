@@ -7,6 +7,7 @@ a Ray of this process are looked at from outside, by pid.
 import ctypes
 import logging
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -42,6 +43,8 @@ SPARED = ("start_monitor", "start_log_monitor", "start_api_server")
 """What Ray starts besides, and `ray.init` waits for: autoscaler, tail of the workers' logs, server
 of a dashboard. A Ray of one command has no use for them; they have no switch."""
 PR_SET_CHILD_SUBREAPER = 36
+AGENT = re.compile(r"^ray::\w*Agent|/ray/([^\0]*/)?agent(/main)?\.py")
+"""The command of an agent of the raylet: no other child of this process may be ended for one."""
 START_TRIES = 3
 STOPPED_S = 15.0
 """How long a daemon may be stopped. A minute without its GCS, and Ray ends this process."""
@@ -193,8 +196,7 @@ def _agents(parents: set[int]) -> list[int]:
 def _is_agent(pid: int) -> bool:
     """By "python .../ray/.../agent.py" too: on a busy machine it takes minutes until an agent calls
     itself "ray::DashboardAgent"."""
-    command = _command(pid).lower()
-    return "ray" in command and "agent" in command
+    return bool(AGENT.search(_command(pid)))
 
 
 def _raylets() -> set[int]:

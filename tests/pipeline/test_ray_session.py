@@ -127,3 +127,18 @@ def test_a_ray_on_its_way_that_does_not_start_is_an_error_of_the_session(
         ray_session().__enter__()
     for process in starts.left:
         process.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        ("ray::DashboardAgent", True),
+        ("/bin/python\0-u\0/lib/ray/dashboard/agent.py\0--node-ip-address=127.0.0.2", True),
+        ("/bin/python\0-u\0/lib/ray/_private/runtime_env/agent/main.py", True),
+        ("python\0/home/murray/agent.py", False),
+        ("/opt/x-ray/bin/ssh-agent", False),
+        ("/srv/ray/bin/tool\0/home/agent.py", False),
+    ],
+)
+def test_nobody_else_is_taken_for_an_agent(command: str, is_one: bool) -> None:
+    assert (module.AGENT.search(command) is not None) is is_one
