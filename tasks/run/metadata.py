@@ -513,7 +513,9 @@ def _writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         file,
         schema.with_metadata(None),
-        compression={name: "none" if name == SKETCH else "zstd" for name in schema.names},
+        compression={  # type: ignore[arg-type]  # a name for each column is allowed too
+            name: "none" if name == SKETCH else "zstd" for name in schema.names
+        },
         use_dictionary=list(_FEW_VALUES),  # type: ignore[arg-type]  # columns are allowed here too
         column_encoding=encodings,
     )

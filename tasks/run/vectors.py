@@ -230,7 +230,7 @@ class Exact:
         is_near = (np.diff(part) == 0) & (np.diff(row) * length <= GAP_BYTES)
         blocks = np.split(np.arange(len(row)), np.flatnonzero(~is_near) + 1) if len(row) else []
         filesystem, root = open_filesystem(self._run_uri)
-        paths = [self.parts[part[block[0]]].path for block in blocks]
+        paths = [self.parts[int(part[block[0]])].path for block in blocks]
         starts = [NPY_HEADER + int(row[block[0]]) * length for block in blocks]
         stops = [NPY_HEADER + int(row[block[-1]] + 1) * length for block in blocks]
         read = filesystem.cat_ranges(
@@ -240,7 +240,7 @@ class Exact:
         for block, path, start, stop, data in zip(blocks, paths, starts, stops, read, strict=True):
             if isinstance(data, Exception) or len(data) != stop - start:
                 data = read_range(join(self._run_uri, path), start, stop)  # which asks again
-            near = np.frombuffer(data, np.float16).reshape(-1, self.size)
+            near: np.ndarray = np.frombuffer(data, np.float16).reshape(-1, self.size)
             found[order[block]] = near[row[block] - row[block[0]]]
         return found
 

@@ -344,17 +344,16 @@ class Index:
         return vectors
 
     def _stretches(self, parts: Sequence[np.ndarray], kept: np.ndarray | None) -> list[Stretch]:
-        """What is kept of codes or sketches, with the number of its first row among that."""
+        """What is kept of codes or sketches."""
         if kept is None:
             return list(zip(self._starts.tolist(), parts, strict=False))
+        found = np.empty((len(kept), parts[0].shape[1]), np.uint8)
         cuts = np.searchsorted(kept, self._starts)
-        return [
-            (int(first), part[kept[first:stop] - start])
-            for first, stop, start, part in zip(
-                cuts[:-1], cuts[1:], self._starts, parts, strict=False
-            )
-            if stop > first
-        ]
+        for part in np.flatnonzero(np.diff(cuts)):
+            some = slice(cuts[part], cuts[part + 1])
+            rows = kept[some] - self._starts[part]
+            parts[part].take(rows, 0, found[some], "clip")  # "raise", the default, copies twice
+        return [(0, found)]
 
     def _filtered(self, where: str) -> np.ndarray:
         """Rows that a condition keeps, ascending; those of the latest condition are remembered."""
@@ -364,7 +363,7 @@ class Index:
         import duckdb
 
         try:
-            found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
+            found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n)')
         except duckdb.Error as error:
             unknown = re.search(r'column "([^"]+)"', str(error))
             near = difflib.get_close_matches(unknown[1] if unknown else "", self._columns, 1, 0.5)
@@ -373,7 +372,7 @@ class Index:
                 f"{f'did you mean {near[0]!r}? ' if near else ''}columns: "
                 f"{', '.join(self._columns)}"
             ) from error
-        kept = found["row number"].to_numpy()
+        kept = np.sort(found["row number"].to_numpy())
         self._kept = where, kept
         return kept
 
