@@ -89,7 +89,13 @@ class Projection:
 
     def project(self, vectors: Float32[np.ndarray, "N E"]) -> Float32[np.ndarray, "N P"]:
         """In units of the codes, about `ZERO` less; not rounded."""
-        return (vectors - self.mean) @ self.component.T / np.float32(self.step)
+        per_code, centre = self._along
+        return vectors @ per_code - centre
+
+    @cached_property
+    def _along(self) -> tuple[Float32[np.ndarray, "E P"], Float32[np.ndarray, " P"]]:
+        per_code = np.ascontiguousarray(self.component.T / np.float32(self.step))
+        return per_code, self.mean @ per_code
 
     def encode(self, vectors: Float32[np.ndarray, "N E"]) -> dict[str, np.ndarray]:
         """`code` uint8 [N P] and `sketch` uint8 [N, M / 2]."""
