@@ -197,7 +197,7 @@ def _write(
     count = len(exact)
     table = pa.table(
         {
-            "sample_key": [f"train64-{first // SHARD:03d}.parquet:{n}" for n in range(count)],
+            "sample_key": [_key(first // SHARD, n) for n in range(count)],
             "psnr": np.random.default_rng(first).random(count, np.float32) * 100,
             **{
                 name: pa.FixedSizeListArray.from_arrays(
@@ -221,8 +221,10 @@ def open_parts(folder: str) -> Index:
     for path in sorted(Path(folder).glob("*.exact"), key=lambda each: int(each.stem)):
         other = path.with_suffix(".vectors")
         size, rows = path.stat().st_size, (path.stat().st_size - NPY_HEADER) // width
-        exact.append(Part(path=path.name, rows=rows, bytes=size, sha256=""))
-        vectors.append(Part(path=other.name, rows=rows, bytes=other.stat().st_size, sha256=""))
+        exact.append(Part(path=path.name, rows=rows, bytes=size, sha256="0" * 64))
+        vectors.append(
+            Part(path=other.name, rows=rows, bytes=other.stat().st_size, sha256="0" * 64)
+        )
     return Index(
         uri=folder,
         source=folder,
@@ -232,6 +234,10 @@ def open_parts(folder: str) -> Index:
         parts=vectors,
         exact=Exact(folder, exact),
     )
+
+
+def _key(shard: int, number: int) -> str:
+    return f"train64-{shard:03d}.parquet:{number:06d}"
 
 
 def with_ledger(folder: Path, index: Index) -> Path:
@@ -255,11 +261,16 @@ def with_ledger(folder: Path, index: Index) -> Path:
     layout = Layout(method="e4e", metrics=("psnr",), shape=(10, 128), output=job.output)
     kinds = zip(index.parts, index.exact.parts, strict=True)
     for shard, (table, (vectors, exact)) in enumerate(zip(index.tables, kinds, strict=True)):
+        scores = enumerate(table["psnr"].to_pylist())
         rows = [
-            Row(sample_key=key, metrics={"psnr": psnr}, image_uri=key, image_sha256=None, seed=0)
-            for key, psnr in zip(
-                *(table[n].to_pylist() for n in ("sample_key", "psnr")), strict=True
+            Row(
+                sample_key=_key(shard, n),
+                metrics={"psnr": psnr},
+                image_uri="",
+                image_sha256=None,
+                seed=0,
             )
+            for n, psnr in scores
         ]
         parts = write_parts(rows, layout, run, shard, "a" * 12)
         for kind, part in (("vectors", vectors), ("exact", exact)):
@@ -615,7 +626,7 @@ def servers() -> dict[str, Callable[[], S3Server]]:
 
 
 def _row_of(key: str) -> int:
-    """Of a key of `_write`."""
+    """Of a key of `_key`."""
     shard, number = key.removeprefix("train64-").split(".parquet:")
     return int(shard) * SHARD + int(number)
 

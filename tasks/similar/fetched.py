@@ -13,14 +13,12 @@ from typing import IO, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.cache import cache_folder
 from models.errors import LedgerError
 from models.files import atomically
 from tasks.run.metadata import READERS, SKETCH, Segment, Snapshot, has_moved, read_snapshot
-from tasks.run.vectors import numbers_of
 from tasks.storage.footer import read_footer
 from tasks.storage.part_files import Fetched, PartFile, part_errors
 
@@ -96,12 +94,12 @@ def _fetched(segment: Segment, columns: Sequence[str]) -> pa.Table:
 def _indexed(table: pa.Table) -> pa.Table:
     """Without the failed rows, in one piece."""
     if table[SKETCH].null_count:
-        table = table.filter(pc.is_valid(table[SKETCH]))  # pyright: ignore
-    return table.combine_chunks()
+        table = table.filter(table[SKETCH].is_valid())
+    return table.combine_chunks().replace_schema_metadata()
 
 
 def _by_shard(table: pa.Table) -> dict[int, pa.Table]:
-    shards = numbers_of(table["shard"].combine_chunks(), np.int32)
+    shards = np.frombuffer(table["shard"].combine_chunks().buffers()[1], np.int32, len(table))
     starts = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
     rows = table.drop_columns("shard")
     cuts = zip(starts, [*starts[1:], len(shards)], strict=True)

@@ -16,6 +16,7 @@ import difflib
 import itertools
 import re
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float16, Float32, Int64, UInt8
 
 from models.errors import ConfigError, LedgerError
@@ -352,7 +352,9 @@ class Index:
         for part in np.flatnonzero(np.diff(cuts)):
             some = slice(cuts[part], cuts[part + 1])
             rows = kept[some] - self._starts[part]
-            parts[part].take(rows, 0, found[some], "clip")  # "raise", the default, copies twice
+            parts[int(part)].take(
+                rows, 0, found[some], "clip"
+            )  # "raise", the default, copies twice
         return [(0, found)]
 
     def _filtered(self, where: str) -> np.ndarray:
@@ -400,15 +402,17 @@ class Index:
         apart = pa.Array.from_buffers(pa.float32(), len(order), buffers)
         found = found.add_column(1, "distance", apart)
         if leave_out:
-            keys = found["sample_key"].to_pylist()
-            found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))
+            keys = enumerate(found["sample_key"].to_pylist())
+            others = [found.slice(row, 1) for row, key in keys if key not in leave_out]
+            found = pa.concat_tables(others or [found.slice(0, 0)]).combine_chunks()
         found = found.slice(0, k)
         return found if self._labels is None else _joined(found, self._labels)
 
     def _row_of(self, key: str) -> int:
         for start, table in zip(self._starts, self._rows, strict=False):
-            at = pc.index(table["sample_key"], key).as_py()
-            if at >= 0:
+            keys = table["sample_key"]  # in order; `pyarrow.compute` would load longer
+            at = bisect_left(range(len(keys)), key, key=lambda row: keys[row].as_py())
+            if at < len(keys) and keys[at].as_py() == key:
                 return int(start) + at
         near = self._sql(
             "SELECT sample_key FROM samples "
