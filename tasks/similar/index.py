@@ -364,6 +364,8 @@ class Index:
             return known[1]
         import duckdb
 
+        if not where.strip():
+            raise ConfigError("where: the condition is empty; expected one, or no --where")
         try:
             found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n)')
         except duckdb.Error as error:

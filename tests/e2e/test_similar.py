@@ -316,6 +316,9 @@ def test_bad_questions_are_one_line(
         (["similar", coded, "--text", "a"], f"`refinery index {coded} --space clip`"),
         (["similar", coded, "--index", coded, "--key", "a"], "is a run, not an index"),
         (["similar", str(tmp_path), "--key", "a"], "no run here"),
+        (["similar", coded[:-1], "--key", "a"], f"did you mean {coded}?"),
+        ([*common, "--key", "a:x:b"], "no sample 'a:x:b' with"),
+        ([*common, "--key", "face-03.png", "--where", " "], "the condition is empty"),
         (["index", calm["edit"], str(tmp_path / "x"), *FLAGS], "start from that one"),
         (["index", coded, "--space", "identity", *FLAGS], "needs a face network"),
         (["index", coded, "--space", "clip", *FLAGS], "has stored no pictures, only codes"),
@@ -327,6 +330,9 @@ def test_bad_questions_are_one_line(
         assert wanted in refused(capsys, *command)
     np.save(tmp_path / "short.npy", np.zeros(7))
     short = ["--vector", str(tmp_path / "short.npy")]
+    np.save(tmp_path / "wide.npy", np.full(128, 1e300))
+    wide = ["--vector", str(tmp_path / "wide.npy")]
+    assert "not finite" in refused(capsys, *common, *wide)
     assert "it has 7 values" in refused(capsys, *common, *short)
     (tmp_path / "twice.csv").write_text("sample_key,age\na,1\na,2\n")
     twice = ["--key", "face-03.png", "--table", str(tmp_path / "twice.csv")]
