@@ -464,6 +464,17 @@ def answer(index: Index) -> list[tuple[str, float]]:
     return [(row["sample_key"], round(row["distance"], 4)) for row in rows]
 
 
+def test_a_run_and_its_index_differ_in_no_score(
+    coded: str, indexed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An index is a run whose rows hold no codes to compare."""
+    capsys.readouterr()
+    assert run_app(["diff", coded, indexed]) == 0
+    shown = capsys.readouterr().out
+    assert "psnr" in shown
+    assert "w_plus" not in shown
+
+
 def test_codes_are_of_the_parts(indexed: str) -> None:
     index = open_index(indexed)
     vectors = index.take(np.arange(7, 23))
