@@ -1,8 +1,9 @@
 """Runs below a folder."""
 
 import difflib
+from contextlib import suppress
 
-from models.errors import LedgerError
+from models.errors import LedgerError, RefineryError
 from tasks.storage.files import exists, join
 from tasks.storage.folders import list_folder
 
@@ -31,15 +32,17 @@ def find_runs(uri: str) -> dict[str, str]:
             waiting += [(f"{name}/{folder}", level + 1) for folder in folders]
     if not found:
         raise LedgerError(
-            f"{uri}: no run here or in a folder below (run.json is missing){_nearest(uri)}; give "
+            f"{uri}: no run here or in a folder below (run.json is missing){nearest(uri)}; give "
             "the folder that `refinery invert IN OUT` wrote as OUT, or one above it"
         )
     return dict(sorted(found.items()))
 
 
-def _nearest(uri: str) -> str:
-    """The folder that may have been meant."""
-    parent, slash, name = uri.rpartition("/")
-    beside = [folder for folder in list_folder(parent or slash or ".")[0] if folder != name]
-    found = difflib.get_close_matches(name, beside, 1, 0.5)
-    return f"; did you mean {parent + slash + found[0]}?" if found else ""
+def nearest(uri: str) -> str:
+    """What to add to a message about a folder that is not there: the one that may be meant."""
+    parent, slash, name = uri.rstrip("/").rpartition("/")
+    with suppress(RefineryError):  # there is nothing beside a bucket
+        beside = [each for each in list_folder(parent or slash or ".")[0] if each != name]
+        found = difflib.get_close_matches(name, beside, 1, 0.5)
+        return f"; did you mean {parent + slash + found[0]}?" if found else ""
+    return ""
