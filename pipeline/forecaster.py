@@ -10,10 +10,15 @@ from tasks.run.run_json import utc_now
 
 @dataclass
 class Forecaster:
-    """Writes the run's prediction when every worker has committed a shard and most are left."""
+    """Writes the run's prediction when the workers have committed a shard each and most are left.
+
+    What was done before all of them had done a batch is not of their pace: it is warm-up.
+    """
 
     run_uri: str
     committed: list[ShardResult] = field(default_factory=list)
+    warm: tuple[float, int] | None = None
+    """Seconds, and rows until then."""
     is_over: bool = False
 
     def on_result(self, result: ShardResult, outcome: str) -> None:
@@ -21,14 +26,20 @@ class Forecaster:
             self.committed.append(result)
 
     def on_progress(self, snapshot: TallySnapshot) -> None:
-        if self.is_over or not self.committed or len(self.committed) < snapshot.workers:
+        if self.is_over or not snapshot.workers:
+            return
+        begun = [shard.rows for shard in snapshot.at_work if shard.rows]
+        done = snapshot.rows_now + sum(begun)
+        if self.warm is None and len(begun) + len(self.committed) >= snapshot.workers:
+            self.warm = snapshot.seconds, done
+        warm_s, warm_rows = self.warm or (0.0, done)
+        if done == warm_rows or len(self.committed) < snapshot.workers:
             return
         self.is_over = True
         rows = snapshot.rows_total or round(
             snapshot.rows_done / snapshot.shards_done * snapshot.shards_total
         )
-        at_work = sum(shard.rows for shard in snapshot.at_work)
-        pace = (snapshot.rows_now + at_work) / max(snapshot.seconds, 1e-9)
+        pace = (done - warm_rows) / max(snapshot.seconds - warm_s, 1e-9)
         seen = sum(result.rows for result in self.committed)
         if not seen or 2 * snapshot.rows_done > rows:
             return
@@ -37,7 +48,7 @@ class Forecaster:
             Prediction(
                 made_by="the first shards",
                 rows=rows,
-                seconds=rows / pace,
+                seconds=warm_s + (rows - warm_rows) / pace,
                 bytes=round(sum(result.bytes for result in self.committed) / seen * rows),
                 memory_bytes=max(result.memory_bytes for result in self.committed),
                 workers=snapshot.workers,
