@@ -5,17 +5,19 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
 from statistics import fmean
+from threading import BrokenBarrierError
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from models.checkpoints.load import load_generator
-from models.errors import ShardError
+from models.errors import RefineryError, ShardError
 from pipeline.config import EngineConfig, InvertConfig, RunConfig
 from pipeline.progress import duration
 from pipeline.run import as_begun, auto_shard_size, local_device, places
@@ -192,7 +194,16 @@ def _measure(
     batch, why = station.job.batch, ""
     while True:
         tried = _Tried(source, replace(job, batch=batch), count, device, shard_size, engine)
-        results = _side_by_side(tried, workers, station)
+        try:
+            results = _side_by_side(tried, workers, station)
+        except BrokenProcessPool as error:
+            if batch == 1 or job.batch != "auto":
+                raise RefineryError(
+                    f"a worker died while it measured batches of {batch} (out of memory?); set "
+                    "batch or engine.actors to less"
+                ) from error
+            batch, station, why = batch // 2, None, f"a worker died with {batch}"
+            continue
         largest = max(results, key=lambda result: result.memory_bytes)
         mean_s = fmean(_seconds_an_image(result) for result in results)
         sizes = choose(largest, mean_s, config, images=found.num_images, places=most)
@@ -228,7 +239,6 @@ def _probe(tried: _Tried, station: "Inverter | None" = None) -> ProbeResult:
 
     if tried.engine.kind == "ray":
         importlib.import_module("pipeline.pool")  # what a worker has in memory, too
-
     return probe(
         tried.job,
         tried.source,
@@ -243,16 +253,19 @@ def _probe(tried: _Tried, station: "Inverter | None" = None) -> ProbeResult:
 
 def _side_by_side(tried: _Tried, workers: int, station: "Inverter | None") -> list[ProbeResult]:
     """One worker in this process, where its models are loaded; several, or one with other batches
-    than were tried here, in processes of their own, which begin together when all are warm."""
-    if station is not None and (workers == 1 or tried.device != "cpu"):
+    than were tried here, in processes of their own, which begin together when all are warm. Workers
+    with a GPU each do not meet: one stands for all."""
+    workers = workers if tried.device == "cpu" else 1
+    if station is not None and workers == 1:
         return [_probe(tried, station)]
-    del station
     context = get_context("spawn")
     barrier = context.Barrier(workers)
     with ProcessPoolExecutor(workers, context, _meet, (barrier,)) as pool:
         asked = [pool.submit(_probe, tried) for _ in range(workers)]
-        for each in asked:  # one that fails keeps the others waiting
+        for each in asked:  # the others would wait for one that fails
             each.add_done_callback(lambda done: done.exception() and barrier.abort())
+        wait(asked)
+        asked.sort(key=lambda each: isinstance(each.exception(), BrokenBarrierError))
         return [each.result() for each in asked]
 
 

@@ -87,7 +87,7 @@ def test_runs_on_one_machine(
     not_ours = ("--method", "e4e", "--config", "deploy/nightly.toml")
     inline = ["--set", "engine.kind=inline"]
     ours = {
-        "plan": ["--config", dataset.config, *inline],
+        "plan": ["--config", dataset.config, *inline, "--probe", "2"],
         "invert": ["--config", dataset.config, *inline, "--no-flow"],
         "retry": inline,
     }

@@ -130,6 +130,28 @@ def test_a_run_keeps_what_was_chosen(
     np.testing.assert_allclose(mine["psnr"], other["psnr"], rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_worker_that_dies_had_too_large_batches(
+    tiny_generator: Generator,
+    tmp_path: Path,
+    face_bytes: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = save_generator(tiny_generator, tmp_path / "tiny.safetensors", {"terms": "test"})
+    folder = str(write_pictures(tmp_path / "in", face_bytes))
+    plan = ["plan", folder, "--probe", "8", "--set", "engine.actors=2", "--set", "perceptual=none"]
+    plan += ["--set", f"generator={path}", "--method", "wplus", "--set", "method.0.steps=1"]
+    plan += ["--set", "method.0.perceptual=none"]
+    monkeypatch.setenv("REFINERY_CRASH", f"in_work:0:{tmp_path / 'token'}")
+    assert run_app(plan) == 0
+    assert "batch     8 (a worker died with 16)" in capsys.readouterr().out
+    (tmp_path / "token").unlink()
+    assert run_app([*plan, "--set", "batch=16"]) == 2
+    assert "a worker died while it measured batches of 16" in capsys.readouterr().err
+
+
 def test_workers_that_fit_into_what_they_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "local_device", lambda: "cpu")
     monkeypatch.setattr(stages, "places", lambda device, engine: 8)
