@@ -57,13 +57,13 @@ CASES = {
     "e4e, inline": Case("--method e4e --engine inline", 1600),
     "e4e": Case("--method e4e", 2600),
     "e4e, codes alone": Case(f"--method e4e {CODES}", 2600),
-    "clcae": Case("--method clcae", 2000),
+    "clcae": Case("--method clcae", 1600),
     "refine, inline": Case("--method refine --engine inline", 600),
-    "wplus, 10 steps": Case("--method wplus --set method.0.steps=10", 128),
+    "wplus, 4 steps": Case("--method wplus --set method.0.steps=4", 240),
     "e4e, refine_opt, 10 steps, inline": Case(f"{OPTIMISED} --engine inline", 96),
     "e4e, refine_opt, 10 steps": Case(OPTIMISED, 192),
-    "edit": Case("--edit age=2", 4000, "edit"),
-    "rescore, inline": Case("--set identity=none --engine inline", 4000, "rescore"),
+    "edit": Case("--edit age=2", 2500, "edit"),
+    "rescore, inline": Case("--engine inline", 2500, "rescore"),
 }
 
 
