@@ -124,6 +124,14 @@ def section(found: dict[str, Any]) -> Iterator[str]:
         sizes = f"{case['rows']}, {case['workers']}"
         others = ", ".join(f"{share:.0%}" for share in case["others"])
         yield f"| {name} | {sizes} | {' | '.join(cells)} | {others} |"
+    near = {
+        figure: sum(
+            abs(int(case["figures"][figure][2].split()[0])) <= 10 for case in found.values()
+        )
+        for figure in ("time", "disk", "memory of a worker")
+    }
+    yield ""
+    yield f"Within 10 %, of {len(found)}: " + ", ".join(f"{k} {n}" for k, n in near.items()) + "."
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from tasks.run.run_json import utc_now
 
 @dataclass
 class Forecaster:
-    """Writes the run's prediction when the workers have committed a shard each and most are left.
+    """Writes the run's prediction when the workers have committed a shard each, and of a long run
+    three, as memory still grows with the second; but not of a run that is nearly done.
 
     What was done before all of them had done a batch is not of their pace: it is warm-up.
     """
@@ -33,7 +34,8 @@ class Forecaster:
         if self.warm is None and len(begun) + len(self.committed) >= snapshot.workers:
             self.warm = snapshot.seconds, done
         warm_s, warm_rows = self.warm or (0.0, done)
-        if done == warm_rows or len(self.committed) < snapshot.workers:
+        needed = max(1, min(3, snapshot.shards_total // (4 * snapshot.workers)))
+        if done == warm_rows or len(self.committed) < needed * snapshot.workers:
             return
         self.is_over = True
         rows = snapshot.rows_total or round(

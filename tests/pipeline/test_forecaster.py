@@ -12,13 +12,15 @@ from tasks.run.prediction import read_prediction
 TOTAL, SHARD, BYTES, MEMORY = 1000, 100, 20, 5_000_000
 
 
-def snapshot(seconds: float, committed: int, at_work: tuple[int, ...]) -> TallySnapshot:
+def snapshot(
+    seconds: float, committed: int, at_work: tuple[int, ...], shards: int = 10
+) -> TallySnapshot:
     """Of two workers: shards committed, and rows of those at work."""
     return TallySnapshot(
-        shards_total=10,
+        shards_total=shards,
         shards_done=committed,
         shards_quarantined=0,
-        rows_total=TOTAL,
+        rows_total=shards * SHARD,
         rows_done=committed * SHARD,
         rows_failed=0,
         rows_now=committed * SHARD,
@@ -43,6 +45,19 @@ def test_warm_up_is_not_taken_for_pace(tmp_path: Path) -> None:
     assert said.seconds == pytest.approx(8 + (TOTAL - 20) / 20)
     assert (said.rows, said.bytes, said.memory_bytes) == (TOTAL, TOTAL * BYTES, MEMORY)
     assert (said.made_by, said.workers) == ("the first shards", 2)
+
+
+def test_of_a_long_run_later_shards_are_waited_for(tmp_path: Path) -> None:
+    teller = Forecaster(str(tmp_path))
+    teller.on_progress(snapshot(0.0, 0, (10, 10), 100))
+    for number in range(1, 7):
+        assert read_prediction(str(tmp_path)) is None
+        done = ShardResult(shard=number, rows=SHARD, bytes=1, memory_bytes=number * MEMORY)
+        teller.on_result(done, "committed")
+        teller.on_progress(snapshot(5.0 * number, number, (0, 0), 100))
+    said = read_prediction(str(tmp_path))
+    assert said is not None
+    assert said.memory_bytes == 6 * MEMORY
 
 
 def test_nothing_is_said_of_what_is_nearly_done(tmp_path: Path) -> None:
