@@ -238,7 +238,7 @@ def _probe(tried: _Tried, station: "Inverter | None" = None) -> ProbeResult:
     from tasks.work.probe import probe
 
     if tried.engine.kind == "ray":
-        importlib.import_module("pipeline.pool")  # what a worker has in memory, too
+        importlib.import_module("pipeline.actor")  # what a worker has in memory, too
     return probe(
         tried.job,
         tried.source,
