@@ -7,11 +7,13 @@ from pipeline.worker import ShardResult
 from tasks.run.prediction import Prediction, write_prediction
 from tasks.run.run_json import utc_now
 
+ROUNDS = 3
+
 
 @dataclass
 class Forecaster:
-    """Writes the run's prediction when the workers have committed a shard each, and of a long run
-    three, as memory still grows with the second; but not of a run that is nearly done.
+    """Writes the run's prediction when the workers have committed a shard each, and better ones
+    after two and three each, as memory still grows; but none when half of the run is done.
 
     What was done before all of them had done a batch is not of their pace: it is warm-up.
     """
@@ -20,24 +22,25 @@ class Forecaster:
     committed: list[ShardResult] = field(default_factory=list)
     warm: tuple[float, int] | None = None
     """Seconds, and rows until then."""
-    is_over: bool = False
+    rounds: int = 0
+    """Shards of each worker that the last prediction knew of."""
 
     def on_result(self, result: ShardResult, outcome: str) -> None:
-        if outcome == "committed" and not self.is_over:
+        if outcome == "committed" and self.rounds < ROUNDS:
             self.committed.append(result)
 
     def on_progress(self, snapshot: TallySnapshot) -> None:
-        if self.is_over or not snapshot.workers:
+        if self.rounds == ROUNDS or not snapshot.workers:
             return
         begun = [shard.rows for shard in snapshot.at_work if shard.rows]
         done = snapshot.rows_now + sum(begun)
         if self.warm is None and len(begun) + len(self.committed) >= snapshot.workers:
             self.warm = snapshot.seconds, done
         warm_s, warm_rows = self.warm or (0.0, done)
-        needed = max(1, min(3, snapshot.shards_total // (4 * snapshot.workers)))
-        if done == warm_rows or len(self.committed) < needed * snapshot.workers:
+        rounds = min(ROUNDS, len(self.committed) // snapshot.workers)
+        if done == warm_rows or rounds <= self.rounds:
             return
-        self.is_over = True
+        self.rounds = rounds
         rows = snapshot.rows_total or round(
             snapshot.rows_done / snapshot.shards_done * snapshot.shards_total
         )

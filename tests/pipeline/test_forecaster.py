@@ -47,17 +47,16 @@ def test_warm_up_is_not_taken_for_pace(tmp_path: Path) -> None:
     assert (said.made_by, said.workers) == ("the first shards", 2)
 
 
-def test_of_a_long_run_later_shards_are_waited_for(tmp_path: Path) -> None:
+def test_of_a_long_run_it_is_said_better_until_the_third_round(tmp_path: Path) -> None:
     teller = Forecaster(str(tmp_path))
     teller.on_progress(snapshot(0.0, 0, (10, 10), 100))
-    for number in range(1, 7):
-        assert read_prediction(str(tmp_path)) is None
+    for number in range(1, 10):
         done = ShardResult(shard=number, rows=SHARD, bytes=1, memory_bytes=number * MEMORY)
         teller.on_result(done, "committed")
         teller.on_progress(snapshot(5.0 * number, number, (0, 0), 100))
-    said = read_prediction(str(tmp_path))
-    assert said is not None
-    assert said.memory_bytes == 6 * MEMORY
+        said = read_prediction(str(tmp_path))
+        known = min(number // 2 * 2, 6)
+        assert (said.memory_bytes if said else 0) == known * MEMORY
 
 
 def test_nothing_is_said_of_what_is_nearly_done(tmp_path: Path) -> None:
