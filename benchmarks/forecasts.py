@@ -61,7 +61,6 @@ CASES = {
     "refine, inline": Case("--method refine --engine inline", 600),
     "wplus, 4 steps": Case("--method wplus --set method.0.steps=4", 240),
     "e4e, refine_opt, 10 steps, inline": Case(f"{OPTIMISED} --engine inline", 96),
-    "e4e, refine_opt, 10 steps": Case(OPTIMISED, 192),
     "edit": Case("--edit age=2", 2500, "edit"),
     "rescore, inline": Case("--engine inline", 2500, "rescore"),
 }
