@@ -18,9 +18,9 @@ from rich.table import Table
 
 from models.checkpoints.load import load_generator
 from models.errors import RefineryError, ShardError
-from pipeline.config import EngineConfig, InvertConfig, RunConfig
+from pipeline.config import EngineConfig, InvertConfig
 from pipeline.progress import duration
-from pipeline.run import as_begun, auto_shard_size, local_device, places
+from pipeline.run import auto_shard_size, local_device, places, settled
 from pipeline.screen import pairs
 from pipeline.sizes import Sizes, batch_s, choose, room_for_workers, shards_in_flight
 from pipeline.worker import that_fit
@@ -28,9 +28,9 @@ from tasks.input.plan import in_words
 from tasks.input.read import read_shard
 from tasks.job import InputConfig, JobConfig, ShardSpec
 from tasks.report.words import size
-from tasks.run.manifest import plan_shards, read_shard_size
+from tasks.run.manifest import plan_shards
 from tasks.run.prediction import Prediction, settings_of, write_prediction
-from tasks.run.run_json import find_run, utc_now
+from tasks.run.run_json import utc_now
 from tasks.work.device import local_copy
 from tasks.work.probe import ProbeResult
 
@@ -132,7 +132,8 @@ def estimate(
     Raises:
         RefineryError: the input cannot be listed, or the probe fails.
     """
-    config = _as_begun(config, output)
+    if output is not None:
+        config = settled(config, output, with_chosen=count == 0)
     shard_size = config.engine.shard_size
     if shard_size == "auto":
         shard_size = auto_shard_size(load_generator(local_copy(config.job.generator)).resolution)
@@ -162,17 +163,6 @@ def estimate(
         "methods": " then ".join(link.name for link in config.job.methods),
     }
     return pairs("", values | measured)
-
-
-def _as_begun(config: InvertConfig, output: str | None) -> InvertConfig:
-    """With the sizes of the run, where it has begun and they are left open."""
-    begun = None if output is None else find_run(output)
-    if begun is None or output is None:
-        return config
-    engine = config.engine
-    if engine.shard_size == "auto":
-        engine = engine.model_copy(update={"shard_size": read_shard_size(output)})
-    return RunConfig(job=as_begun(config.job, begun), engine=engine)
 
 
 def _measure(

@@ -28,7 +28,7 @@ from tasks.job import THUMBNAIL_PX, Job
 from tasks.run import ledger, manifest, run_json
 from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
-from tasks.run.prediction import Prediction, prediction_for, read_prediction
+from tasks.run.prediction import drop_prediction_of_other, prediction_for, read_prediction
 from tasks.run.update import check_settings, plan_update
 from tasks.storage.files import exists, join
 from tasks.work.kinds import load_job, load_station, station_class
@@ -143,24 +143,22 @@ def _plan(
     source: str, run_uri: str, config: RunConfig[Any], limit: int | None, update: Sequence[str]
 ) -> "tuple[Plan, Station]":
     """The same, and what the job's models were loaded into."""
-    begun = run_json.find_run(run_uri)
-    said = None if begun else prediction_for(run_uri, config.job)
-    asked = as_begun(config.job, begun) if begun else _as_chosen(config.job, said)
-    station = load_station(asked, "cpu")
+    config = settled(config, run_uri)
+    station = load_station(config.job, "cpu")
     hashes, declared = dict(station.hashes), station.declared
     resolution = station.generator.resolution
     job = station.asked
     size = config.engine.shard_size
-    if size == "auto" and begun:
-        size = manifest.read_shard_size(run_uri)
-    elif size == "auto":
-        size = (said and said.shard_size) or auto_shard_size(resolution)
+    if size == "auto":
+        size = auto_shard_size(resolution)
     if update:
         check_settings(job, hashes, update)
         shards = plan_update(job, source, size, limit, update)
     else:
         shards = station_class(job.kind).plan(job, source, size, limit)
     with hold(run_uri, config.engine.if_busy):
+        if run_json.find_run(run_uri) is None:
+            drop_prediction_of_other(run_uri, config.job)
         info = manifest.write_manifest(run_uri, shards, size)
         run = run_json.create_run(run_uri, job, info, hashes, code_version(), declared)
     planned = Plan(
@@ -179,20 +177,28 @@ def auto_shard_size(resolution: int) -> int:
     return max(1, manifest.SMALL_SHARD_SIZE * THUMBNAIL_PX // max(resolution, THUMBNAIL_PX))
 
 
-def as_begun(job: J, begun: Mapping[str, Any]) -> J:
-    """The job with what a run that is there stores and works with, where it does not say it."""
-    was, output = begun["config"], job.output
-    batch = was.get("batch", "auto") if job.batch == "auto" else job.batch
-    if output.pictures == "auto":
-        output = replace(output, pictures=tuple(was["output"]["pictures"]))
-    return replace(job, output=output, batch=batch)
+def settled(config: RunConfig[J], run_uri: str, *, with_chosen: bool = True) -> RunConfig[J]:
+    """What is left open of sizes and pictures as the run that is there began with it, or as
+    `refinery plan` has chosen it for one that begins.
 
-
-def _as_chosen(job: J, said: Prediction | None) -> J:
-    """The job of a run that begins, with the batch that was chosen for it."""
-    if said is None or said.batch is None or job.batch != "auto":
-        return job
-    return replace(job, batch=said.batch)
+    Args:
+        with_chosen: the latter, too.
+    """
+    job, engine = config.job, config.engine
+    batch: Any = None
+    size: int | None = None
+    if begun := run_json.find_run(run_uri):
+        batch, size = begun["config"].get("batch"), manifest.read_shard_size(run_uri)
+        if job.output.pictures == "auto":
+            pictures = tuple(begun["config"]["output"]["pictures"])
+            job = replace(job, output=replace(job.output, pictures=pictures))
+    elif with_chosen and (said := prediction_for(run_uri, job)):
+        batch, size = said.batch, said.shard_size
+    if job.batch == "auto" and batch is not None:
+        job = replace(job, batch=batch)
+    if engine.shard_size == "auto" and size is not None:
+        engine = engine.model_copy(update={"shard_size": size})
+    return RunConfig(job=job, engine=engine)
 
 
 def run(

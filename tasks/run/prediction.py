@@ -63,12 +63,15 @@ def write_prediction(run_uri: str, made: Prediction) -> None:
 
 
 def prediction_for(run_uri: str, job: Job) -> Prediction | None:
-    """What was predicted of a run that begins now; removed where it was of other settings."""
+    """What was predicted of a run of these settings that has not begun."""
     said = read_prediction(run_uri)
-    if said is None or said.settings == settings_of(job):
-        return said
-    remove([join(run_uri, PREDICTION)])
-    return None
+    return said if said and said.settings == settings_of(job) else None
+
+
+def drop_prediction_of_other(run_uri: str, job: Job) -> None:
+    """Forget what was predicted of other settings than those of the run that begins."""
+    if read_prediction(run_uri) and not prediction_for(run_uri, job):
+        remove([join(run_uri, PREDICTION)])
 
 
 def read_prediction(run_uri: str) -> Prediction | None:

@@ -104,6 +104,10 @@ def test_a_run_keeps_what_was_chosen(
     assert "shards    5 (files 5), 2 images each at most" in text
 
     run = ["invert", folder, out, *flags, "--no-flow"]
+    assert run_app([*run, "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "shards 5 (files 5), 2 images each at most" in text
+    assert " batch = 1 " in text
     assert run_app(run) == 0
     record = read_run(out)
     assert record["config"]["batch"] == 1
