@@ -3,6 +3,7 @@ its end, and has the invariants looked at."""
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -343,9 +344,9 @@ def poison_picture(trial: Trial) -> None:
 # ---------------------------------------------------------------------------- Ray
 
 
-def _with_worker(trial: Trial) -> Driver:
+def _with_worker(trial: Trial, *sets: str) -> Driver:
     """A driver with a Ray of its own, some time after its worker has come."""
-    driver = trial.start(*RAY, "engine.max_attempts=6")
+    driver = trial.start(*RAY, "engine.max_attempts=6", *sets)
     wait_for(
         lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
         300,
@@ -360,7 +361,7 @@ def worker_out_of_memory(trial: Trial) -> None:
     or all that come die, until the command gives up and says why."""
     is_lasting = trial.dice.random() < 0.4
     with Scarcity(trial.mark) as scarcity:
-        driver = _with_worker(trial)
+        driver = _with_worker(trial, "engine.patience_s=30")
         scarcity.put(*named(driver.pid, "ray::PoolActor"))
         deadline = time.monotonic() + PATIENCE_S
         while is_lasting and driver.process.is_alive() and time.monotonic() < deadline:
@@ -369,7 +370,8 @@ def worker_out_of_memory(trial: Trial) -> None:
         code = trial.expect(driver, 0, 1, 2)
         kills = scarcity.kills
     trial.hits += kills
-    if is_lasting and kills and (code not in (1, 2) or "died" not in driver.said):
+    is_told = re.search("worker.* died|no worker came up", " ".join(driver.said.split()))
+    if is_lasting and kills and (code not in (1, 2) or not is_told):
         trial.problems.append(f"exit code {code} after {kills} deaths: {driver.said[-300:]}")
     elif code == 1 and not is_lasting:
         trial.problems.append(f"a shard was given up after {kills} deaths: {driver.said[-300:]}")
