@@ -22,7 +22,7 @@ from pipeline.config import EngineConfig, InvertConfig
 from pipeline.progress import duration
 from pipeline.run import auto_shard_size, local_device, places, settled
 from pipeline.screen import pairs
-from pipeline.sizes import Sizes, batch_s, choose, room_for_workers, shards_in_flight
+from pipeline.sizes import Sizes, batch_s, choose, memory_with, room_for_workers, shards_in_flight
 from pipeline.worker import that_fit
 from tasks.input.plan import in_words
 from tasks.input.read import read_shard
@@ -263,13 +263,15 @@ def _prediction(
     results: Sequence[ProbeResult], sizes: Sizes, found: Listing, config: InvertConfig
 ) -> Prediction:
     mean_s = fmean(_seconds_an_image(result) for result in results)
-    busy = busiest(found.sizes, sizes.workers, shards_in_flight(config.engine))
+    in_flight = shards_in_flight(config.engine)
+    busy = busiest(found.sizes, sizes.workers, in_flight)
+    held = round(max(found.sizes, default=0)) * in_flight
     return Prediction(
         made_by="refinery plan",
         rows=found.num_images,
         seconds=mean_s * busy + max(result.warm_up_s for result in results),
         bytes=round(fmean(result.bytes_per_image for result in results) * found.num_images),
-        memory_bytes=max(result.memory_bytes for result in results),
+        memory_bytes=max(memory_with(result, result.batch, held) for result in results),
         workers=sizes.workers,
         made_at=utc_now(),
         batch=sizes.batch,

@@ -61,16 +61,22 @@ def choose(
         batch, why = batch // 2, f"{batch} would not be done twice within engine.shard_timeout_s"
     shard_size = engine.shard_size
     if shard_size == "auto":
-        fair = images / (workers * shards_in_flight(engine) * TURNS)
+        in_flight = shards_in_flight(engine)
+        fair = images / (workers * in_flight * TURNS)
         most = min(SHARD_S / seconds, max(fair, LEAST_S / seconds), LARGEST_SHARD)
         shard_size = max(batch, 2 ** math.floor(math.log2(max(most, 1))))
+        spare, least = MEMORY_SHARE * room / workers, max(batch, measured.rows_held // in_flight)
+        while shard_size > least and memory_with(measured, batch, shard_size * in_flight) > spare:
+            shard_size //= 2
     return Sizes(batch=batch, shard_size=shard_size, workers=workers, why=why)
 
 
-def memory_with(measured: ProbeResult, batch: int) -> int:
-    """Bytes of a worker with another batch: what is loaded, and a share for each picture."""
+def memory_with(measured: ProbeResult, batch: int, rows: int = 0) -> int:
+    """Bytes of a worker with another batch: what is loaded, and a share for each picture of it;
+    with more rows at work at once than were tried also these, until they are committed."""
     grown = measured.memory_bytes - measured.loaded_bytes
-    return measured.loaded_bytes + round(grown * batch / measured.batch)
+    more = max(rows - measured.rows_held, 0) * measured.row_bytes
+    return round(measured.loaded_bytes + grown * batch / measured.batch + more)
 
 
 def batch_s(batch: int, seconds: float, engine: EngineConfig) -> float:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _RUN_ID = "0" * 16  # as long as a real one
 BATCHES = 4
+COPIES = 4
+"""Of a stored row in memory: its values, their table, its columns as they are encoded, the file."""
 LEAST_S, MOST_S = 15.0, 240.0
 """Where there are as many pictures: a shorter look meets the machine at an odd moment. At most, but
 for one batch of warm-up and one that is measured."""
@@ -40,6 +42,9 @@ class ProbeResult:
         batch: pictures worked on together.
         memory_bytes: of the worker at its peak (`tasks.work.device.peak_memory`).
         loaded_bytes: the same before its first batch.
+        rows_held: of the shards that were at work together, until their commits.
+        row_bytes: of `memory_bytes` for each of them, where more were tried after fewer; at least
+            those of a row as it is held, put into a table, and written.
         warm_up_s: that the first batch took longer than another.
         num_images: pictures measured, failed ones included; the warm-up is not among them.
         num_failed: of these.
@@ -52,6 +57,8 @@ class ProbeResult:
     batch: int
     memory_bytes: int
     loaded_bytes: int
+    rows_held: int
+    row_bytes: float
     warm_up_s: float
     num_images: int
     num_failed: int
@@ -103,11 +110,39 @@ def probe(
         on_warm()
         batches = max(1, min(BATCHES, int(MOST_S / first_s)))
         markers, took_s = measured("measured", count or batch * batches)
+        held, row_bytes = _held(markers, in_flight), 0.0
         if count is None and took_s < LEAST_S:
+            before = _peak(markers)
             markers, took_s = measured("longer", batch * math.ceil(batches * LEAST_S / took_s))
+            more = _held(markers, in_flight) - held
+            row_bytes = (_peak(markers) - before) / more if more > 0 else 0.0
     rows = max(sum(marker.rows for marker in markers), 1)
-    warm_up_s = max(first_s - took_s / rows * sum(marker.rows for marker in first), 0.0)
-    return _result(markers, took_s, inverter, loaded_bytes=loaded, warm_up_s=warm_up_s)
+    stored = sum(part.bytes for marker in markers for part in marker.parts.values()) / rows
+    seconds: Counter[str] = Counter()
+    for marker in markers:
+        seconds.update(marker.seconds)
+    speeds = {stage: rows / max(seconds[stage], 1e-9) for stage in Inverter.stages}
+    return ProbeResult(
+        batch=batch,
+        memory_bytes=_peak(markers),
+        loaded_bytes=loaded,
+        rows_held=_held(markers, in_flight),
+        row_bytes=max(row_bytes, COPIES * stored),
+        warm_up_s=max(first_s - took_s / rows * sum(marker.rows for marker in first), 0.0),
+        num_images=sum(marker.rows for marker in markers),
+        num_failed=sum(marker.failed for marker in markers),
+        images_per_s=speeds | {"total": rows / took_s},
+        bytes_per_image=stored,
+        device=inverter.device_name,
+    )
+
+
+def _peak(markers: Sequence[Marker]) -> int:
+    return max(marker.memory_bytes for marker in markers)
+
+
+def _held(markers: Sequence[Marker], in_flight: int) -> int:
+    return sum(sorted((marker.rows for marker in markers), reverse=True)[:in_flight])
 
 
 def _run(
@@ -128,30 +163,3 @@ def _run(
     if problem is not None and not any(marker.rows for marker in markers):
         raise problem
     return markers, max(time.perf_counter() - began, 1e-3)
-
-
-def _result(
-    markers: Sequence[Marker],
-    took_s: float,
-    inverter: Inverter,
-    *,
-    loaded_bytes: int,
-    warm_up_s: float,
-) -> ProbeResult:
-    rows = sum(marker.rows for marker in markers)
-    seconds: Counter[str] = Counter()
-    for marker in markers:
-        seconds.update(marker.seconds)
-    speeds = {stage: rows / max(seconds[stage], 1e-9) for stage in Inverter.stages}
-    return ProbeResult(
-        batch=inverter.job.batch,
-        memory_bytes=max(marker.memory_bytes for marker in markers),
-        loaded_bytes=loaded_bytes,
-        warm_up_s=warm_up_s,
-        num_images=rows,
-        num_failed=sum(marker.failed for marker in markers),
-        images_per_s=speeds | {"total": rows / took_s},
-        bytes_per_image=sum(part.bytes for m in markers for part in m.parts.values())
-        / max(rows, 1),
-        device=inverter.device_name,
-    )

@@ -26,6 +26,8 @@ MEASURED = ProbeResult(
     batch=16,
     memory_bytes=900_000_000,
     loaded_bytes=500_000_000,
+    rows_held=256,
+    row_bytes=1e5,
     warm_up_s=0.0,
     num_images=64,
     num_failed=0,
@@ -33,7 +35,7 @@ MEASURED = ProbeResult(
     bytes_per_image=1e4,
     device="cpu",
 )
-"""25 MB a picture, and 500 MB in any case."""
+"""500 MB in any case, 25 MB for each picture of a batch; 100 kB for a row beyond 256 in flight."""
 
 
 @pytest.mark.parametrize(
@@ -43,15 +45,16 @@ MEASURED = ProbeResult(
         (["memory_gb=8"], 0.05, 20_000, (16, 512, 4)),  # but four shards for each place at a worker
         (["memory_gb=8"], 0.05, 40, (16, 128, 4)),  # and not less than ten seconds
         (["memory_gb=8"], 1e-4, 10**9, (16, 4096, 4)),
+        (["memory_gb=6"], 1e-4, 10**9, (16, 2048, 4)),  # 4096 rows more would need 2.1 GB
         (["memory_gb=8"], 4.0, 10**6, (16, 16, 4)),  # a shard has a batch at least
-        (["memory_gb=3.5"], 0.05, 10**6, (8, 2048, 4)),  # 4 x 700 MB
-        (["memory_gb=2"], 0.05, 10**6, (4, 2048, 3)),  # three with 600 MB each, not four with 525
+        (["memory_gb=3.5"], 0.05, 10**6, (8, 512, 4)),  # 4 x 700 MB, and rows
+        (["memory_gb=2"], 0.05, 10**6, (4, 128, 3)),  # three with 600 MB each, not four with 525
         (["memory_gb=2", "actors=1"], 0.05, 10**6, (16, 2048, 1)),
-        (["memory_gb=0.1"], 0.05, 10**6, (1, 2048, 1)),  # tried all the same
+        (["memory_gb=0.1"], 0.05, 10**6, (1, 128, 1)),  # tried all the same
         (["memory_gb=8", "shard_timeout_s=10"], 1.0, 10**6, (2, 64, 4)),  # two in flight, twice
         (["memory_gb=8", "shard_timeout_s=10", "kind=inline"], 1.0, 10**6, (4, 64, 1)),
         (["memory_gb=1", "shard_size=77"], 0.05, 10**6, (16, 77, 1)),
-        (["memory_gb=0.7", "batch=16"], 0.05, 10**6, (16, 2048, 1)),  # what was asked for
+        (["memory_gb=0.7", "batch=16"], 0.05, 10**6, (16, 128, 1)),  # what was asked for
     ],
 )
 def test_choose(

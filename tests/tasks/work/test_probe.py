@@ -1,5 +1,6 @@
 """Measured speeds and sizes for a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def test_counts_bytes_and_speeds(
     parts = run.run(0).parts
     expected = sum(part.bytes for part in parts.values()) / 6
     assert found.bytes_per_image == pytest.approx(expected, rel=1e-3)
+    assert found.row_bytes == 4 * found.bytes_per_image  # no smaller shards to compare with
 
 
 def test_a_short_look_is_followed_by_a_longer_one(
@@ -51,6 +53,7 @@ def test_a_short_look_is_followed_by_a_longer_one(
 
     def run(*args: Any) -> tuple[list[Marker], float]:
         markers, _ = original(*args)
+        markers = [replace(each, memory_bytes=10**9 + 10**7 * each.rows) for each in markers]
         asked.append(sum(marker.rows for marker in markers))
         return markers, 0.2 * asked[-1]
 
@@ -59,6 +62,7 @@ def test_a_short_look_is_followed_by_a_longer_one(
     found = probe(job, str(folder), None, "cpu", 256, inverter=inverter)
     assert asked == [3, 12, 21]  # 12 pictures in 2.4 s: four batches, seven fill 4 s
     assert found.images_per_s["total"] == pytest.approx(5)
+    assert (found.rows_held, found.row_bytes) == (21, 10**7)
 
 
 def test_more_pictures_asked_for_than_there_are(
