@@ -28,7 +28,8 @@ from tasks.run.manifest import plan_shards, read_shard_size
 from tasks.run.prediction import Prediction, write_prediction
 from tasks.run.run_json import find_run, utc_now
 from tasks.work.device import local_copy
-from tasks.work.probe import ProbeResult
+from tasks.work.invert import Inverter
+from tasks.work.probe import ProbeResult, probe
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +125,12 @@ def estimate(
         RefineryError: the input cannot be listed, or the probe fails.
     """
     job, shard_size = config.job, config.engine.shard_size
+    station = None if count == 0 else Inverter(job, local_device())
     if shard_size == "auto" and output is not None and find_run(output):
         shard_size = read_shard_size(output)
     elif shard_size == "auto":
-        shard_size = auto_shard_size(load_generator(local_copy(job.generator)).resolution)
+        generator = station.generator if station else load_generator(local_copy(job.generator))
+        shard_size = auto_shard_size(generator.resolution)
     found = list_input(source, shard_size, limit, job.input)
     about = "" if found.is_counted else "about "
     kinds = ", ".join(f"{kind} {number}" for kind, number in found.kinds.items())
@@ -139,8 +142,8 @@ def estimate(
         "skipped": in_words(found.skipped) or "nothing",
         "methods": " then ".join(link.name for link in job.methods),
     }
-    if count != 0:
-        results, workers = _probed(source, config, found, count, shard_size)
+    if station is not None:
+        results, workers = _probed(source, station, config.engine, found, count, shard_size)
         made = _prediction(results, workers, found, config.engine)
         values |= _measured(results, made, found, config.engine)
         if price is not None:
@@ -151,14 +154,15 @@ def estimate(
 
 
 def _probed(
-    source: str, config: InvertConfig, found: Listing, count: int | None, shard_size: int
+    source: str,
+    station: Inverter,
+    engine: EngineConfig,
+    found: Listing,
+    count: int | None,
+    shard_size: int,
 ) -> tuple[list[ProbeResult], int]:
     """What workers measure side by side, as many as a run would have here, and their number."""
-    from tasks.work.invert import Inverter
-    from tasks.work.probe import probe
-
-    job, device, engine = config.job, local_device(), config.engine
-    station = Inverter(job, device)
+    job, device = station.asked, local_device()
     wanted = _places(device, engine)
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cpu" and engine.actors == "auto":
@@ -166,7 +170,6 @@ def _probed(
     wanted = min(wanted, found.num_shards)
     if wanted == 1 or device != "cpu":
         return [probe(job, source, count, device, shard_size, inverter=station)], wanted
-    del station
     with ProcessPoolExecutor(wanted, get_context("spawn")) as pool:
         each = (probe, job, source, count, device, shard_size)
         asked = [pool.submit(*each) for _ in range(wanted)]
