@@ -143,6 +143,12 @@ def _plan(
 ) -> "tuple[Plan, Station]":
     """The same, and what the job's models were loaded into."""
     begun = run_json.find_run(run_uri)
+    held = run_json.declared_by(begun, run_uri).kind if begun else config.job.kind
+    if held != config.job.kind:
+        raise LedgerError(
+            f"{run_uri} holds what `refinery {held}` made; choose another folder for what "
+            f"`refinery {config.job.kind}` makes"
+        )
     station = load_station(_as_begun(config.job, begun), "cpu")
     hashes, declared = dict(station.hashes), station.declared
     resolution = station.generator.resolution
