@@ -5,7 +5,9 @@ Run: python -m benchmarks.pipeline [--data DIR] [--limit 512] [--rounds 3] [--en
 The bare loops are as many processes of one thread as the pipeline has actors. They read the same
 shards, decode, hash, invert with e4e, score and encode as it does, and keep nothing: no ledger, no
 Parquet, no checksums of parts, no Ray. Rounds alternate. Start-up is outside both clocks and stated
-beside. The ratio of CPU time holds on a loaded machine too, the one of wall time on an idle one.
+beside. Both have as many cores as there are workers: on a further one the pipeline's threads would
+gain time by the clock, and slow down the core beside them. The ratio of CPU time holds on a loaded
+machine too, the one of wall time on an idle one.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,20 @@ def pipeline_run(source: str, config: InvertConfig, limit: int, out: str) -> dic
     }
 
 
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """This process and its children have so many cores, where the system can say it (Linux)."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def start_up(data: Path, folder: Path, engine: str) -> dict[str, float]:
     """Wall and CPU seconds of `refinery invert` of 40 pictures, from nothing to the report."""
     source = folder / f"{engine}-few"
@@ -169,9 +186,10 @@ def compare(
             bare: list[dict[str, float]] = []
             pipeline: list[dict[str, Any]] = []
             for index in range(rounds):
-                bare.append(bare_loops(source, config, limit, count))
                 out = str(folder / f"{engine}-{index}")
-                pipeline.append(pipeline_run(source, config, limit, out))
+                with on_cores(count):
+                    bare.append(bare_loops(source, config, limit, count))
+                    pipeline.append(pipeline_run(source, config, limit, out))
             found[engine] = _compared(pipeline, bare) | {
                 "workers": count,
                 "start_up": start_up(data, folder, engine),

@@ -13,7 +13,6 @@ one that holds a shard for too long. A Ray of ours whose daemons die is started 
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,17 +23,16 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from models.errors import RefineryError
+from pipeline.actor import PoolActor, cpus_per_actor, gpus_per_actor, new_actor
 from pipeline.config import EngineConfig
 from pipeline.metrics import exported_by_ray
-from pipeline.pulse import Beat, Pulse, die_with_parent
+from pipeline.pulse import Pulse
 from pipeline.ray_session import RayLost, check_daemons, end_stopped_workers, ray_session
 from pipeline.schedule import Failure, Taken
-from pipeline.start import spare_pandas
 from pipeline.tally import Tally
 from pipeline.worker import (
     ShardProgress,
     ShardResult,
-    ShardWorker,
     WorkOrder,
     failed_result,
     that_fit,
@@ -49,25 +47,6 @@ MAX_FAILED_STARTS = 5
 MAX_RAY_LOSSES = 3
 STRAGGLER_S = 30.0
 """A shard at work for less is not given to another worker, whatever the others took."""
-FORWARDED_PREFIX = "REFINERY_"
-
-
-class PoolActor(ShardWorker):
-    """The worker as a Ray actor. Its constructor cannot fail, so Ray always restarts it."""
-
-    def __init__(self, order: WorkOrder, environment: dict[str, str]) -> None:
-        die_with_parent()
-        os.environ.update(environment)
-        os.environ["OMP_NUM_THREADS"] = str(order.threads)
-        spare_pandas()
-        logging.basicConfig(
-            level=logging.WARNING, format="%(levelname)s %(name)s pid=%(process)d %(message)s"
-        )
-        super().__init__(order)
-
-    def beat(self) -> Beat:
-        """How far this worker's shards are."""
-        return Beat.here(self.progress())
 
 
 @dataclass(eq=False)
@@ -99,7 +78,8 @@ class Pool:
     Args:
         order: what every worker gets. Its device is "cuda" exactly when `gpus` > 0.
         gpus: of one actor; a fraction shares a GPU.
-        actor_class: made with (order, environment); has `start()`, `run(shard)` and `beat()`.
+        actor_class: made with (environment, threads); has `start(order)`, `run(shard)`, `beat()`.
+        first: an actor that is there already.
     """
 
     def __init__(
@@ -109,10 +89,12 @@ class Pool:
         gpus: float,
         tally: Tally,
         actor_class: type = PoolActor,
+        first: Any = None,
     ) -> None:
         self._order, self._engine, self._gpus, self._tally = order, engine, gpus, tally
         self._actor_class = actor_class
-        self._cpus = order.threads if gpus == 0 else 1
+        self._cpus = cpus_per_actor(engine, gpus)
+        self._first = first
         self._slots: list[_Slot] = []
         self._all_down_since = time.monotonic()
         self._grown_at = -math.inf
@@ -191,27 +173,17 @@ class Pool:
         wanted = pool_size(self._engine, self._gpus, ray.cluster_resources(), memory)
         wanted = min(wanted, self._tally.shards_left)
         while len(self._slots) < wanted:
-            slot = _Slot(len(self._slots), self._new_actor())
-            slot.start_ref = slot.actor.start.remote()
+            slot = _Slot(len(self._slots), self._first or self._new_actor())
+            self._first = None
+            slot.start_ref = slot.actor.start.remote(self._order)
             self._slots.append(slot)
 
     def _new_actor(self) -> Any:
-        return (
-            ray.remote(self._actor_class)
-            .options(
-                num_cpus=self._cpus,
-                num_gpus=self._gpus,
-                max_restarts=-1,
-                max_task_retries=0,
-                # Shards overlap in threads; one more answers start() after a restart, one beat().
-                max_concurrency=self._engine.shards_in_flight + 2,
-            )
-            .remote(self._order, forwarded_environment())
-        )
+        return new_actor(self._engine, self._gpus, self._actor_class)
 
     def _wake(self, slot: _Slot, now: float) -> None:
         if not slot.is_ready and slot.start_ref is None and now >= slot.rest_until:
-            slot.start_ref = slot.actor.start.remote()
+            slot.start_ref = slot.actor.start.remote(self._order)
 
     def _finish_start(self, slot: _Slot) -> None:
         reference, slot.start_ref = slot.start_ref, None
@@ -262,11 +234,20 @@ class Pool:
 
     def _fill(self, slot: _Slot, now: float) -> None:
         while slot.room(self._engine.shards_in_flight) > 0:
+            if slot.in_flight and not self._is_plenty():
+                return
             taken = self._tally.schedule.take(now, is_idle=not slot.in_flight)
             taken = taken or self._straggler(slot, now)
             if taken is None:
                 return
             slot.in_flight[slot.actor.run.remote(taken.shard)] = (taken, now)
+
+    def _is_plenty(self) -> bool:
+        """More shards wait than workers have none, also those that are coming up: then one may
+        read ahead."""
+        held = {taken.shard for slot in self._slots for taken, _ in slot.in_flight.values()}
+        idle = sum(not slot.in_flight for slot in self._slots)
+        return self._tally.shards_left - len(held) > idle
 
     def _straggler(self, slot: _Slot, now: float) -> Taken | None:
         """The shard that takes far longer than others did, for a worker with nothing to do when
@@ -378,9 +359,10 @@ def run_on_ray(make_order: Callable[[str], WorkOrder], engine: EngineConfig, tal
     losses, done = 0, tally.shards_done
     while True:
         try:
-            with ray_session(engine.address), exported_by_ray(tally.metrics):
+            with ray_session(engine.address) as first, exported_by_ray(tally.metrics):
                 gpus = gpus_per_actor(engine, ray.cluster_resources())
-                Pool(make_order("cuda" if gpus > 0 else "cpu"), engine, gpus, tally).run()
+                order = make_order("cuda" if gpus > 0 else "cpu")
+                Pool(order, engine, gpus, tally, first=first).run()
                 return
         except RayLost as lost:
             ray.shutdown()  # also one that somebody else began in this process
@@ -411,18 +393,6 @@ def pool_size(
     # Ray keeps a part for an object store, where we put nothing.
     room = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
     return that_fit(places, room, memory_bytes)
-
-
-def gpus_per_actor(engine: EngineConfig, resources: Mapping[str, float]) -> float:
-    """The setting, or with "auto" a whole GPU where the cluster has any."""
-    if engine.gpus_per_actor != "auto":
-        return engine.gpus_per_actor
-    return 1.0 if resources.get("GPU", 0.0) >= 1 else 0.0
-
-
-def forwarded_environment() -> dict[str, str]:
-    """Our own variables go to the workers; credentials belong to the environment of each node."""
-    return {k: v for k, v in os.environ.items() if k.startswith(FORWARDED_PREFIX)}
 
 
 def _cause(error: RayTaskError) -> BaseException:

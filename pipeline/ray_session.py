@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -42,6 +42,9 @@ DAEMONS = ("gcs_server", "raylet")
 SPARED = ("start_monitor", "start_log_monitor", "start_api_server")
 """What Ray starts besides, and `ray.init` waits for: autoscaler, tail of the workers' logs, server
 of a dashboard. A Ray of one command has no use for them; they have no switch."""
+SPARED_PARTS = "get_dashboard_dependency_error"
+"""Where Ray asks whether the parts of a dashboard are installed. Without them its agent, which its
+raylet waits for, comes up in half the time, and this process does not load a web server to know."""
 PR_SET_CHILD_SUBREAPER = 36
 AGENT = re.compile(r"^ray::\w*Agent|/ray/([^\0]*/)?agent(/main)?\.py")
 """The command of an agent of the raylet: no other child of this process may be ended for one."""
@@ -55,22 +58,26 @@ class RayLost(RefineryError):
 
 
 _stopped_since: dict[int, float] = {}
-_coming: list[Future[None]] = []
-"""A local Ray that starts in the background, for the next `ray_session`."""
+_coming: list[Future[Any]] = []
+"""A local Ray that starts in the background, for the next `ray_session`, and what is made in it."""
 
 
 @contextmanager
-def ray_on_its_way(address: str = "") -> Iterator[None]:
+def ray_on_its_way(address: str = "", first: Callable[[], Any] = lambda: None) -> Iterator[None]:
     """A local Ray starts while the block does something else, for the `ray_session` in it: Ray's
     processes need seconds to come up. One that no session asks for is ended with the block. Does
-    nothing where a cluster is wanted or this process has a Ray, or one is on its way already."""
+    nothing where a cluster is wanted or this process has a Ray, or one is on its way already.
+
+    Args:
+        first: called as soon as Ray is up; the session gets what it returns.
+    """
     _quieten()
     if address or os.environ.get("RAY_ADDRESS") or _coming or _has_ray():
         yield
         return
     logging.getLogger("ray._private.worker").addFilter(_is_news)
     with ThreadPoolExecutor(1, "ray") as thread:
-        _coming.append(thread.submit(_start, None))
+        _coming.append(thread.submit(lambda: (_start(None), first())[1]))
         try:
             yield
         finally:
@@ -97,8 +104,8 @@ def _quieten() -> None:
 
 
 @contextmanager
-def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[None]:
-    """Ray for the length of a block.
+def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[Any]:
+    """Ray for the length of a block; yields what `ray_on_its_way` has made in it, else None.
 
     Args:
         address: of a cluster; empty means RAY_ADDRESS, and without it a local Ray on loopback, with
@@ -112,8 +119,9 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
     import ray
 
     logging.getLogger("ray").setLevel(logging.WARNING)
+    made = None
     if _coming:
-        _coming.pop().result()
+        made = _coming.pop().result()
     elif ray.is_initialized():
         yield
         return
@@ -123,7 +131,7 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[N
             _connect(address) if address else _start(num_cpus)
     with _no_agent_left():
         try:
-            yield
+            yield made
         finally:
             ray.shutdown()
 
@@ -294,6 +302,7 @@ def _state(pid: int) -> str:
 
 def _start_local(num_cpus: int | None) -> None:
     import ray
+    from ray._private import utils
     from ray._private.node import Node
 
     # Ray asks for a token, so that other users of the machine cannot use it: one for this Ray
@@ -308,11 +317,16 @@ def _start_local(num_cpus: int | None) -> None:
         for name in spared:
             if hasattr(Node, name):  # another version of Ray may call it otherwise
                 stack.enter_context(patch.object(Node, name, lambda node, **_: None))
+        if hasattr(utils, SPARED_PARTS):
+            absent = ImportError("a Ray of one command has no dashboard")
+            stack.enter_context(patch.object(utils, SPARED_PARTS, lambda: absent))
         ray.init(
             address="local",
             include_dashboard=False,
             num_cpus=num_cpus,
             object_store_memory=OBJECT_STORE_BYTES,
+            # One process for each CPU, before anybody knows how many actors there will be.
+            _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
             _node_ip_address=LOOPBACK,
             **options,
         )

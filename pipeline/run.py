@@ -396,12 +396,17 @@ def carry_out(
 
 
 def engine_on_its_way(engine: EngineConfig, run_uri: str) -> AbstractContextManager[None]:
-    """Ray, where a new run will need it: it comes up while the run is planned."""
+    """Ray and a worker, where a new run will need them: they come up while the run is planned."""
     if engine.kind == "inline" or exists(join(run_uri, "run.json")):
         return nullcontext()
     from pipeline.ray_session import ray_on_its_way
 
-    return ray_on_its_way(engine.address)
+    def first() -> Any:
+        from pipeline.actor import first_actor
+
+        return first_actor(engine)
+
+    return ray_on_its_way(engine.address, first)
 
 
 def finish(

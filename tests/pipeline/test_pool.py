@@ -14,8 +14,9 @@ import ray
 from models.errors import AssetError, LedgerError, RefineryError
 from pipeline import pool as pool_module
 from pipeline import pulse
+from pipeline.actor import forwarded_environment, gpus_per_actor, new_actor
 from pipeline.config import EngineConfig
-from pipeline.pool import Pool, forwarded_environment, gpus_per_actor, pool_size
+from pipeline.pool import Pool, pool_size
 from pipeline.pulse import Beat
 from pipeline.schedule import Failure, Schedule
 from pipeline.tally import Tally, TallySnapshot
@@ -31,12 +32,13 @@ class FakeActor:
     The script travels in the run's URI: "<folder>|<shard>=<what>,...".
     """
 
-    def __init__(self, order: WorkOrder, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], threads: int) -> None:
+        self.threads = threads
+
+    def start(self, order: WorkOrder) -> str:
         folder, _, script = order.run.uri.partition("|")
         self.folder = Path(folder)
         self.script = dict(item.split("=") for item in script.split(",") if item)
-
-    def start(self) -> str:
         if self.script.get("start") == "asset":
             raise AssetError("no such checkpoint; name another")
         return f"pid {os.getpid()}"
@@ -261,11 +263,30 @@ def test_the_pool_grows_when_nodes_join(tmp_path: Path, monkeypatch: pytest.Monk
     assert len({path.suffix for path in tmp_path.glob("*")}) == 2
 
 
+def test_the_first_worker_may_be_there_already(tmp_path: Path) -> None:
+    booked = Booked(tmp_path, 2, actors=2, shards_in_flight=1)
+    there = new_actor(booked.engine, 0.0, FakeActor)
+    booked.pool._first = there
+    booked.pool.run()
+    assert booked.tally.shards_done == 2
+    first, second = booked.pool._slots
+    assert first.actor is there
+    assert second.actor is not there
+
+
 def test_no_more_workers_than_shards(tmp_path: Path) -> None:
     booked = Booked(tmp_path, 2, actors=4)
     booked.pool.run()
     assert booked.tally.shards_done == 2
     assert len(booked.pool._slots) == 2
+
+
+def test_nobody_reads_ahead_while_another_has_nothing(tmp_path: Path) -> None:
+    limits = {"shards_in_flight": 2, "shard_timeout_s": 60, "max_attempts": 1}
+    booked = Booked(tmp_path, 2, "0=meet,1=meet", actors=2, **limits)
+    booked.pool.run()
+    assert (booked.tally.shards_done, booked.reasons) == (2, {})
+    assert len({path.suffix for path in tmp_path.glob("*")}) == 2
 
 
 def test_sizes() -> None:

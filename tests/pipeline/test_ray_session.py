@@ -95,12 +95,12 @@ def test_an_agent_that_is_not_up_yet_does_not_stay(
 
 def test_a_session_takes_the_ray_that_is_on_its_way(starting: Callable[[int], Any]) -> None:
     starts = starting(0)
-    with ray_on_its_way():
+    with ray_on_its_way(first=lambda: f"made in start {starts.tries}"):
         wait_for(lambda: starts.tries == 1, 30, "Ray, before anybody asks for it")
-        with ray_session():
-            pass
-        with ray_session():  # the first one has ended it: this is another
-            assert starts.tries == 2
+        with ray_session() as made:
+            assert made == "made in start 1"
+        with ray_session() as made:  # the first one has ended it: this is another
+            assert (starts.tries, made) == (2, None)
 
 
 def test_a_ray_on_its_way_that_nobody_takes_is_ended(
