@@ -32,12 +32,11 @@ from tasks.run.manifest import plan_shards
 from tasks.run.prediction import Prediction, settings_of, write_prediction
 from tasks.run.run_json import utc_now
 from tasks.work.device import local_copy
-from tasks.work.probe import ProbeResult
+from tasks.work.invert import Inverter
+from tasks.work.probe import ProbeResult, probe
 
 if TYPE_CHECKING:
     from threading import Barrier
-
-    from tasks.work.invert import Inverter
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +133,16 @@ def estimate(
     """
     if output is not None:
         config = settled(config, output, with_chosen=count == 0)
+    station = None if count == 0 else Inverter(config.job, local_device())
     shard_size = config.engine.shard_size
     if shard_size == "auto":
-        shard_size = auto_shard_size(load_generator(local_copy(config.job.generator)).resolution)
+        name = local_copy(config.job.generator)
+        generator = station.generator if station else load_generator(name)
+        shard_size = auto_shard_size(generator.resolution)
     found = list_input(source, shard_size, limit, config.job.input)
     measured: dict[str, str] = {}
-    if count != 0:
-        results, sizes = _measure(source, config, found, count, shard_size)
+    if station is not None:
+        results, sizes = _measure(source, config, station, found, count, shard_size)
         if sizes.shard_size != shard_size:
             shard_size = sizes.shard_size
             found = list_input(source, shard_size, limit, config.job.input)
@@ -166,22 +168,24 @@ def estimate(
 
 
 def _measure(
-    source: str, config: InvertConfig, found: Listing, count: int | None, shard_size: int
+    source: str,
+    config: InvertConfig,
+    loaded: Inverter,
+    found: Listing,
+    count: int | None,
+    shard_size: int,
 ) -> tuple[list[ProbeResult], Sizes]:
     """What workers measure side by side, and the sizes that follow. Where those are others than
     were tried, they are tried too: what is said is what was measured."""
-    from tasks.work.invert import Inverter
-
     job, device, engine = config.job, local_device(), config.engine
-    station: Inverter | None = Inverter(job, device)
-    assert station is not None
+    station: Inverter | None = loaded
     most = places(device, engine)
     if engine.shard_size != "auto" or found.kinds.keys() == {"tar"}:
         most = min(most, found.num_shards)
     workers = most
     if device == "cpu" and engine.actors == "auto":
-        workers = that_fit(most, room_for_workers(device, engine), station.worker_bytes)
-    batch, why = station.job.batch, ""
+        workers = that_fit(most, room_for_workers(device, engine), loaded.worker_bytes)
+    batch, why = loaded.job.batch, ""
     while True:
         tried = _Tried(source, replace(job, batch=batch), count, device, shard_size, engine)
         try:
@@ -224,9 +228,7 @@ def _meet(barrier: "Barrier") -> None:
     _together = barrier
 
 
-def _probe(tried: _Tried, station: "Inverter | None" = None) -> ProbeResult:
-    from tasks.work.probe import probe
-
+def _probe(tried: _Tried, station: Inverter | None = None) -> ProbeResult:
     if tried.engine.kind == "ray":
         importlib.import_module("pipeline.actor")  # what a worker has in memory, too
     return probe(
@@ -241,7 +243,7 @@ def _probe(tried: _Tried, station: "Inverter | None" = None) -> ProbeResult:
     )
 
 
-def _side_by_side(tried: _Tried, workers: int, station: "Inverter | None") -> list[ProbeResult]:
+def _side_by_side(tried: _Tried, workers: int, station: Inverter | None) -> list[ProbeResult]:
     """One worker in this process, where its models are loaded; several, or one with other batches
     than were tried here, in processes of their own, which begin together when all are warm. Workers
     with a GPU each do not meet: one stands for all."""

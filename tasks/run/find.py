@@ -8,6 +8,7 @@ from tasks.storage.files import exists, join
 from tasks.storage.folders import list_folder
 
 MOST_LEVELS = 5
+MOST_TRIED, MOST_NAMED = 20, 4
 
 
 def find_runs(uri: str) -> dict[str, str]:
@@ -32,17 +33,20 @@ def find_runs(uri: str) -> dict[str, str]:
             waiting += [(f"{name}/{folder}", level + 1) for folder in folders]
     if not found:
         raise LedgerError(
-            f"{uri}: no run here or in a folder below (run.json is missing){nearest(uri)}; give "
+            f"{uri}: no run here or in a folder below (run.json is missing){meant(uri)}; give "
             "the folder that `refinery invert IN OUT` wrote as OUT, or one above it"
         )
     return dict(sorted(found.items()))
 
 
-def nearest(uri: str) -> str:
-    """What to add to a message about a folder that is not there: the one that may be meant."""
+def meant(uri: str) -> str:
+    """For a message that there is no run: those right below, else the nearest name beside it."""
     parent, slash, name = uri.rstrip("/").rpartition("/")
-    with suppress(RefineryError):  # there is nothing beside a bucket
-        beside = [each for each in list_folder(parent or slash or ".")[0] if each != name]
-        found = difflib.get_close_matches(name, beside, 1, 0.5)
-        return f"; did you mean {parent + slash + found[0]}?" if found else ""
+    with suppress(RefineryError):  # of the place itself is told, not of those about it
+        below = sorted(list_folder(uri)[0])[:MOST_TRIED]
+        if found := [name for name in below if exists(join(uri, f"{name}/run.json"))]:
+            return f"; below it are the runs {', '.join(found[:MOST_NAMED])}"
+        beside = [folder for folder in list_folder(parent or slash or ".")[0] if folder != name]
+        if found := difflib.get_close_matches(name, beside, 1, 0.5):
+            return f"; did you mean {parent + slash + found[0]}?"
     return ""

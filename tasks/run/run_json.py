@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from models.errors import LedgerError
 from tasks.job import Job
-from tasks.run.find import nearest
+from tasks.run.find import meant
 from tasks.run.identity import VERSION, contents, identity_digest, make_identity
 from tasks.run.records import RUN_RECORD, Count, parse
 from tasks.storage.files import find_bytes, join, write_bytes
@@ -151,7 +151,7 @@ def read_run(run_uri: str) -> dict[str, Any]:
     found = find_run(run_uri)
     if found is None:
         raise LedgerError(
-            f"{run_uri}: no run here (run.json is missing){nearest(run_uri)}; give the folder that "
+            f"{run_uri}: no run here (run.json is missing){meant(run_uri)}; give the folder that "
             "`refinery invert IN OUT` wrote as OUT"
         )
     return found
