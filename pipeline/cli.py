@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from models.errors import RefineryError
 from pipeline.commands import asking, browse, editing, models, photos, runs, similar, upkeep
+from pipeline.commands.misuse import misuse
 from pipeline.commands.terminal import BUG, OK, STOPPED, WRONG, console, error_console
 from tasks.work.kinds import KINDS
 
@@ -88,10 +89,10 @@ def run_app(tokens: list[str]) -> int:
     tokens = [token for token in tokens if token != "--debug"]
     _set_up_logging(is_debug)
     try:
-        code = app(tokens, exit_on_error=False, result_action="return_value")
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return code if isinstance(code, int) else OK
-    except CycloptsError:
-        return WRONG  # cyclopts has printed it
+    except CycloptsError as error:
+        return _complain("error", misuse(app, error), is_debug, WRONG)
     except BaseException as error:
         return _end(error, is_debug)
 
@@ -117,7 +118,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes(error)
 
 
-def _complain(what: str, error: Exception, is_debug: bool, code: int) -> int:
+def _complain(what: str, error: Exception | str, is_debug: bool, code: int) -> int:
     if is_debug:
         error_console.print_exception()
     hint = "" if is_debug or code != BUG else "\nrun again with --debug for the traceback"

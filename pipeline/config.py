@@ -388,7 +388,10 @@ def _message(cls: type, error: ValidationError, where: str) -> str:
         return f"{where}.{reason}" if where else reason
     # A union reports every branch that refused.
     same = [first, *(e for e in others if _keys(cls, [str(p) for p in e["loc"]]) == keys)]
-    wanted = [e["msg"].removeprefix("Input should be ") for e in same]
+    wanted = [
+        "a list, [...]" if e["type"] == "tuple_type" else e["msg"].removeprefix("Input should be ")
+        for e in same
+    ]
     return f"{path}: expected {' or '.join(dict.fromkeys(wanted))}; found {first['input']!r}"
 
 

@@ -142,7 +142,7 @@ def _edit(
     from tasks.adapt.job import adapt
     from tasks.run.query import query
 
-    sets = [f"steps={ADAPT_STEPS}", f"out={folder}/domains"]
+    sets = [f"steps={steps}", f"out={folder}/domains"]
     _say(
         console, f'refinery adapt {DOMAIN} --text "{STYLE}" --out {folder}/domains --set {sets[0]}'
     )

@@ -143,6 +143,13 @@ def _plan(
     source: str, run_uri: str, config: RunConfig[Any], limit: int | None, update: Sequence[str]
 ) -> "tuple[Plan, Station]":
     """The same, and what the job's models were loaded into."""
+    begun = run_json.find_run(run_uri)
+    held = run_json.declared_by(begun, run_uri).kind if begun else config.job.kind
+    if held != config.job.kind:
+        raise LedgerError(
+            f"{run_uri} holds what `refinery {held}` made; choose another folder for what "
+            f"`refinery {config.job.kind}` makes"
+        )
     config = settled(config, run_uri)
     station = load_station(config.job, "cpu")
     hashes, declared = dict(station.hashes), station.declared
@@ -157,7 +164,7 @@ def _plan(
     else:
         shards = station_class(job.kind).plan(job, source, size, limit)
     with hold(run_uri, config.engine.if_busy):
-        if run_json.find_run(run_uri) is None:
+        if begun is None:
             drop_prediction_of_other(run_uri, config.job)
         info = manifest.write_manifest(run_uri, shards, size)
         run = run_json.create_run(run_uri, job, info, hashes, code_version(), declared)

@@ -46,7 +46,9 @@ def settings(table: str) -> Iterator[Setting]:
                 default = _toml(DEFAULT_GENERATOR)
             elif key == "output.pictures":
                 default = _toml(DEFAULT_PICTURES)
-            yield Setting(key, default, _in_words(kind), docs.get(name, ""))
+            marks = cls.model_fields[name].metadata if issubclass(cls, BaseModel) else ()
+            values = ", ".join([_in_words(kind), *(word for m in marks for word in _bounds(m))])
+            yield Setting(key, default, values, docs.get(name, ""))
 
 
 def _defaults(cls: Any) -> Iterator[tuple[str, str]]:

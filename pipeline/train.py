@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError, RefineryError
-from pipeline.config import load_dataclass
+from pipeline.config import load_dataclass, nearest
 from pipeline.faults import causes
 from pipeline.ray_session import ray_session
 
@@ -47,7 +47,7 @@ def train(what: str, path: str | None, sets: Sequence[str], workers: int = 1) ->
         ConfigError: no such network, a wrong key or value, or one that trains on one process only.
     """
     if what not in FITS:
-        raise ConfigError(f"train {what}: unknown; known: {', '.join(sorted(FITS))}")
+        raise ConfigError(f"train {what}: unknown; {nearest(what, [*FITS, 'all'])}")
     module, config_name = FITS[what]
     if workers < 1 or (workers > 1 and what not in DISTRIBUTED):
         raise ConfigError(

@@ -139,7 +139,8 @@ class Job:
     """Perceptual distance to score with: "auto" (LPIPS where its weights are cached, else ours),
     "refinery" (the bundled trunk), "lpips-alex", "lpips-vgg", "lpips-squeeze", or "none"."""
     identity: str | None = field(default=None, metadata=PLACE)
-    """Path or URL of ArcFace IR-SE50 weights; adds a column of identity."""
+    """A face network, which adds a column of identity: "dlib" (extra `identity`), "dlib-ffhq", or a
+    path or URL of dlib's or of ArcFace's IR-SE50 weights."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, as run.json has them."""

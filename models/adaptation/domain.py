@@ -207,12 +207,16 @@ def _found(name_or_path: str, generator: Generator, folders: Sequence[str | Path
     strangers = sorted(ASSETS.glob(f"*/domains/{name_or_path}/{CARD}")) if name_or_path else []
     if strangers:
         return load_domain(strangers[0].parent)
+    if name_or_path and Path(name_or_path).exists():
+        raise ConfigError(
+            f"domain {name_or_path!r}: expected a folder with {CARD}, as `refinery adapt` writes it"
+        )
     near = difflib.get_close_matches(name_or_path, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"domain {name_or_path!r}: not known; {hint}known for this generator: "
-        f"{', '.join(sorted(known)) or '(none)'}; looked in {', '.join(map(str, folders))} and the "
-        "bundled ones; make one with `refinery adapt`"
+        f"{', '.join(sorted(known)) or '(none)'}; looked in "
+        f"{', '.join([*map(str, folders), 'the bundled ones'])}; make one with `refinery adapt`"
     )
 
 

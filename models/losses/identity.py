@@ -128,7 +128,10 @@ def _load_arcface(path: Path) -> ArcFace:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise AssetError(f"identity {path}: cannot read as a torch state dict: {error}") from error
+        raise AssetError(
+            f"identity {path}: expected the state dict model_ir_se50.pth or dlib's .dat, found a "
+            f"file that torch cannot read ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(state, dict):
         raise AssetError(
             f"identity {path}: expected a state dict of IR-SE50, found {type(state).__name__}"

@@ -52,14 +52,12 @@ class AdaptProgress:
 
     Attributes:
         scores: best validation score by domain.
-        previews: picture files by domain: sources above, adapted below; may not be there yet.
         notes: by domain that left the job early, why.
     """
 
     step: int
     steps: int
     scores: Mapping[str, float]
-    previews: Mapping[str, Path]
     notes: Mapping[str, str]
 
 
@@ -214,7 +212,6 @@ class _Job:
             step=self.descent.step,
             steps=self.config.steps,
             scores={name: state.score for name, state in states.items()},
-            previews={name: self.place / f"{name}.png" for name in states},
             notes={name: state.note for name, state in states.items() if state.note},
         )
 

@@ -50,8 +50,9 @@ def read_portraits(path: str, resolution: int) -> dict[str, Portraits]:
     try:
         rows = pq.read_table(path, columns=["id", "image", "style"]).to_pylist()
     except (OSError, KeyError, ValueError) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise ConfigError(
-            f"portraits {path}: expected a Parquet file with columns id, image, style ({error})"
+            f"portraits {path}: expected a Parquet file with columns id, image, style ({found})"
         ) from error
     found = {}
     for style in sorted({row["style"] for row in rows}):

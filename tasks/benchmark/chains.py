@@ -137,5 +137,7 @@ def chosen_chains(names: Sequence[str] | None) -> tuple[Chain, ...]:
     known = {chain.name: chain for chain in CHAINS}
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise ConfigError(f"--methods: {unknown[0]!r} is no row of the table; rows: {list(known)}")
+        raise ConfigError(
+            f"--methods: {unknown[0]!r} is no row of the table; rows: {', '.join(known)}"
+        )
     return tuple(chain for chain in CHAINS if names is None or chain.name in names)

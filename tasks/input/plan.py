@@ -14,6 +14,7 @@ from a column are compared over all files here.
 import hashlib
 import json
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -303,6 +304,8 @@ class _Planner:
             if self.has_earlier and self.skipped:
                 raise NothingNewError(f"{self.input_uri}: nothing new to do; left alone: {counts}")
             found = f"found only {counts}" if counts else "found nothing"
+            if is_local(self.input_uri) and not os.path.exists(local_path(self.input_uri)):
+                raise ConfigError(f"{self.input_uri}: there is no such file or folder")
             raise ConfigError(
                 f"no pictures in {self.input_uri}: {_looked_for()}; {found}. Check the path"
             )

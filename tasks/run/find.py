@@ -1,12 +1,14 @@
 """Runs below a folder."""
 
 import difflib
+from contextlib import suppress
 
-from models.errors import LedgerError
+from models.errors import LedgerError, RefineryError
 from tasks.storage.files import exists, join
 from tasks.storage.folders import list_folder
 
 MOST_LEVELS = 5
+MOST_TRIED, MOST_NAMED = 20, 4
 
 
 def find_runs(uri: str) -> dict[str, str]:
@@ -31,15 +33,20 @@ def find_runs(uri: str) -> dict[str, str]:
             waiting += [(f"{name}/{folder}", level + 1) for folder in folders]
     if not found:
         raise LedgerError(
-            f"{uri}: no run here or in a folder below (run.json is missing){_nearest(uri)}; give "
+            f"{uri}: no run here or in a folder below (run.json is missing){meant(uri)}; give "
             "the folder that `refinery invert IN OUT` wrote as OUT, or one above it"
         )
     return dict(sorted(found.items()))
 
 
-def _nearest(uri: str) -> str:
-    """The folder that may have been meant."""
-    parent, slash, name = uri.rpartition("/")
-    beside = [folder for folder in list_folder(parent or slash or ".")[0] if folder != name]
-    found = difflib.get_close_matches(name, beside, 1, 0.5)
-    return f"; did you mean {parent + slash + found[0]}?" if found else ""
+def meant(uri: str) -> str:
+    """For a message that there is no run: those right below, else the nearest name beside it."""
+    parent, slash, name = uri.rstrip("/").rpartition("/")
+    with suppress(RefineryError):  # of the place itself is told, not of those about it
+        below = sorted(list_folder(uri)[0])[:MOST_TRIED]
+        if found := [name for name in below if exists(join(uri, f"{name}/run.json"))]:
+            return f"; below it are the runs {', '.join(found[:MOST_NAMED])}"
+        beside = [folder for folder in list_folder(parent or slash or ".")[0] if folder != name]
+        if found := difflib.get_close_matches(name, beside, 1, 0.5):
+            return f"; did you mean {parent + slash + found[0]}?"
+    return ""

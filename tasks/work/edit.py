@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.adaptation.domain import CARD, Domain, Mix, add_domains, find_domain
-from models.attributes import AttributeScorer, load_attributes
+from models.attributes import BUNDLED, AttributeScorer, load_attributes
 from models.cache import cache_folder
-from models.checkpoints.load import load_generator
+from models.checkpoints.bundled import find_for_generator
 from models.editing.direction import Direction, apply_edits
 from models.editing.find import find_direction
 from models.errors import AssetError, ConfigError
-from models.stylegan2.generator import StyleShift, weights_hash
+from models.stylegan2.generator import StyleShift
 from tasks.edit_job import BlendConfig, EditJobConfig, VariantConfig
 from tasks.job import INPUTS
 from tasks.run.parts import Layout
@@ -150,10 +150,9 @@ class Editor(StoredStation):
     def _load_attributes(self) -> AttributeScorer | None:
         if self.job.attributes == "none":
             return None
-        if self.job.attributes == "auto":
-            bundled = load_generator("faces64")
-            if weights_hash(bundled) != self.hashes["generator"]:
-                return None  # the bundled scorer knows faces of that kind only
+        made_for = self.hashes["generator"]
+        if self.job.attributes == "auto" and find_for_generator(made_for, BUNDLED[1]) is None:
+            return None  # the bundled scorer knows faces of that kind only
         scorer = load_attributes(local_copy(self.job.attributes)).to(self.device)
         self.hashes["attributes"] = scorer.hash
         return scorer

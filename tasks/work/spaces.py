@@ -15,7 +15,7 @@ the inversion.
 Legend: N batch, E values of a vector, H W picture.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,6 @@ from tasks.work.device import local_copy
 SpaceName = Literal["w", "w_plus", "style", "clip", "identity", "perceptual"]
 OF_CODES = ("w", "w_plus", "style")
 """Spaces of the codes; the others are of pictures."""
-SPACES = get_args(SpaceName)
 
 
 def of_codes(

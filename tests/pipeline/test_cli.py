@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoints.load import load_generator
+from models.checkpoints.load import LOADERS, load_generator
 from models.errors import LedgerError
-from models.stylegan2.generator import weights_hash
+from models.stylegan2.generator import Generator, weights_hash
 from pipeline import cli, faults, worker
 from pipeline import run as stages
 from pipeline.cli import app, run_app
@@ -23,6 +24,7 @@ from pipeline.run import carry_out
 from tasks.report.words import size
 from tasks.run.ledger import read_markers, read_seal
 from tasks.run.prediction import read_prediction
+from tasks.run.query import query
 from tests.e2e.small_dataset import Dataset
 
 
@@ -220,6 +222,46 @@ def test_plan_measures(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> 
     assert "CPU-core hours" in text
     assert "images/s" in text
     assert "an image)" in text
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of generators that this process reads, in order."""
+    found: list[Path] = []
+    generator, discriminator = LOADERS["native"]
+
+    def counted(path: Path) -> Generator:
+        found.append(path)
+        return generator(path)
+
+    monkeypatch.setitem(LOADERS, "native", (counted, discriminator))
+    return found
+
+
+@pytest.mark.parametrize("flags", [["--probe", "2"], ["--probe", "0"]])
+def test_plan_loads_the_generator_once(
+    dataset: Dataset, tmp_path: Path, loads: list[Path], flags: list[str]
+) -> None:
+    config = tmp_path / "config.toml"
+    written = Path(dataset.config).read_text()
+    config.write_text(re.sub("shard_size = .*", 'shard_size = "auto"', written))
+    command = ["plan", dataset.source, "--config", str(config), "--engine", "inline"]
+    assert run_app([*command, *flags]) == 0
+    assert len(loads) == 1
+
+
+def test_a_run_and_its_edits_load_the_generator_once_each(
+    dataset: Dataset, tmp_path: Path, loads: list[Path]
+) -> None:
+    run, edits = str(tmp_path / "run"), str(tmp_path / "edits")
+    flags = ["--engine", "inline", "--no-flow"]
+    config = ["--set", "generator=faces64", "--set", "perceptual=none", "--method", "e4e"]
+    assert run_app(["invert", dataset.source, run, *config, *flags, "--limit", "2"]) == 0
+    assert len(loads) == 1
+    assert run_app(["edit", run, edits, "--edit", "age=+2", *flags]) == 0
+    assert len(loads) == 2
+    (row,) = query(edits, "SELECT min(age) AS age FROM latents WHERE status = 'ok'").to_pylist()
+    assert 10 < row["age"] < 100  # the bundled scorer is known by the generator's hash
 
 
 def test_status_verify_and_report(run: str, capsys: pytest.CaptureFixture[str]) -> None:

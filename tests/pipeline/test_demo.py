@@ -37,6 +37,8 @@ def test_the_demo_ends_with_the_table_and_the_report_and_can_be_asked(
         assert (folder / name / "report.html").stat().st_size > 10_000
     assert (folder / "domains" / "painted" / "tokens.safetensors").exists()
     assert "│ painted │       25 │" in text
+    assert "--set steps=2" in text
+    assert "│ 2 of 2 │" in text
     for name in ("astronaut", "drawn-00", "broken-empty", "broken-text", "broken-truncated"):
         assert f"│ {name} " in text
     assert "28 in 1 shards, 3 failed" in text

@@ -42,3 +42,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "whole number, at least 1" in out
     assert run_app(["settings", "--page"]) == 0
     assert capsys.readouterr().out == page()
+
+
+def test_bounds_are_told() -> None:
+    values = {each.key: each.values for each in ALL}
+    assert values["engine.shards_in_flight"] == "whole number, at least 1, at most 8"
+    assert values["batch"] == '"auto" or whole number, at least 1'
+    assert values["engine.patience_s"] == "number, more than 0"

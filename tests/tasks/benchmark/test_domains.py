@@ -79,7 +79,7 @@ def test_a_run_and_the_run_after_it(place: Path, monkeypatch: pytest.MonkeyPatch
             folders.append(save_domain(made, Path(config.out) / domain.name))
         for step in range(config.steps if on_progress else 0):
             on_progress(  # type: ignore[misc]
-                AdaptProgress(step=step, steps=config.steps, scores={}, previews={}, notes={})
+                AdaptProgress(step=step, steps=config.steps, scores={}, notes={})
             )
         return folders
 

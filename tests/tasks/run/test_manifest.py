@@ -222,8 +222,10 @@ def test_hash_collisions_are_no_repeated_keys(
 
 
 def test_nothing_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no pictures in .*\.jpg, .*\.tar\.gz.*found nothing"):
+    with pytest.raises(ConfigError, match=r"missing: there is no such file or folder"):
         list(plan_shards(str(tmp_path / "missing"), 5))
+    with pytest.raises(ConfigError, match=r"no pictures in .*\.jpg, .*\.tar\.gz.*found nothing"):
+        list(plan_shards(str(tmp_path), 5))
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.gz").write_text("x")
     with pytest.raises(ConfigError, match=r"no pictures in .*found only 1 \.txt, 1 \.gz"):

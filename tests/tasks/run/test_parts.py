@@ -175,6 +175,24 @@ def test_same_rows_same_bytes(handle: RunHandle) -> None:
     assert first["latents"].path != second["latents"].path
 
 
+RECORDED = (
+    "26.0.1",
+    {
+        "latents": "61f0ecc5582733db329657c6cc411375b0cd005e976c4abb3eb2d9dee6758a9d",
+        "images": "67dca73b6c4de010d56e91a8adcc1ab52781ab9745889071f69d89dbda6801ea",
+        "residuals": "270d1945627240dd1ddfd0f8974db14c69a557ad3b141956b3c07d14382814a7",
+    },
+)
+"""PyArrow of constraints.txt, and the parts of these rows."""
+
+
+@pytest.mark.skipif(pa.__version__ != RECORDED[0], reason=f"recorded with PyArrow {RECORDED[0]}")
+def test_parts_are_those_that_were_recorded(handle: RunHandle) -> None:
+    """A refactor leaves every byte as it was."""
+    made = write_parts(make_rows(doors=True), make_layout(), handle, 3, "one")
+    assert {kind: part.sha256 for kind, part in made.items()} == RECORDED[1]
+
+
 @pytest.mark.parametrize(
     ("shape", "rows"), [((1, 512), 1024), ((18, 512), 128), ((10, 128), 1024), ((14, 512), 256)]
 )
