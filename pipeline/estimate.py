@@ -133,16 +133,16 @@ def estimate(
     """
     if output is not None:
         config = settled(config, output, with_chosen=count == 0)
-    station = None if count == 0 else Inverter(config.job, local_device())
     shard_size = config.engine.shard_size
+    station = None if count == 0 else Inverter(config.job, local_device())
     if shard_size == "auto":
-        name = local_copy(config.job.generator)
-        generator = station.generator if station else load_generator(name)
+        local = local_copy(config.job.generator)
+        generator = station.generator if station else load_generator(local)
         shard_size = auto_shard_size(generator.resolution)
     found = list_input(source, shard_size, limit, config.job.input)
     measured: dict[str, str] = {}
     if station is not None:
-        results, sizes = _measure(source, config, station, found, count, shard_size)
+        results, sizes = _measure(source, config, found, count, shard_size, station)
         if sizes.shard_size != shard_size:
             shard_size = sizes.shard_size
             found = list_input(source, shard_size, limit, config.job.input)
@@ -170,33 +170,33 @@ def estimate(
 def _measure(
     source: str,
     config: InvertConfig,
-    loaded: Inverter,
     found: Listing,
     count: int | None,
     shard_size: int,
+    station: Inverter,
 ) -> tuple[list[ProbeResult], Sizes]:
     """What workers measure side by side, and the sizes that follow. Where those are others than
     were tried, they are tried too: what is said is what was measured."""
+    here: Inverter | None = station
     job, device, engine = config.job, local_device(), config.engine
-    station: Inverter | None = loaded
     most = places(device, engine)
     if engine.shard_size != "auto" or found.kinds.keys() == {"tar"}:
         most = min(most, found.num_shards)
     workers = most
     if device == "cpu" and engine.actors == "auto":
-        workers = that_fit(most, room_for_workers(device, engine), loaded.worker_bytes)
-    batch, why = loaded.job.batch, ""
+        workers = that_fit(most, room_for_workers(device, engine), station.worker_bytes)
+    batch, why = station.job.batch, ""
     while True:
         tried = _Tried(source, replace(job, batch=batch), count, device, shard_size, engine)
         try:
-            results = _side_by_side(tried, workers, station)
+            results = _side_by_side(tried, workers, here)
         except BrokenProcessPool as error:
             if batch == 1 or job.batch != "auto":
                 raise RefineryError(
                     f"a worker died while it measured batches of {batch} (out of memory?); set "
                     "batch or engine.actors to less"
                 ) from error
-            batch, station, why = batch // 2, None, f"a worker died with {batch}"
+            batch, here, why = batch // 2, None, f"a worker died with {batch}"
             continue
         largest = max(results, key=lambda result: result.memory_bytes)
         mean_s = fmean(_seconds_an_image(result) for result in results)
@@ -204,7 +204,7 @@ def _measure(
         why = sizes.why or why
         if sizes.batch == batch and sizes.workers <= workers:
             return results, replace(sizes, why=why)
-        batch, workers, station = sizes.batch, sizes.workers, None
+        batch, workers, here = sizes.batch, sizes.workers, None
 
 
 @dataclass(frozen=True)
@@ -231,16 +231,21 @@ def _meet(barrier: "Barrier") -> None:
 def _probe(tried: _Tried, station: Inverter | None = None) -> ProbeResult:
     if tried.engine.kind == "ray":
         importlib.import_module("pipeline.actor")  # what a worker has in memory, too
-    return probe(
-        tried.job,
-        tried.source,
-        tried.count,
-        tried.device,
-        tried.shard_size,
-        in_flight=shards_in_flight(tried.engine),
-        inverter=station,
-        on_warm=_together.wait if _together else lambda: None,
-    )
+    try:
+        return probe(
+            tried.job,
+            tried.source,
+            tried.count,
+            tried.device,
+            tried.shard_size,
+            in_flight=shards_in_flight(tried.engine),
+            inverter=station,
+            on_warm=_together.wait if _together else lambda: None,
+        )
+    except Exception:
+        if _together:  # the others would wait
+            _together.abort()
+        raise
 
 
 def _side_by_side(tried: _Tried, workers: int, station: Inverter | None) -> list[ProbeResult]:
@@ -254,8 +259,7 @@ def _side_by_side(tried: _Tried, workers: int, station: Inverter | None) -> list
     barrier = context.Barrier(workers)
     with ProcessPoolExecutor(workers, context, _meet, (barrier,)) as pool:
         asked = [pool.submit(_probe, tried) for _ in range(workers)]
-        for each in asked:  # the others would wait for one that fails
-            each.add_done_callback(lambda done: done.exception() and barrier.abort())
+        pool.submit(int)  # only what was begun before the last call is watched for its death
         wait(asked)
         asked.sort(key=lambda each: isinstance(each.exception(), BrokenBarrierError))
         return [each.result() for each in asked]
