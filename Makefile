@@ -71,7 +71,7 @@ test-prefect: $(STAMP)
 	@REFINERY_SOAK=1 $(BIN)/python -m pytest tests/deploy/test_prefect_deployment.py tests/services/test_nights.py $(ARGS)
 
 test-s3: $(STAMP)
-	@$(BIN)/python -m pytest tests/services/test_s3.py $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup tests/services/test_s3.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

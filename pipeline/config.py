@@ -45,7 +45,11 @@ class EngineConfig(BaseModel):
     """Shards overlapped in one actor: one computes while others read, decode and write."""
     shard_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Samples per shard for loose files and Parquet; a tar is one shard. auto: the run's, which
-    begins with 256, above 256 px with fewer in proportion to its side: 64 at 1024 px."""
+    begins with what `refinery plan` has chosen for it, else with 256, above 256 px with fewer in
+    proportion to its side: 64 at 1024 px."""
+    memory_gb: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Of this machine for all workers together, on CPUs without a cluster, in 10^9 bytes. auto:
+    what it has, or its container may use. `refinery plan` chooses batch and workers by it."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries per shard before it is quarantined."""
     retry_wait_s: float = Field(default=2.0, ge=0)

@@ -1,35 +1,42 @@
 """What a run will take, before it starts: counts from a listing, time and size from a probe."""
 
+import importlib
 import logging
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
 from statistics import fmean
+from threading import BrokenBarrierError
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from models.checkpoints.load import load_generator
-from models.errors import ShardError
+from models.errors import RefineryError, ShardError
 from pipeline.config import EngineConfig, InvertConfig
 from pipeline.progress import duration
-from pipeline.run import auto_shard_size, local_device
+from pipeline.run import auto_shard_size, local_device, places, settled
 from pipeline.screen import pairs
+from pipeline.sizes import Sizes, batch_s, choose, memory_with, room_for_workers, shards_in_flight
 from pipeline.worker import that_fit
 from tasks.input.plan import in_words
 from tasks.input.read import read_shard
-from tasks.job import InputConfig, ShardSpec
+from tasks.job import InputConfig, JobConfig, ShardSpec
 from tasks.report.words import size
-from tasks.run.manifest import plan_shards, read_shard_size
-from tasks.run.prediction import Prediction, write_prediction
-from tasks.run.run_json import find_run, utc_now
+from tasks.run.manifest import plan_shards
+from tasks.run.prediction import Prediction, settings_of, write_prediction
+from tasks.run.run_json import utc_now
 from tasks.work.device import local_copy
 from tasks.work.invert import Inverter
 from tasks.work.probe import ProbeResult, probe
+
+if TYPE_CHECKING:
+    from threading import Barrier
 
 logger = logging.getLogger(__name__)
 
@@ -118,20 +125,35 @@ def estimate(
         limit: only the first samples.
         count: pictures to invert for the estimate of time and size, 0 for none; None leaves it to
             `probe`.
-        output: the run that is planned; it gets the prediction.
+        output: the run that is planned; it gets the prediction, and the sizes that were chosen.
         price: of a worker's hour.
 
     Raises:
         RefineryError: the input cannot be listed, or the probe fails.
     """
-    job, shard_size = config.job, config.engine.shard_size
-    station = None if count == 0 else Inverter(job, local_device())
-    if shard_size == "auto" and output is not None and find_run(output):
-        shard_size = read_shard_size(output)
-    elif shard_size == "auto":
-        generator = station.generator if station else load_generator(local_copy(job.generator))
+    if output is not None:
+        config = settled(config, output, with_chosen=count == 0)
+    station = None if count == 0 else Inverter(config.job, local_device())
+    shard_size = config.engine.shard_size
+    if shard_size == "auto":
+        name = local_copy(config.job.generator)
+        generator = station.generator if station else load_generator(name)
         shard_size = auto_shard_size(generator.resolution)
-    found = list_input(source, shard_size, limit, job.input)
+    found = list_input(source, shard_size, limit, config.job.input)
+    measured: dict[str, str] = {}
+    if station is not None:
+        results, sizes = _measure(source, config, station, found, count, shard_size)
+        if sizes.shard_size != shard_size:
+            shard_size = sizes.shard_size
+            found = list_input(source, shard_size, limit, config.job.input)
+        sizes = replace(sizes, workers=min(sizes.workers, found.num_shards))
+        made = _prediction(results, sizes, found, config)
+        measured = _in_words(results, made, found, config.engine, sizes.why)
+        if price is not None:
+            hours = made.seconds / 3600 * made.workers
+            measured["cost"] = f"{hours * price:.2f} at {price:g} an hour"
+        if output is not None:
+            write_prediction(output, made)
     about = "" if found.is_counted else "about "
     kinds = ", ".join(f"{kind} {number}" for kind, number in found.kinds.items())
     values = {
@@ -140,70 +162,123 @@ def estimate(
         "images": f"{about}{found.num_images}",
         "bytes": size(found.num_bytes),
         "skipped": in_words(found.skipped) or "nothing",
-        "methods": " then ".join(link.name for link in job.methods),
+        "methods": " then ".join(link.name for link in config.job.methods),
     }
-    if station is not None:
-        results, workers = _probed(source, station, config.engine, found, count, shard_size)
-        made = _prediction(results, workers, found, config.engine)
-        values |= _measured(results, made, found, config.engine)
-        if price is not None:
-            values["cost"] = f"{made.seconds / 3600 * workers * price:.2f} at {price:g} an hour"
-        if output is not None:
-            write_prediction(output, made)
-    return pairs("", values)
+    return pairs("", values | measured)
 
 
-def _probed(
+def _measure(
     source: str,
-    station: Inverter,
-    engine: EngineConfig,
+    config: InvertConfig,
+    loaded: Inverter,
     found: Listing,
     count: int | None,
     shard_size: int,
-) -> tuple[list[ProbeResult], int]:
-    """What workers measure side by side, as many as a run would have here, and their number."""
-    job, device = station.asked, local_device()
-    wanted = _places(device, engine)
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+) -> tuple[list[ProbeResult], Sizes]:
+    """What workers measure side by side, and the sizes that follow. Where those are others than
+    were tried, they are tried too: what is said is what was measured."""
+    job, device, engine = config.job, local_device(), config.engine
+    station: Inverter | None = loaded
+    most = places(device, engine)
+    if engine.shard_size != "auto" or found.kinds.keys() == {"tar"}:
+        most = min(most, found.num_shards)
+    workers = most
     if device == "cpu" and engine.actors == "auto":
-        wanted = that_fit(wanted, room, station.worker_bytes)
-    wanted = min(wanted, found.num_shards)
-    if wanted == 1 or device != "cpu":
-        return [probe(job, source, count, device, shard_size, inverter=station)], wanted
-    with ProcessPoolExecutor(wanted, get_context("spawn")) as pool:
-        each = (probe, job, source, count, device, shard_size)
-        asked = [pool.submit(*each) for _ in range(wanted)]
-        return [each.result() for each in asked], wanted
+        workers = that_fit(most, room_for_workers(device, engine), loaded.worker_bytes)
+    batch, why = loaded.job.batch, ""
+    while True:
+        tried = _Tried(source, replace(job, batch=batch), count, device, shard_size, engine)
+        try:
+            results = _side_by_side(tried, workers, station)
+        except BrokenProcessPool as error:
+            if batch == 1 or job.batch != "auto":
+                raise RefineryError(
+                    f"a worker died while it measured batches of {batch} (out of memory?); set "
+                    "batch or engine.actors to less"
+                ) from error
+            batch, station, why = batch // 2, None, f"a worker died with {batch}"
+            continue
+        largest = max(results, key=lambda result: result.memory_bytes)
+        mean_s = fmean(_seconds_an_image(result) for result in results)
+        sizes = choose(largest, mean_s, config, images=found.num_images, places=most)
+        why = sizes.why or why
+        if sizes.batch == batch and sizes.workers <= workers:
+            return results, replace(sizes, why=why)
+        batch, workers, station = sizes.batch, sizes.workers, None
 
 
-def _places(device: str, engine: EngineConfig) -> int:
-    """Workers that a run would have on this machine."""
-    if engine.kind == "inline":
-        return 1
-    if engine.actors != "auto":
-        return engine.actors
-    if engine.address:  # the size of a cluster is not known here
-        return 1
-    if device == "cpu":
-        return max(len(os.sched_getaffinity(0)) // engine.threads, 1)
-    import torch
+@dataclass(frozen=True)
+class _Tried:
+    """What a probe is asked for."""
 
-    return torch.cuda.device_count()
+    source: str
+    job: JobConfig
+    count: int | None
+    device: str
+    shard_size: int
+    engine: EngineConfig
+
+
+_together: "Barrier | None" = None
+"""Of this process and the others that measure beside it."""
+
+
+def _meet(barrier: "Barrier") -> None:
+    global _together
+    _together = barrier
+
+
+def _probe(tried: _Tried, station: Inverter | None = None) -> ProbeResult:
+    if tried.engine.kind == "ray":
+        importlib.import_module("pipeline.actor")  # what a worker has in memory, too
+    return probe(
+        tried.job,
+        tried.source,
+        tried.count,
+        tried.device,
+        tried.shard_size,
+        in_flight=shards_in_flight(tried.engine),
+        inverter=station,
+        on_warm=_together.wait if _together else lambda: None,
+    )
+
+
+def _side_by_side(tried: _Tried, workers: int, station: Inverter | None) -> list[ProbeResult]:
+    """One worker in this process, where its models are loaded; several, or one with other batches
+    than were tried here, in processes of their own, which begin together when all are warm. Workers
+    with a GPU each do not meet: one stands for all."""
+    workers = workers if tried.device == "cpu" else 1
+    if station is not None and workers == 1:
+        return [_probe(tried, station)]
+    context = get_context("spawn")
+    barrier = context.Barrier(workers)
+    with ProcessPoolExecutor(workers, context, _meet, (barrier,)) as pool:
+        asked = [pool.submit(_probe, tried) for _ in range(workers)]
+        for each in asked:  # the others would wait for one that fails
+            each.add_done_callback(lambda done: done.exception() and barrier.abort())
+        wait(asked)
+        asked.sort(key=lambda each: isinstance(each.exception(), BrokenBarrierError))
+        return [each.result() for each in asked]
 
 
 def _prediction(
-    results: Sequence[ProbeResult], workers: int, found: Listing, engine: EngineConfig
+    results: Sequence[ProbeResult], sizes: Sizes, found: Listing, config: InvertConfig
 ) -> Prediction:
     mean_s = fmean(_seconds_an_image(result) for result in results)
-    in_flight = 1 if engine.kind == "inline" else engine.shards_in_flight
+    in_flight = shards_in_flight(config.engine)
+    busy = busiest(found.sizes, sizes.workers, in_flight)
+    held = round(max(found.sizes, default=0)) * in_flight
     return Prediction(
         made_by="refinery plan",
         rows=found.num_images,
-        seconds=mean_s * busiest(found.sizes, workers, in_flight),
+        seconds=mean_s * busy + max(result.warm_up_s for result in results),
         bytes=round(fmean(result.bytes_per_image for result in results) * found.num_images),
-        memory_bytes=max(result.memory_bytes for result in results),
-        workers=workers,
+        memory_bytes=max(memory_with(result, result.batch, held) for result in results),
+        workers=sizes.workers,
         made_at=utc_now(),
+        batch=sizes.batch,
+        shard_size=sizes.shard_size,
+        settings=settings_of(config.job),
     )
 
 
@@ -236,8 +311,12 @@ def _seconds_an_image(result: ProbeResult) -> float:
     return 1 / paces["invert"] + 1 / paces["score"]
 
 
-def _measured(
-    results: Sequence[ProbeResult], made: Prediction, found: Listing, engine: EngineConfig
+def _in_words(
+    results: Sequence[ProbeResult],
+    made: Prediction,
+    found: Listing,
+    engine: EngineConfig,
+    why: str,
 ) -> dict[str, str]:
     first, workers = results[0], made.workers
     mean_s = fmean(_seconds_an_image(result) for result in results)
@@ -248,7 +327,7 @@ def _measured(
     return {
         "probe": f"{first.num_images} images on {first.device}, {first.num_failed} failed"
         + together,
-        "batch": f"{first.batch}",
+        "batch": f"{made.batch}" + (f" ({why})" if why else ""),
         "images/s": f"{speeds} (one worker)",
         "work": f"{_hours(mean_s * found.num_images)} {unit}",
         "time": f"{duration(math.ceil(made.seconds))} on {workers} "
@@ -262,12 +341,12 @@ def _measured(
 
 def _timeout_warning(result: ProbeResult, engine: EngineConfig) -> str | None:
     """What to change where a batch would not be done in time, beside other shards' in flight."""
-    needed_s = result.batch * _seconds_an_image(result) * engine.shards_in_flight
+    needed_s = batch_s(result.batch, _seconds_an_image(result), engine)
     if needed_s <= engine.shard_timeout_s:
         return None
     return (
         f"a batch of {result.batch} images takes about {duration(math.ceil(needed_s))} with "
-        f"{engine.shards_in_flight} shards in flight, and its worker would be restarted after "
+        f"{shards_in_flight(engine)} shards in flight, and its worker would be restarted after "
         f"{duration(math.ceil(engine.shard_timeout_s))}. Set engine.shard_timeout_s to at least "
         f"{math.ceil(2 * needed_s)}, or make batches smaller (batch)"
     )

@@ -1,5 +1,6 @@
 """The engine for debugging: the same worker, called in a loop in this process."""
 
+import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,13 @@ def run_inline(order: WorkOrder, tally: Tally, station: "Station | None" = None)
     worker.start()
     tally.begin()
     schedule = tally.schedule
-    while not schedule.is_empty():
-        taken = schedule.take(time.monotonic(), is_idle=True)
-        if taken is None:
-            time.sleep(min(schedule.wait_s(time.monotonic()), 1.0))
-            continue
-        tally.book(worker.run(taken.shard))
+    try:
+        while not schedule.is_empty():
+            taken = schedule.take(time.monotonic(), is_idle=True)
+            if taken is None:
+                time.sleep(min(schedule.wait_s(time.monotonic()), 1.0))
+                continue
+            tally.book(worker.run(taken.shard))
+    finally:
+        gc.unfreeze()  # this process goes on without the worker
     tally.end()

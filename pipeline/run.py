@@ -8,6 +8,7 @@ import gc
 import importlib
 import importlib.metadata
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,12 @@ from pipeline.metadata import metadata_kept
 from pipeline.run_log import kept_log
 from pipeline.schedule import Schedule
 from pipeline.tally import OnProgress, Tally, TallySnapshot, ignore_progress
-from pipeline.worker import WorkOrder
+from pipeline.worker import WorkOrder, that_fit
 from tasks.job import THUMBNAIL_PX, Job
 from tasks.run import ledger, manifest, run_json
 from tasks.run.lease import hold
 from tasks.run.metadata import write_metadata
-from tasks.run.prediction import read_prediction
+from tasks.run.prediction import drop_prediction_of_other, prediction_for, read_prediction
 from tasks.run.update import check_settings, plan_update
 from tasks.storage.files import exists, join
 from tasks.work.kinds import load_job, load_station, station_class
@@ -149,19 +150,22 @@ def _plan(
             f"{run_uri} holds what `refinery {held}` made; choose another folder for what "
             f"`refinery {config.job.kind}` makes"
         )
-    station = load_station(_as_begun(config.job, begun), "cpu")
+    config = settled(config, run_uri)
+    station = load_station(config.job, "cpu")
     hashes, declared = dict(station.hashes), station.declared
     resolution = station.generator.resolution
-    job = replace(config.job, output=station.job.output)
+    job = station.asked
     size = config.engine.shard_size
     if size == "auto":
-        size = manifest.read_shard_size(run_uri) if begun else auto_shard_size(resolution)
+        size = auto_shard_size(resolution)
     if update:
         check_settings(job, hashes, update)
         shards = plan_update(job, source, size, limit, update)
     else:
         shards = station_class(job.kind).plan(job, source, size, limit)
     with hold(run_uri, config.engine.if_busy):
+        if begun is None:
+            drop_prediction_of_other(run_uri, config.job)
         info = manifest.write_manifest(run_uri, shards, size)
         run = run_json.create_run(run_uri, job, info, hashes, code_version(), declared)
     planned = Plan(
@@ -180,12 +184,28 @@ def auto_shard_size(resolution: int) -> int:
     return max(1, manifest.SMALL_SHARD_SIZE * THUMBNAIL_PX // max(resolution, THUMBNAIL_PX))
 
 
-def _as_begun(job: J, begun: Mapping[str, Any] | None) -> J:
-    """The job with what a run that is there stores, where it does not say it."""
-    if begun is None or job.output.pictures != "auto":
-        return job
-    stored = tuple(begun["config"]["output"]["pictures"])
-    return replace(job, output=replace(job.output, pictures=stored))
+def settled(config: RunConfig[J], run_uri: str, *, with_chosen: bool = True) -> RunConfig[J]:
+    """What is left open of sizes and pictures as the run that is there began with it, or as
+    `refinery plan` has chosen it for one that begins.
+
+    Args:
+        with_chosen: the latter, too.
+    """
+    job, engine = config.job, config.engine
+    batch: Any = None
+    size: int | None = None
+    if begun := run_json.find_run(run_uri):
+        batch, size = begun["config"].get("batch"), manifest.read_shard_size(run_uri)
+        if job.output.pictures == "auto":
+            pictures = tuple(begun["config"]["output"]["pictures"])
+            job = replace(job, output=replace(job.output, pictures=pictures))
+    elif with_chosen and (said := prediction_for(run_uri, job)):
+        batch, size = said.batch, said.shard_size
+    if job.batch == "auto" and batch is not None:
+        job = replace(job, batch=batch)
+    if engine.shard_size == "auto" and size is not None:
+        engine = engine.model_copy(update={"shard_size": size})
+    return RunConfig(job=job, engine=engine)
 
 
 def run(
@@ -271,7 +291,7 @@ def _run(
                     memory_bytes=memory,
                 )
 
-            _work(order, engine, tally, station)
+            _work(order, _within_memory(engine, memory), tally, station)
     on_progress(tally.snapshot())
     return Outcome(
         run_uri=run_uri,
@@ -304,6 +324,30 @@ def _work(
     from pipeline.pool import run_on_ray
 
     run_on_ray(order, engine, tally)
+
+
+def _within_memory(engine: EngineConfig, memory_bytes: int) -> EngineConfig:
+    """With as many workers as `engine.memory_gb` allows, where they are left open and on CPUs."""
+    is_open = engine.kind == "ray" and engine.actors == "auto" and not engine.address
+    if engine.memory_gb == "auto" or not is_open or local_device() != "cpu":
+        return engine
+    actors = that_fit(places("cpu", engine), engine.memory_gb * 1e9, memory_bytes)
+    return engine.model_copy(update={"actors": actors})
+
+
+def places(device: str, engine: EngineConfig) -> int:
+    """Workers that a run would have on this machine, if memory allows."""
+    if engine.kind == "inline":
+        return 1
+    if engine.actors != "auto":
+        return engine.actors
+    if engine.address:  # the size of a cluster is not known here
+        return 1
+    if device == "cpu":
+        return max(len(os.sched_getaffinity(0)) // engine.threads, 1)
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def local_device() -> str:

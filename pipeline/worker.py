@@ -4,6 +4,7 @@ The same object is called in a loop by `pipeline.inline` and lives in a Ray acto
 `pipeline.pool`. torch is imported when work starts, not with this file.
 """
 
+import gc
 import logging
 import os
 import socket
@@ -112,6 +113,7 @@ class ShardWorker:
             AssetError: the weights are missing, or not those that the run was made with.
         """
         self._loaded()
+        gc.freeze()  # what is loaded stays: else each collection goes through it, with the GIL held
         return f"{socket.gethostname()}:{os.getpid()} {self.order.device}"
 
     def run(self, shard: int) -> ShardResult:

@@ -130,8 +130,9 @@ class Job:
         default="auto", metadata=ROUNDING | SINCE_3 | {"before": 16}
     )
     """Samples worked on together. It never changes a result by more than rounding, and a run may go
-    on with another: less of it needs less memory. "auto": 16 up to 256 px, then fewer, as memory
-    goes with the pixels: on a CPU 4 at 512 px and 1 at 1024 px, on a GPU four times as many."""
+    on with another: less of it needs less memory. "auto": the run's, which begins with what
+    `refinery plan` has chosen for it, else with 16 up to 256 px, then fewer, as memory goes with
+    the pixels: on a CPU 4 at 512 px and 1 at 1024 px, on a GPU four times as many."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the convolutions in generator and encoders. Codes, losses and images stay float32."""
     perceptual: str = "auto"

@@ -207,10 +207,10 @@ def _dry_run(
 ) -> int:
     from pipeline.config import load_config
     from pipeline.estimate import estimate
-    from pipeline.run import check_places
+    from pipeline.run import check_places, settled
 
-    settings = load_config(config, sets, methods)
     check_places(source, output)
+    settings = settled(load_config(config, sets, methods), output)
     console.print(estimate(source, settings, limit=limit, count=0))
     console.print(f"\n# The run would be written to {output} with this config:", highlight=False)
     console.print(settings.to_toml(), highlight=False, markup=False, soft_wrap=True)

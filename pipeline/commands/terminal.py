@@ -17,7 +17,8 @@ wrong; an error of ours; stopped by Ctrl-C or SIGTERM."""
 def _console(stream: TextIO, *, stderr: bool) -> Console:
     """A log file is not cut to 80 characters."""
     is_free = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(stderr=stderr, width=LOG_WIDTH if is_free else None)
+    # Names of files and keys may hold what rich takes for a picture, as :x:.
+    return Console(stderr=stderr, width=LOG_WIDTH if is_free else None, emoji=False)
 
 
 console = _console(sys.stdout, stderr=False)

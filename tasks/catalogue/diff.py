@@ -197,7 +197,7 @@ def _code_drift(session: Session, snapshots: dict[str, Snapshot]) -> list[Drift]
         for run in (_BEFORE, _AFTER)
     }
     was, now = codes[_BEFORE], codes[_AFTER]
-    if not len(was):
+    if not was.size or was.shape != now.shape:  # an index is a run whose rows hold none
         return []
     spreads = [np.linalg.norm(x - x.mean(0), axis=1).mean() for x in (was, now)]
     change = float(np.linalg.norm(now - was, axis=1).mean())

@@ -3,7 +3,7 @@
 import difflib
 from contextlib import suppress
 
-from models.errors import LedgerError
+from models.errors import LedgerError, RefineryError
 from tasks.storage.files import exists, join
 from tasks.storage.folders import list_folder
 
@@ -42,7 +42,7 @@ def find_runs(uri: str) -> dict[str, str]:
 def meant(uri: str) -> str:
     """For a message that there is no run: those right below, else the nearest name beside it."""
     parent, slash, name = uri.rstrip("/").rpartition("/")
-    with suppress(LedgerError):  # of the place itself is told, not of those about it
+    with suppress(RefineryError):  # of the place itself is told, not of those about it
         below = sorted(list_folder(uri)[0])[:MOST_TRIED]
         if found := [name for name in below if exists(join(uri, f"{name}/run.json"))]:
             return f"; below it are the runs {', '.join(found[:MOST_NAMED])}"

@@ -11,6 +11,7 @@ of metrics is one request for each 262,144 rows. What nobody but the machine rea
                 residuals/; null for a failed one
     code_at     where its code begins in the latents part, bytes; null where parts are older than
                 that layout (`tasks.run.parts`)
+    sketch      of an index: of the row's vector (`tasks.run.vectors`); null for a failed one
 
 A reader lists commits/ and metadata/. A shard whose marker is the one that a metadata file was made
 from is read there, any other from its part. So the answer is the present one while workers commit,
@@ -37,7 +38,8 @@ import pyarrow.parquet as pq
 from models.cache import cache_folder
 from models.errors import LedgerError
 from tasks.run import ledger, run_json
-from tasks.run.marker import Marker
+from tasks.run.marker import Marker, Part
+from tasks.run.vectors import codes_of, open_vectors
 from tasks.storage.files import file_info, join, list_files, list_times, open_write, remove
 from tasks.storage.footer import read_footer
 from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
@@ -50,8 +52,10 @@ EVERY = 64
 GROUP_ROWS = 2**18
 FOOTER_BYTES = 2**20
 READERS = 16
-FAMILIES = (("sample_key",), ("image_uri", "image_sha256", "error", "seed"))
+SKETCH = "sketch"
+FAMILIES = (("image_uri", "image_sha256", "error", "seed"), ("sample_key",), (), (SKETCH,))
 """Columns that lie together; the others, all numbers or of few values, are the third family."""
+_OTHERS = FAMILIES.index(())
 PLACES = ("shard", "position", "code_at")
 _FEW_VALUES = ("status", "error_kind", "method", "run_id")
 
@@ -254,6 +258,8 @@ def _open_segment(uri: str, size: int) -> tuple[Segment, dict[int, tuple[str, in
             assert isinstance(marker, Marker)
             held[int(shard)] = marker
         codes = _layout(values)
+        if SKETCH not in footer.schema.names and any("vectors" in m.parts for m in held.values()):
+            raise ValueError("of an index, without sketches")
     except (KeyError, ValueError, zlib.error) as error:
         raise LedgerError(
             f"{uri}: not a metadata file ({type(error).__name__}: {error}); delete it: it is made "
@@ -284,7 +290,7 @@ def _regions(footer: pq.FileMetaData) -> Iterator[Region]:
 
 
 def _family(column: str) -> int:
-    return next((n for n, names in enumerate(FAMILIES) if column in names), len(FAMILIES))
+    return next((n for n, names in enumerate(FAMILIES) if column in names), _OTHERS)
 
 
 def _layout(metadata: Mapping[bytes, bytes]) -> CodeLayout:
@@ -305,7 +311,9 @@ def part_rows(run_uri: str, marker: Marker) -> pa.Table:
         codes = file.schema_arrow.field("w_plus")
         table = file.read([name for name in file.schema_arrow.names if name != codes.name])
     is_ok = np.array([status == "ok" for status in table["status"].to_pylist()], bool)
-    is_ok &= "vectors" not in marker.parts  # an index has those, and no codes
+    if "vectors" in marker.parts:  # an index has those, and no codes
+        sketches = _sketches(run_uri, marker.parts["vectors"], is_ok)
+        table, is_ok = table.append_column(SKETCH, sketches), np.zeros_like(is_ok)
     position = np.cumsum(is_ok) - 1
     places = {
         "shard": pa.array(np.full(table.num_rows, marker.shard, np.int32)),
@@ -319,6 +327,16 @@ def part_rows(run_uri: str, marker: Marker) -> pa.Table:
     shape = json.loads(codes.metadata[b"shape"])
     text = json.dumps({"shape": shape, "dtype": codes.type.value_type.to_pandas_dtype().__name__})
     return table.replace_schema_metadata({"codes": text})
+
+
+def _sketches(run_uri: str, part: Part, is_ok: np.ndarray) -> pa.Array:
+    """Of an index's part, at the rows that have one."""
+    given = codes_of(open_vectors(run_uri, part), SKETCH)
+    found = np.zeros((len(is_ok), given.shape[1]), np.uint8)
+    found[is_ok] = given
+    kind = pa.binary(given.shape[1])
+    is_there = pa.py_buffer(np.packbits(is_ok, bitorder="little"))
+    return pa.Array.from_buffers(kind, len(found), [is_there, pa.py_buffer(found)])
 
 
 def open_part(uri: str, size: int) -> pq.ParquetFile:
@@ -495,7 +513,9 @@ def _writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         file,
         schema.with_metadata(None),
-        compression="zstd",
+        compression={  # type: ignore[arg-type]  # a name for each column is allowed too
+            name: "none" if name == SKETCH else "zstd" for name in schema.names
+        },
         use_dictionary=list(_FEW_VALUES),  # type: ignore[arg-type]  # columns are allowed here too
         column_encoding=encodings,
     )

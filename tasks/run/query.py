@@ -151,6 +151,9 @@ def _nearest(session: Session, error: duckdb.Error) -> str:
     if unknown and isinstance(error, duckdb.BinderException | duckdb.CatalogException):
         columns = session.columns()
         is_view = unknown[1].startswith("Table")
+        having = sorted(view for view, names in columns.items() if unknown[2] in names)
+        if having and not is_view:
+            return f"; it is a column of {', '.join(having)}. Views: {views}"
         known = columns if is_view else {name for names in columns.values() for name in names}
         for found in difflib.get_close_matches(unknown[2], known, 1, 0.5):
             return f"; did you mean {found!r}? Views: {views}"

@@ -18,7 +18,7 @@ from tasks.job import Job
 from tasks.run.find import meant
 from tasks.run.identity import VERSION, contents, identity_digest, make_identity
 from tasks.run.records import RUN_RECORD, Count, parse
-from tasks.storage.files import exists, find_bytes, join, write_bytes
+from tasks.storage.files import find_bytes, join, write_bytes
 from tasks.storage.once import create_bytes
 
 if TYPE_CHECKING:
@@ -148,16 +148,13 @@ def read_run(run_uri: str) -> dict[str, Any]:
     Raises:
         LedgerError: there is no run at this place, or its run.json is damaged.
     """
-    uri = join(run_uri, "run.json")
-    data = find_bytes(uri)
-    if data is None:
+    found = find_run(run_uri)
+    if found is None:
         raise LedgerError(
             f"{run_uri}: no run here (run.json is missing){meant(run_uri)}; give the folder that "
             "`refinery invert IN OUT` wrote as OUT"
         )
-    advice = "restore it from a copy, or start again in another output folder"
-    record = parse(RUN_RECORD, data, uri, newest=VERSION, advice=advice)
-    return {"declared": None, "num_samples": None, **record}
+    return found
 
 
 def find_run(run_uri: str) -> dict[str, Any] | None:
@@ -166,7 +163,13 @@ def find_run(run_uri: str) -> dict[str, Any] | None:
     Raises:
         LedgerError: its run.json is damaged.
     """
-    return read_run(run_uri) if exists(join(run_uri, "run.json")) else None
+    uri = join(run_uri, "run.json")
+    data = find_bytes(uri)
+    if data is None:
+        return None
+    advice = "restore it from a copy, or start again in another output folder"
+    record = parse(RUN_RECORD, data, uri, newest=VERSION, advice=advice)
+    return {"declared": None, "num_samples": None, **record}
 
 
 def read_declared(run_uri: str) -> Declared:

@@ -17,8 +17,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, Float32, UInt8
@@ -29,21 +29,25 @@ from threadpoolctl import threadpool_limits
 from models.errors import LedgerError
 from tasks.run.marker import Part
 from tasks.storage.files import (
-    exists,
+    find_bytes,
     is_local,
     join,
     local_path,
     open_filesystem,
-    read_bytes,
     write_bytes,
 )
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import PartFile, part_errors, read_range
+
+if TYPE_CHECKING:
+    import faiss  # only sketches need it here, and most readers do not
 
 PROJECTION = "projection.safetensors"
 ZERO = 128
 """The code of a value of zero."""
 NPY_HEADER = 128
 """Bytes before the first row of a file of `np.save`."""
+GAP_BYTES = 2**14
+"""Rows of an object store that begin nearer to each other are one request."""
 REACH = 0.9995
 """Share of the sample's values, in the widest direction, that is not cut."""
 FEWEST = 1024
@@ -73,6 +77,8 @@ class Projection:
         reach = np.quantile(np.abs(along), REACH, axis=0).max(initial=0.0)
         step = max(float(reach), 1e-12) / 127
         pairs = paired(along / np.float32(step))
+        import faiss
+
         # One thread, as sums split over threads round differently.
         with threadpool_limits(1, "openmp"):
             quantizer = faiss.ProductQuantizer(pairs.shape[1], pairs.shape[1] // 2, 4)
@@ -82,7 +88,13 @@ class Projection:
 
     def project(self, vectors: Float32[np.ndarray, "N E"]) -> Float32[np.ndarray, "N P"]:
         """In units of the codes, about `ZERO` less; not rounded."""
-        return (vectors - self.mean) @ self.component.T / np.float32(self.step)
+        per_code, centre = self._along
+        return vectors @ per_code - centre
+
+    @cached_property
+    def _along(self) -> tuple[Float32[np.ndarray, "E P"], Float32[np.ndarray, " P"]]:
+        per_code = np.ascontiguousarray(self.component.T / np.float32(self.step))
+        return per_code, self.mean @ per_code
 
     def encode(self, vectors: Float32[np.ndarray, "N E"]) -> dict[str, np.ndarray]:
         """`code` uint8 [N P] and `sketch` uint8 [N, M / 2]."""
@@ -93,8 +105,10 @@ class Projection:
         return {"code": along.astype(np.uint8), "sketch": sketch}
 
     @cached_property
-    def quantizer(self) -> faiss.ProductQuantizer:
+    def quantizer(self) -> "faiss.ProductQuantizer":
         """Of the sketches; it takes what `paired` gives."""
+        import faiss
+
         pairs = len(self.centroids)
         quantizer = faiss.ProductQuantizer(2 * pairs, pairs, 4)
         faiss.copy_array_to_vector(self.centroids.reshape(-1), quantizer.centroids)
@@ -115,10 +129,11 @@ class Projection:
             LedgerError: it is damaged, or of an earlier version.
         """
         uri = join(run_uri, PROJECTION)
-        if not exists(uri):
+        data = find_bytes(uri)
+        if data is None:
             return None
         try:
-            found = load(read_bytes(uri, LedgerError))
+            found = load(data)
             step = float(found.pop("step")[0])
             return Projection(
                 **{name: found[name] for name in ("mean", "component", "centroids")}, step=step
@@ -160,30 +175,31 @@ def open_vectors(run_uri: str, part: Part) -> pa.Table:
 
 
 def codes_of(table: pa.Table, name: str = "code") -> UInt8[np.ndarray, "N P"]:
-    """The codes, or sketches, of `open_vectors`, without a copy."""
+    """The codes, or sketches, of `open_vectors` or a metadata file, without a copy."""
     (column,) = table[name].chunks
-    flat = column.flatten()
-    # Not `to_numpy`, which loads pandas: 0.3 s of a first answer.
-    values = np.frombuffer(flat.buffers()[1], np.uint8, len(flat), flat.offset)
-    return values.reshape(len(column), column.type.list_size)
+    is_list = pa.types.is_fixed_size_list(column.type)
+    width = column.type.list_size if is_list else column.type.byte_width
+    # Neither `to_numpy`, which loads pandas, nor `flatten`, which loads pyarrow.compute.
+    data, size = column.buffers()[-1], len(column) * width
+    return np.frombuffer(data, np.uint8, size, column.offset * width).reshape(-1, width)
 
 
 class Exact:
     """The exact vectors of an index's parts, of which single rows are read: mapped where the index
-    is local, else one request for each row, all at once.
+    is local, else one request for each row and its near neighbours, all at once.
 
     Args:
         parts: of kind "exact".
     """
 
     def __init__(self, run_uri: str, parts: Sequence[Part]) -> None:
-        self._run_uri, self._parts = run_uri, parts
+        self._run_uri, self.parts = run_uri, parts
         self._mapped: dict[int, np.ndarray] = {}
 
     @property
     def size(self) -> int:
         """E."""
-        return self._row_bytes(self._parts[0]) // 2
+        return self._row_bytes(self.parts[0]) // 2
 
     def take(self, parts: np.ndarray, rows: np.ndarray) -> Float16[np.ndarray, "M E"]:
         """Row `rows[m]` of part `parts[m]`.
@@ -202,25 +218,30 @@ class Exact:
         for at in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1) if len(rows) else ():
             part = int(parts[at[0]])
             if part not in self._mapped:
-                path = local_path(join(self._run_uri, self._parts[part].path))
+                path = local_path(join(self._run_uri, self.parts[part].path))
                 self._mapped[part] = np.asarray(np.load(path, mmap_mode="r"))
             found[at] = self._mapped[part][rows[at]]
         return found
 
     def _fetched(self, parts: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        places = [
-            (self._parts[part], int(row)) for part, row in zip(parts.tolist(), rows, strict=True)
-        ]
+        length, order = 2 * self.size, np.lexsort([rows, parts])
+        part, row = parts[order], rows[order]
+        is_near = (np.diff(part) == 0) & (np.diff(row) * length <= GAP_BYTES)
+        blocks = np.split(np.arange(len(row)), np.flatnonzero(~is_near) + 1) if len(row) else []
         filesystem, root = open_filesystem(self._run_uri)
-        length = 2 * self.size
-        starts = [NPY_HEADER + row * length for _, row in places]
-        found = filesystem.cat_ranges(
-            [f"{root}/{part.path}" for part, _ in places],
-            starts,
-            [start + length for start in starts],
-            on_error="raise",
+        paths = [self.parts[int(part[block[0]])].path for block in blocks]
+        starts = [NPY_HEADER + int(row[block[0]]) * length for block in blocks]
+        stops = [NPY_HEADER + int(row[block[-1]] + 1) * length for block in blocks]
+        read = filesystem.cat_ranges(
+            [f"{root}/{path}" for path in paths], starts, stops, on_error="return"
         )
-        return np.frombuffer(b"".join(found), np.float16).reshape(len(rows), -1)
+        found = np.empty((len(rows), self.size), np.float16)
+        for block, path, start, stop, data in zip(blocks, paths, starts, stops, read, strict=True):
+            if isinstance(data, Exception) or len(data) != stop - start:
+                data = read_range(join(self._run_uri, path), start, stop)  # which asks again
+            near: np.ndarray = np.frombuffer(data, np.float16).reshape(-1, self.size)
+            found[order[block]] = near[row[block] - row[block[0]]]
+        return found
 
     def _row_bytes(self, part: Part) -> int:
         return (part.bytes - NPY_HEADER) // part.rows

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from models.errors import LedgerError
 from tasks.run.large import KINDS, LargeColumn, filled, find_large, holds_places, quoted
-from tasks.run.metadata import PLACES, Segment, Snapshot
+from tasks.run.metadata import PLACES, SKETCH, Segment, Snapshot
 from tasks.run.passing import named_tables, used_columns
 from tasks.run.tables import runs_table, shards_table
 from tasks.storage.files import is_local, join, local_path
@@ -33,7 +33,7 @@ from tasks.storage.part_files import Fetched, PartFiles
 
 FIRST = ("sample_key", "image_uri", "image_sha256", "status", "error_kind", "error", "method")
 LAST = ("seed", "run_id", "shard", "run")
-_HIDDEN = (*PLACES[1:], "run_number")
+_HIDDEN = (*PLACES[1:], SKETCH, "run_number")
 _THREADS = 16
 """Of a session over an object store, whose threads wait more than they compute."""
 _NEAREST = """

@@ -5,8 +5,9 @@
 
 A filter comes first, and only what it keeps is scanned; the scan is of 8-bit codes, exact over all
 rows, or, in a large index that is asked again and again, of those that are nearest by their
-sketches; the best of it are ordered by the exact vectors. The index may still be growing: what is
-committed when it is opened is what is searched.
+sketches. Of an index on an object store the sketches alone are fetched and scanned. The best of it
+are ordered by the exact vectors. The index may still be growing: what is committed when it is
+opened is what is searched.
 
 Legend: Q queries, E values of a vector, P bytes of a code, R rows.
 """
@@ -15,23 +16,26 @@ import difflib
 import itertools
 import re
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float16, Float32, Int64, UInt8
 
 from models.errors import ConfigError, LedgerError
+from tasks.run.marker import Part
 from tasks.run.metadata import read_markers
-from tasks.run.run_json import read_run
+from tasks.run.run_json import find_run, read_run
 from tasks.run.vectors import Exact, Projection, codes_of, default_index, open_vectors
+from tasks.similar.fetched import read_index
 from tasks.similar.scan import Stretch, scan, squared_distances
 from tasks.similar.sketch import Sketches
-from tasks.storage.files import exists, join
+from tasks.storage.files import is_local
 
 if TYPE_CHECKING:
     import duckdb  # only a filter and a wrong key need it: 80 ms of a command
@@ -61,34 +65,58 @@ def open_index(index_uri: str, run_uri: str | None = None) -> "Index":
         LedgerError: there is no index, nothing of it is committed, or a part is damaged.
         ConfigError: it is no index, or one of another run or generator.
     """
-    if not exists(join(index_uri, "run.json")):
+    if is_local(index_uri):
+        record = _checked_record(index_uri, run_uri)
+        parts = [m.parts for m in read_markers(index_uri).values() if "vectors" in m.parts]
+        projection = Projection.read(index_uri)
+        tables = open_parts(index_uri, [part["vectors"] for part in parts])
+    else:
+        with ThreadPoolExecutor(READERS) as pool:
+            checked = pool.submit(_checked_record, index_uri, run_uri)
+            fitted = pool.submit(Projection.read, index_uri)
+            found = pool.submit(read_index, index_uri)
+            record, projection = checked.result(), fitted.result()
+            snapshot, tables = found.result()
+        parts = [m.parts for m in snapshot.markers.values() if "vectors" in m.parts]
+    if not parts or projection is None:
+        raise LedgerError(
+            f"{index_uri}: nothing is indexed yet; run `refinery index` again, which finishes it"
+        )
+    return Index(
+        uri=index_uri,
+        source=record["config"]["source"],
+        space=record["config"]["space"],
+        projection=projection,
+        tables=tables,
+        parts=[part["vectors"] for part in parts],
+        exact=Exact(index_uri, [part["exact"] for part in parts]),
+    )
+
+
+def open_parts(index_uri: str, parts: Sequence[Part]) -> list[pa.Table]:
+    """Parts of vectors, all at once.
+
+    Raises:
+        LedgerError: one is missing or damaged.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(partial(open_vectors, index_uri), parts))
+
+
+def _checked_record(index_uri: str, run_uri: str | None) -> dict[str, Any]:
+    """run.json of an index, of the given run."""
+    record = find_run(index_uri)
+    if record is None:
         raise LedgerError(
             f"{index_uri}: no index here; make it with `{_command(index_uri, run_uri or 'RUN')}`"
         )
-    record = read_run(index_uri)
-    config = record["config"]
-    if "space" not in config:
+    if "space" not in record["config"]:
         raise ConfigError(
             f"{index_uri} is a run, not an index; `refinery index {index_uri}` makes one of it"
         )
     if run_uri is not None:
         _check_source(index_uri, record, run_uri)
-    parts = [m.parts for m in read_markers(index_uri).values() if "vectors" in m.parts]
-    projection = Projection.read(index_uri)
-    if not parts or projection is None:
-        raise LedgerError(
-            f"{index_uri}: nothing is indexed yet; run `refinery index` again, which finishes it"
-        )
-    with ThreadPoolExecutor(READERS) as pool:
-        tables = list(pool.map(lambda part: open_vectors(index_uri, part["vectors"]), parts))
-    return Index(
-        uri=index_uri,
-        source=config["source"],
-        space=config["space"],
-        projection=projection,
-        tables=tables,
-        exact=Exact(index_uri, [part["exact"] for part in parts]),
-    )
+    return record
 
 
 def _command(index_uri: str, run_uri: str) -> str:
@@ -124,7 +152,8 @@ class Index:
     Attributes:
         source: the run.
         space: of `tasks.work.spaces`.
-        tables: sample_key, scores and codes of each part.
+        tables: sample_key, scores and sketches of each part; its codes, too, where they are mapped.
+        parts: of vectors, with the codes.
         exact: the vectors of the same rows.
     """
 
@@ -133,13 +162,16 @@ class Index:
     space: str
     projection: Projection
     tables: Sequence[pa.Table]
+    parts: Sequence[Part]
     exact: Exact
 
     def __post_init__(self) -> None:
         sizes = [table.num_rows for table in self.tables]
         self._starts = np.array([0, *itertools.accumulate(sizes)], np.int64)
-        self._codes = [codes_of(table) for table in self.tables]
-        self._rows = [table.drop_columns(["sketch", "code"]) for table in self.tables]
+        names = self.tables[0].column_names
+        self._has_codes = "code" in names
+        rows = [name for name in names if name not in ("sketch", "code")]
+        self._rows = [table.select(rows) for table in self.tables]
         self._sketches: Sketches | None = None
         self._scanned = 0
         self._labels: pa.Table | None = None
@@ -220,7 +252,11 @@ class Index:
         return pa.concat_tables(found or [self._rows[0].slice(0, 0)]).combine_chunks()
 
     def codes(self, first: int, stop: int) -> np.ndarray:
-        """uint8 [stop - first, P] of consecutive rows."""
+        """uint8 [stop - first, P] of consecutive rows.
+
+        Raises:
+            LedgerError: they have to be fetched, and a part is missing or damaged.
+        """
         parts = [
             codes[max(0, first - start) : max(0, stop - start)]
             for start, codes in zip(self._starts, self._codes, strict=False)
@@ -232,24 +268,40 @@ class Index:
     def _candidates(
         self, queries: Float32[np.ndarray, "Q P"], keep: int, where: str | None
     ) -> Int64[np.ndarray, "Q R"]:
-        """The nearest rows by their codes; -1 where there are fewer."""
-        sketches = None if where is not None else self._packed(len(queries))
-        if sketches is not None:
+        """About the nearest rows; -1 where there are fewer."""
+        kept = None if where is None else self._filtered(where)
+        if kept is not None and not len(kept):
+            return np.full((len(queries), 1), -1)
+        sketches = self._packed(len(queries), kept)
+        if sketches is None:
+            _, rows = scan(self._stretches(self._codes, kept), queries, keep)
+        elif self._has_codes:
             return self._shortlisted(sketches, queries, keep)
-        stretches, kept = self._stretches(where)
-        _, rows = scan(stretches, queries, keep)
-        if kept is not None and len(kept):
-            rows = np.where(rows < 0, -1, kept[rows.clip(0)])
-        return rows
+        else:
+            rows = sketches.nearest(queries, keep)
+        return rows if kept is None else np.where(rows < 0, -1, kept[rows.clip(0)])
 
-    def _packed(self, questions: int) -> Sketches | None:
-        """The sketches, once so much was asked of a large index that packing them pays."""
+    @cached_property
+    def _codes(self) -> list[UInt8[np.ndarray, "N P"]]:
+        tables = self.tables if self._has_codes else open_parts(self.uri, self.parts)
+        return [codes_of(table) for table in tables]
+
+    def _packed(self, questions: int, kept: np.ndarray | None) -> Sketches | None:
+        """The sketches of all rows or of some, where no codes are at hand; of all, too, once so
+        much was asked of a large index that packing them pays."""
+        if kept is not None and self._has_codes:
+            return None
         with self._packing:
             self._scanned += questions
-            if self._sketches is None and len(self) >= SKETCHED and self._scanned > SCANNED:
-                parts = [codes_of(table, "sketch") for table in self.tables]
-                self._sketches = Sketches(self.projection, parts)
-            return self._sketches
+            is_asked_much = len(self) >= SKETCHED and self._scanned > SCANNED
+            is_needed = is_asked_much or not self._has_codes
+            if kept is None and (self._sketches is not None or not is_needed):
+                return self._sketches
+            parts = [codes_of(table, "sketch") for table in self.tables]
+            packed = Sketches(self.projection, [c for _, c in self._stretches(parts, kept)])
+            if kept is None:
+                self._sketches = packed
+            return packed
 
     def _shortlisted(
         self, sketches: Sketches, queries: Float32[np.ndarray, "Q P"], keep: int
@@ -291,20 +343,19 @@ class Index:
             raise ConfigError("query: a vector has values that are not finite")
         return vectors
 
-    def _stretches(self, where: str | None) -> tuple[list[Stretch], np.ndarray | None]:
-        """What is to be scanned; under a filter also the index's row of each row of that."""
-        if where is None:
-            return list(zip(self._starts.tolist(), self._codes, strict=False)), None
-        kept = self._filtered(where)
+    def _stretches(self, parts: Sequence[np.ndarray], kept: np.ndarray | None) -> list[Stretch]:
+        """What is kept of codes or sketches."""
+        if kept is None:
+            return list(zip(self._starts.tolist(), parts, strict=False))
+        found = np.empty((len(kept), parts[0].shape[1]), np.uint8)
         cuts = np.searchsorted(kept, self._starts)
-        codes = [
-            (int(first), codes[kept[first:stop] - start])
-            for first, stop, start, codes in zip(
-                cuts[:-1], cuts[1:], self._starts, self._codes, strict=False
-            )
-            if stop > first
-        ]
-        return codes, kept
+        for part in np.flatnonzero(np.diff(cuts)):
+            some = slice(cuts[part], cuts[part + 1])
+            rows = kept[some] - self._starts[part]
+            parts[int(part)].take(
+                rows, 0, found[some], "clip"
+            )  # "raise", the default, copies twice
+        return [(0, found)]
 
     def _filtered(self, where: str) -> np.ndarray:
         """Rows that a condition keeps, ascending; those of the latest condition are remembered."""
@@ -313,8 +364,10 @@ class Index:
             return known[1]
         import duckdb
 
+        if not where.strip():
+            raise ConfigError("where: the condition is empty; expected one, or no --where")
         try:
-            found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n) ORDER BY 1')
+            found = self._sql(f'SELECT "row number" FROM samples WHERE ({where}\n)')
         except duckdb.Error as error:
             unknown = re.search(r'column "([^"]+)"', str(error))
             near = difflib.get_close_matches(unknown[1] if unknown else "", self._columns, 1, 0.5)
@@ -323,7 +376,7 @@ class Index:
                 f"{f'did you mean {near[0]!r}? ' if near else ''}columns: "
                 f"{', '.join(self._columns)}"
             ) from error
-        kept = found["row number"].to_numpy()
+        kept = np.sort(found["row number"].to_numpy())
         self._kept = where, kept
         return kept
 
@@ -351,15 +404,17 @@ class Index:
         apart = pa.Array.from_buffers(pa.float32(), len(order), buffers)
         found = found.add_column(1, "distance", apart)
         if leave_out:
-            keys = found["sample_key"].to_pylist()
-            found = found.filter(pa.array([key not in leave_out for key in keys], pa.bool_()))
+            keys = enumerate(found["sample_key"].to_pylist())
+            others = [found.slice(row, 1) for row, key in keys if key not in leave_out]
+            found = pa.concat_tables(others or [found.slice(0, 0)]).combine_chunks()
         found = found.slice(0, k)
         return found if self._labels is None else _joined(found, self._labels)
 
     def _row_of(self, key: str) -> int:
         for start, table in zip(self._starts, self._rows, strict=False):
-            at = pc.index(table["sample_key"], key).as_py()
-            if at >= 0:
+            keys = table["sample_key"]  # in order; `pyarrow.compute` would load longer
+            at = bisect_left(range(len(keys)), key, key=lambda row: keys[row].as_py())
+            if at < len(keys) and keys[at].as_py() == key:
                 return int(start) + at
         near = self._sql(
             "SELECT sample_key FROM samples "

@@ -28,7 +28,8 @@ def of_file(index: Index, path: str) -> Float32[np.ndarray, "1 E"]:
             if path.endswith(".json")
             else np.load(io.BytesIO(data), allow_pickle=False)
         )
-        found = np.asarray(values, np.float32).reshape(1, -1)
+        with np.errstate(over="ignore"):  # not finite is refused later
+            found = np.asarray(values, np.float32).reshape(1, -1)
     except (ValueError, TypeError, EOFError) as error:
         raise ConfigError(
             f"vector {path}: cannot be read ({error}); expected numbers, .npy or .json"

@@ -42,6 +42,10 @@ class Attempt:
         self.rows: list[Row] = []
         self.notes: list[str] = []
 
+    def rows_until(self, last: Row) -> int:
+        """Rows up to that one, those included that have failed in between."""
+        return next(n for n in range(len(self.rows), 0, -1) if self.rows[n - 1] is last)
+
     def commit(self, layout: Layout, device: torch.device) -> Marker:
         """Write the parts, then the marker.
 

@@ -60,7 +60,9 @@ def do_shard(
         each = pool.map if station.layout.pictures else map
 
         def worked() -> Iterator[Callable[[], tuple[int, int]]]:
-            read = ((batch, len(attempt.rows)) for batch in station.read(attempt, pool))
+            read = (
+                (batch, attempt.rows_until(batch.rows[-1])) for batch in station.read(attempt, pool)
+            )
             for batch, rows in ahead(read):
                 with lock or nullcontext():
                     crash_point("in_work", spec.id)

@@ -3,6 +3,7 @@ its end, and has the invariants looked at."""
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from tasks.storage.crash import POINTS
 from tests.chaos.invariants import check_exit, check_processes, check_run
 from tests.chaos.proxy import Weather
 from tests.chaos.scarcity import Scarcity, can_be_scarce
-from tests.chaos.site import Driver, Site
+from tests.chaos.site import PATIENCE_S, Driver, Site
 from tests.e2e.small_dataset import NUM_SHARDS
 from tests.processes import named, send, wait_for
 
@@ -343,9 +344,9 @@ def poison_picture(trial: Trial) -> None:
 # ---------------------------------------------------------------------------- Ray
 
 
-def _with_worker(trial: Trial) -> Driver:
+def _with_worker(trial: Trial, *sets: str) -> Driver:
     """A driver with a Ray of its own, some time after its worker has come."""
-    driver = trial.start(*RAY, "engine.max_attempts=6")
+    driver = trial.start(*RAY, "engine.max_attempts=6", *sets)
     wait_for(
         lambda: named(driver.pid, "ray::PoolActor") or not driver.process.is_alive(),
         300,
@@ -356,13 +357,24 @@ def _with_worker(trial: Trial) -> Driver:
 
 
 def worker_out_of_memory(trial: Trial) -> None:
-    """The kernel's out-of-memory killer ends the worker; Ray starts another one."""
+    """The kernel's out-of-memory killer ends the worker. Ray starts another one, which has enough;
+    or all that come die, until the command gives up and says why."""
+    is_lasting = trial.dice.random() < 0.4
     with Scarcity(trial.mark) as scarcity:
-        driver = _with_worker(trial)
-        for pid in named(driver.pid, "ray::PoolActor"):
-            scarcity.put(pid)
-        code = trial.expect(driver, 0, 2)
-        trial.hits += scarcity.kills
+        driver = _with_worker(trial, "engine.patience_s=30")
+        scarcity.put(*named(driver.pid, "ray::PoolActor"))
+        deadline = time.monotonic() + PATIENCE_S
+        while is_lasting and driver.process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+            scarcity.put(*named(driver.pid, "ray::PoolActor"))
+        code = trial.expect(driver, 0, 1, 2)
+        kills = scarcity.kills
+    trial.hits += kills
+    is_told = re.search("worker.* died|no worker came up", " ".join(driver.said.split()))
+    if is_lasting and kills and (code not in (1, 2) or not is_told):
+        trial.problems.append(f"exit code {code} after {kills} deaths: {driver.said[-300:]}")
+    elif code == 1 and not is_lasting:
+        trial.problems.append(f"a shard was given up after {kills} deaths: {driver.said[-300:]}")
     _look(trial, driver, code)
 
 

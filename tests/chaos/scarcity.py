@@ -40,10 +40,11 @@ class Scarcity:
         with suppress(OSError):  # somebody in it has not ended yet
             self.folder.rmdir()
 
-    def put(self, pid: int) -> None:
-        """From now on what the process allocates counts."""
-        with suppress(ProcessLookupError):
-            (self.folder / "cgroup.procs").write_text(str(pid))
+    def put(self, *pids: int) -> None:
+        """From now on what these processes allocate counts."""
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                (self.folder / "cgroup.procs").write_text(str(pid))
 
     @property
     def kills(self) -> int:

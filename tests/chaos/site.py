@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,8 @@ class Site:
     count: int = 0
 
     @staticmethod
-    def make(folder: Path, server: S3Server | None = None) -> "Site":
-        """Data set, S3 server (moto's by default), proxy, and a run of each kind that nothing
-        happens to."""
+    def make(folder: Path) -> "Site":
+        """Data set, moto's S3 server, proxy, and a run of each kind that nothing happens to."""
         generator = make_tiny_generator()
         pictures = [make_picture_bytes(seed) for seed in range(8)]
         dataset = write_dataset(folder / "dataset", generator, pictures)
@@ -130,7 +129,7 @@ class Site:
         modules += ["pipeline.config", "pipeline.edit", "tasks.report.page", "tasks.verify.run"]
         modules += [f"tasks.work.{name}" for name in (*KINDS, "station")]
         context.set_forkserver_preload(modules)
-        server = server or S3Server()
+        server = S3Server()
         os.environ.update(server.environment)  # the invariants look past the proxy
         site = Site(folder, dataset, context, server, FaultProxy(server.endpoint))
         site.start("invert", str(folder / "first")).end()  # the fork server loads PyTorch
@@ -147,6 +146,11 @@ class Site:
             assert code == 0, f"the undisturbed {kind} ended with {code}: {driver.said}"
             self.calm[kind], self.calm_s[kind] = run, time.monotonic() - began
         return self.calm[kind]
+
+    def at(self, server: S3Server) -> "Site":
+        """The same before another server, with a proxy of its own."""
+        os.environ.update(server.environment)
+        return replace(self, server=server, proxy=FaultProxy(server.endpoint))
 
     def close(self) -> None:
         self.proxy.close()

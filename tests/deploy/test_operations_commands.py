@@ -43,20 +43,20 @@ ELSEWHERE = {
 FACES = "s3://refinery/runs/faces"
 HERE = {
     "refinery plan s3://pictures/faces --method e4e": "images 12 bytes",
-    f"refinery invert s3://pictures/faces {FACES} --method e4e": "12 in 6 shards, 1 failed",
-    f"refinery status {FACES}": "6 of 6 committed, 0 pending rows 12 of 12 failed rows 1",
+    f"refinery invert s3://pictures/faces {FACES} --method e4e": "12 in 3 shards, 1 failed",
+    f"refinery status {FACES}": "3 of 3 committed, 0 pending rows 12 of 12 failed rows 1",
     f"refinery verify {FACES}": "clean",
     f'refinery query {FACES} "SELECT error_kind, count(*) FROM latents GROUP BY ALL"': "decode │ 1",
     f"refinery report {FACES}": "report.html",
     f"refinery retry {FACES}": "1 failed this time 0 rows",
-    f"refinery retry {FACES} --failed": "1 failed this time 2 rows",
-    f"refinery retry {FACES} --where \"error_kind = 'read'\"": "0 failed this time 2 rows",
+    f"refinery retry {FACES} --failed": "1 failed this time 4 rows",
+    f"refinery retry {FACES} --where \"error_kind = 'read'\"": "0 failed this time 4 rows",
     f"refinery invert s3://pictures/faces {FACES}-2 --method e4e --update {FACES}": "1 in 1 shards",
     f"refinery plan s3://pictures/faces {FACES} --config deploy/nightly.toml"
     " --price-per-hour 2.5": "images 13 bytes",
     f"refinery gc {FACES}": "0 files removed",
     f'refinery query {FACES} "SELECT * FROM shards"': "committed",
-    f"refinery compact {FACES}": "12 files before, 2 now",
+    f"refinery compact {FACES}": "6 files before, 2 now",
 }
 """What each says. Those that stand within sentences come last."""
 
@@ -86,9 +86,10 @@ def test_runs_on_one_machine(
     # The bundled encoder takes minutes here: the small generator instead.
     not_ours = ("--method", "e4e", "--config", "deploy/nightly.toml")
     inline = ["--set", "engine.kind=inline"]
+    small = ["--config", dataset.config, *inline, "--set", "engine.shard_size=4"]
     ours = {
-        "plan": ["--config", dataset.config, *inline],
-        "invert": ["--config", dataset.config, *inline, "--no-flow"],
+        "plan": [*small, "--probe", "2"],
+        "invert": [*small, "--no-flow"],
         "retry": inline,
     }
     # What has happened to the bucket when a command is given.

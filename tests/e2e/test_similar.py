@@ -4,14 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from s3fs import S3FileSystem
 
 from models.losses.clip import load_clip
 from models.losses.identity import load_identity
@@ -22,11 +20,14 @@ from tasks.run.ledger import read_markers
 from tasks.run.query import query
 from tasks.similar import Index, open_index
 from tasks.similar.duplicates import duplicates, spread
-from tasks.storage.files import read_bytes
+from tasks.storage.files import list_files, read_bytes, write_bytes
 from tasks.work.device import to_images
 from tests.conftest import make_tiny_generator
 from tests.e2e.small_dataset import Dataset, index_inline, run_inline
 from tests.models.losses.test_dlib_face import dat
+from tests.processes import wait_for
+from tests.s3_proxy import s3_proxy
+from tests.s3_server import S3Server
 from tests.tasks.coded_run import write_coded_run
 from tests.tasks.work.test_edit import pictures
 
@@ -315,6 +316,9 @@ def test_bad_questions_are_one_line(
         (["similar", coded, "--text", "a"], f"`refinery index {coded} --space clip`"),
         (["similar", coded, "--index", coded, "--key", "a"], "is a run, not an index"),
         (["similar", str(tmp_path), "--key", "a"], "no run here"),
+        (["similar", coded[:-1], "--key", "a"], f"did you mean {coded}?"),
+        ([*common, "--key", "a:x:b"], "no sample 'a:x:b' with"),
+        ([*common, "--key", "face-03.png", "--where", " "], "the condition is empty"),
         (["index", calm["edit"], str(tmp_path / "x"), *FLAGS], "start from that one"),
         (["index", coded, "--space", "identity", *FLAGS], "needs a face network"),
         (["index", coded, "--space", "clip", *FLAGS], "has stored no pictures, only codes"),
@@ -326,6 +330,9 @@ def test_bad_questions_are_one_line(
         assert wanted in refused(capsys, *command)
     np.save(tmp_path / "short.npy", np.zeros(7))
     short = ["--vector", str(tmp_path / "short.npy")]
+    np.save(tmp_path / "wide.npy", np.full(128, 1e300))
+    wide = ["--vector", str(tmp_path / "wide.npy")]
+    assert "not finite" in refused(capsys, *common, *wide)
     assert "it has 7 values" in refused(capsys, *common, *short)
     (tmp_path / "twice.csv").write_text("sample_key,age\na,1\na,2\n")
     twice = ["--key", "face-03.png", "--table", str(tmp_path / "twice.csv")]
@@ -371,35 +378,101 @@ def test_a_new_shard_is_one_more_file(indexed: str, tmp_path: Path) -> None:
     assert found["sample_key"].to_pylist() == ["face-24.png"]
 
 
-def test_object_storage(s3: str, coded: str, indexed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_storage(
+    s3: str,
+    s3_server: S3Server,
+    coded: str,
+    indexed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests and bytes of a first answer, of the next one, and of the next process."""
+    monkeypatch.setenv("REFINERY_CACHE", str(tmp_path / "cache"))
     out = f"{s3}/index"
     index_inline(coded, out, "directions=64")
     local = open_index(indexed)
-    wanted = answer(local)
     assert [m.parts["vectors"].sha256 for m in read_markers(out).values() if m.failed < m.rows] == [
         m.parts["vectors"].sha256 for m in read_markers(indexed).values() if m.failed < m.rows
     ]
-    calls: Counter[str] = Counter()
-    original = S3FileSystem._call_s3
+    sizes = {name: size for name, size, _ in list_files(out)}
+    with s3_proxy(s3_server.endpoint) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        remote = open_index(out)
+        assert not [path for path in store.paths if "/vectors/" in path or "/exact/" in path]
+        # run.json by who checks it and by who reads the run, the projection, the metadata file.
+        assert store.requests["GET"] <= 5
+        assert store.requests.total() <= 10
+        assert store.bytes < 3 * sum(sizes[n] for n in sizes if "metadata" in n or "proj" in n)
+        store.forget()
+        assert answer(remote) == answer(local)
+        # All candidates of a part lie together: one read of each, after that of the vector.
+        assert store.requests == {"GET": 1 + 5}
+        assert all("/exact/" in path for path in store.paths)
+        store.forget()
+        (found,) = remote.search(local.vectors(["face-03.png"]), 3, "psnr > 30")
+        assert found.equals(local.search(local.vectors(["face-03.png"]), 3, "psnr > 30")[0])
+        assert all("/exact/" in path for path in store.paths)
+        assert remote.search(local.vectors(["face-03.png"]), 3, "psnr > 99")[0].num_rows == 0
+        wait_for(lambda: list((tmp_path / "cache").rglob("*.arrow")), 60, "the kept rows")
+        (metadata,) = [name for name in sizes if name.startswith("metadata/")]
+        store.forget()
+        again = open_index(out)
+        # Of the metadata file its end alone, which holds the markers.
+        assert [path for path in store.paths if metadata in path][1:] == []
+        assert answer(again) == answer(local)
+        store.breaks_off["/exact/"] = 3
+        assert answer(again) == answer(local)
+        assert np.array_equal(remote.codes(7, 23), local.codes(7, 23))
+        assert duplicates(remote).equals(duplicates(local))
 
-    async def count(self: S3FileSystem, method: str, *args: object, **options: object) -> object:
-        calls[method] += 1
-        return await original(self, method, *args, **options)
 
-    monkeypatch.setattr(S3FileSystem, "_call_s3", count)
-    remote = open_index(out)
-    opened = calls["get_object"]
-    assert answer(remote) == wanted
-    # Five shards: a marker and the codes of each, run.json and the projection; then the rows.
-    assert opened <= 14
-    assert calls["get_object"] - opened <= 1 + 43
-    assert len(read_bytes(f"{out}/projection.safetensors")) > 100
+def test_an_index_that_grows_on_an_object_store(
+    s3: str, indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of no metadata file are read from their parts, and a file without sketches, of an
+    earlier version, is left alone."""
+    monkeypatch.setenv("REFINERY_CACHE", str(tmp_path / "cache"))
+    files = {name: read_bytes(f"{indexed}/{name}") for name, _, _ in list_files(indexed)}
+    (metadata,) = [name for name in files if name.startswith("metadata/")]
+    without = pq.ParquetFile(f"{indexed}/{metadata}")
+    footer = {k: v for k, v in without.metadata.metadata.items() if k != b"ARROW:schema"}
+    earlier = without.read().drop_columns("sketch").replace_schema_metadata(footer)
+    pq.write_table(earlier, tmp_path / "earlier.parquet", store_schema=False)
+    data = (tmp_path / "earlier.parquet").read_bytes()
+    for place, left_out, held in (
+        ("fresh", {metadata}, {}),
+        ("older", {metadata}, {metadata: data}),
+        ("grown", {"commits/00002.json"}, {}),
+    ):
+        for name, content in {**files, **held}.items():
+            if name not in left_out or name in held:
+                write_bytes(f"{s3}/{place}/{name}", content)
+    local = open_index(indexed)
+    assert answer(open_index(f"{s3}/fresh")) == answer(local)
+    assert answer(open_index(f"{s3}/older")) == answer(local)
+    before = open_index(f"{s3}/grown")
+    write_bytes(f"{s3}/grown/commits/00002.json", files["commits/00002.json"])
+    after = open_index(f"{s3}/grown")
+    assert len(after) == len(before) + 10 == 43
+    assert answer(after) == answer(local)
+    assert "face-24.png" not in str(before.search(local.vectors(["face-24.png"]), 43))
 
 
 def answer(index: Index) -> list[tuple[str, float]]:
     (found,) = index.search(index.vectors(["face-03.png"]), 5, leave_out=["face-03.png"])
     rows = found.to_pylist()
     return [(row["sample_key"], round(row["distance"], 4)) for row in rows]
+
+
+def test_a_run_and_its_index_differ_in_no_score(
+    coded: str, indexed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An index is a run whose rows hold no codes to compare."""
+    capsys.readouterr()
+    assert run_app(["diff", coded, indexed]) == 0
+    shown = capsys.readouterr().out
+    assert "psnr" in shown
+    assert "w_plus" not in shown
 
 
 def test_codes_are_of_the_parts(indexed: str) -> None:

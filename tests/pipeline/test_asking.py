@@ -97,6 +97,7 @@ def test_a_statement_reads_the_run_and_nothing_else(
     ("tokens", "message"),
     [
         (["SELECT psnrr FROM samples"], "did you mean 'psnr'?"),
+        (["SELECT w_plus FROM samples"], "it is a column of latents"),
         (["SELECT * FROM sample"], "did you mean 'samples'?"),
         (["SELEC 1"], 'syntax error at or near "SELEC"'),
         (["SELECT * FROM samples WHERE psnr > $least"], "least"),

@@ -51,7 +51,7 @@ osd_pool_default_min_size = 1
 osd_pool_default_pg_num = 1
 osd_crush_chooseleaf_type = 0
 osd_objectstore = memstore
-memstore_device_bytes = 1073741824
+memstore_device_bytes = {memory}
 osd_data = {folder}/osd
 mon_data = {folder}/mon
 mon_allow_pool_size_one = true
@@ -69,7 +69,7 @@ rgw_frontends = beast endpoint=127.0.0.1:{rgw}
 class CephGateway(S3Server):
     """The gateway, answering. Same attributes as moto's server."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int = 2**30) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="refinery-ceph-"))
         self._daemons: list[subprocess.Popen[bytes]] = []
         mon, port, fsid = free_port(), free_port(), str(uuid.uuid4())
@@ -77,7 +77,14 @@ class CephGateway(S3Server):
         self._key, self._secret = "testing", secrets.token_hex(16)
         # Beside the programs, which may be unpacked anywhere.
         library = next(Path(shutil.which("ceph-osd") or "").parents[1].glob("lib/*/ceph")).parent
-        text = CONF.format(folder=self.folder, mon=mon, rgw=port, fsid=fsid, library=library)
+        text = CONF.format(
+            folder=self.folder,
+            mon=mon,
+            rgw=port,
+            fsid=fsid,
+            library=library,
+            memory=memory_bytes,
+        )
         (self.folder / "ceph.conf").write_text(text)
         try:
             self._start(mon, fsid)

@@ -1,5 +1,6 @@
 """`make test-s3`: what the runs ask of an S3 server, asked of moto's and of Ceph's gateway."""
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,36 +14,41 @@ from tests.chaos.__main__ import run_trial
 from tests.chaos.faults import QUICK
 from tests.chaos.invariants import check_exit
 from tests.chaos.site import KINDS, Site, run_driver
-from tests.s3_server import S3Server
 from tests.services.ceph import ceph_gateway
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FAULTS = [name for name in QUICK if name.startswith("s3-")]
 
 
-@pytest.fixture(scope="module", params=["moto", "ceph"])
-def store(request: pytest.FixtureRequest) -> Iterator[S3Server]:
-    if request.param == "ceph":
-        with ceph_gateway() as gateway:
-            yield gateway
-        return
-    server = S3Server()
-    yield server
-    server.stop()
-
-
 @pytest.fixture(scope="module")
-def site(store: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    found = Site.make(tmp_path_factory.mktemp("chaos"), store)
+def moto_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    before = dict(os.environ)
+    found = Site.make(tmp_path_factory.mktemp("chaos"))
     yield found
-    found.proxy.close()
+    found.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+SERVERS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("moto", "ceph")]
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def site(request: pytest.FixtureRequest, moto_site: Site) -> Iterator[Site]:
+    if request.param == "moto":
+        yield moto_site
+        return
+    with ceph_gateway() as gateway:
+        found = moto_site.at(gateway)
+        yield found
+        found.proxy.close()
 
 
 @pytest.fixture
-def bucket(store: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in store.environment.items():
+def bucket(site: Site, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in site.server.environment.items():
         monkeypatch.setenv(name, value)
-    return store.make_bucket()
+    return site.server.make_bucket()
 
 
 def test_files(bucket: str) -> None:

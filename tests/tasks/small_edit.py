@@ -1,5 +1,6 @@
 """A small run of inversions, and a direction and a domain of its generator on disk."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,17 @@ def make_edit_job(source: str, *variants: VariantConfig, **changes: Any) -> Edit
     return EditJobConfig(**{**values, **changes})
 
 
-def run_edits(run_uri: str, job: EditJobConfig, limit: int | None = None) -> list[Marker]:
+def run_edits(
+    run_uri: str,
+    job: EditJobConfig,
+    limit: int | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[Marker]:
     """All stages on one worker."""
     editor = Editor(job, "cpu")
     info = write_manifest(run_uri, plan_source(job.source, limit))
     run = create_run(run_uri, job, info, editor.hashes, "1.2.3", editor.declared)
-    return [do_shard(read_shard_spec(run_uri, shard), run, editor) for shard in pending(run_uri)]
+    return [
+        do_shard(read_shard_spec(run_uri, shard), run, editor, on_rows=on_rows)
+        for shard in pending(run_uri)
+    ]

@@ -1,6 +1,7 @@
 """Sketches: what they list has the nearest in it, and an index that uses them answers as one that
 does not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +93,19 @@ def test_the_answers_of_a_large_index(
     (again,) = index.search(asked[:1], 10, "psnr < 10")
     (other,) = index.search(asked[:1], 10, "psnr > 90")
     assert min(other["psnr"].to_pylist()) > 90 > 10 > max(again["psnr"].to_pylist())
+
+
+def test_the_answers_of_sketches_alone(vectors: np.ndarray, tmp_path: Path) -> None:
+    """As an index on an object store has them: nearly the neighbours that codes find."""
+    index = make_codes(vectors, 25_000, tmp_path).index
+    sketched = replace(index, tables=[t.drop_columns("code") for t in index.tables])
+    asked = np.random.default_rng(1).permutation(vectors)[:40]
+    for where in (None, "psnr < 30"):
+        found, wanted = (each.search(asked, 10, where) for each in (sketched, index))
+        shared = [
+            len({*a["sample_key"].to_pylist()} & {*b["sample_key"].to_pylist()})
+            for a, b in zip(found, wanted, strict=True)
+        ]
+        assert np.mean(shared) > 9.8
+        assert {a.num_rows for a in found} == {10}
+    assert max(found[0]["psnr"].to_pylist()) < 30

@@ -80,6 +80,15 @@ def stored(run_uri: str, generator: Generator) -> tuple[list[str], Inversion]:
     return keys, Inversion.cat([batch.inversion for batch in batches])
 
 
+def test_progress_comes_batch_by_batch(place: dict[str, str], tmp_path: Path) -> None:
+    """The engine takes a shard whose rows do not move for one that hangs."""
+    job = make_edit_job(place["source"], variant("turned", {place["turn"]: 1.0}), batch=1)
+    told: list[int] = []
+    markers = run_edits(str(tmp_path / "edits"), job, on_rows=told.append)
+    assert [marker.rows for marker in markers] == [4, 2]
+    assert told == [1, 2, 3, 4, 1]  # the last row is broken, as it was in the source
+
+
 def test_every_stored_sample_is_edited(
     place: dict[str, str], generator: Generator, tmp_path: Path
 ) -> None:

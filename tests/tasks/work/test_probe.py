@@ -39,6 +39,7 @@ def test_counts_bytes_and_speeds(
     parts = run.run(0).parts
     expected = sum(part.bytes for part in parts.values()) / 6
     assert found.bytes_per_image == pytest.approx(expected, rel=1e-3)
+    assert found.row_bytes == 4 * found.bytes_per_image  # no smaller shards to compare with
 
 
 def test_a_short_look_is_followed_by_a_longer_one(
@@ -50,16 +51,18 @@ def test_a_short_look_is_followed_by_a_longer_one(
     asked = []
     original = probing._run
 
-    def run(*args: Any) -> list[Marker]:
-        markers = [replace(marker, wall_s=0.2 * marker.rows) for marker in original(*args)]
+    def run(*args: Any) -> tuple[list[Marker], float]:
+        markers, _ = original(*args)
+        markers = [replace(each, memory_bytes=10**9 + 10**7 * each.rows) for each in markers]
         asked.append(sum(marker.rows for marker in markers))
-        return markers
+        return markers, 0.2 * asked[-1]
 
     monkeypatch.setattr(probing, "_run", run)
     monkeypatch.setattr(probing, "LEAST_S", 4.0)
     found = probe(job, str(folder), None, "cpu", 256, inverter=inverter)
     assert asked == [3, 12, 21]  # 12 pictures in 2.4 s: four batches, seven fill 4 s
     assert found.images_per_s["total"] == pytest.approx(5)
+    assert (found.rows_held, found.row_bytes) == (21, 10**7)
 
 
 def test_more_pictures_asked_for_than_there_are(
