@@ -27,8 +27,9 @@ def load_pictures(paths: Sequence[str], resolution: int) -> UInt8[Tensor, "M 3 H
         try:
             column = pq.read_table(path, columns=["image"])["image"].to_pylist()
         except (OSError, KeyError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
             raise AssetError(
-                f"training data {path}: cannot read an `image` column: {error}"
+                f"training data {path}: expected Parquet with a column `image`, found none ({why})"
             ) from error
         for value in column:
             data = value["bytes"] if isinstance(value, dict) else value

@@ -11,7 +11,7 @@ from tests.e2e.small_dataset import Dataset
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("stauts RUN", 'Unknown command "stauts". Did you mean "status"?'),
+        ("invertt IN OUT", 'Unknown command "invertt". Did you mean "invert"?'),
         ("directions lst", 'Did you mean "list"? Available commands: fit, list.'),
         ("status", "parameter RUN requires an argument. See `refinery status --help`"),
         ("status RUN more", "Unexpected argument: more. See `refinery status --help`"),
@@ -21,6 +21,7 @@ from tests.e2e.small_dataset import Dataset
         ("invert IN OUT --limit x", 'Invalid value for --limit: unable to convert "x" into int.'),
         ("train e4ee", "train e4ee: unknown; did you mean 'e4e'?"),
         ("train generator --set data=here", "data: expected a list, [...]; found 'here'"),
+        ('train generator --set out=x --set data=["runs"]', "expected Parquet with a column"),
         ("plan nowhere", "nowhere: there is no such file or folder"),
         ("benchmark adaptation --portraits nowhere", "nowhere: expected a Parquet file"),
         ("benchmark inversion --data x --methods e4x", "'e4x' is no row of the table; rows: e4e,"),
