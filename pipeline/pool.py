@@ -98,6 +98,8 @@ class Pool:
         self._slots: list[_Slot] = []
         self._all_down_since = time.monotonic()
         self._grown_at = -math.inf
+        self._last_end = ""
+        """Why a worker did not come up."""
         self._took_s: list[float] = []
         """Of the shards that this pool has committed."""
 
@@ -194,6 +196,7 @@ class Pool:
             raise _as_refinery_error(error) from error
         except RayError as error:
             slot.failed_starts += 1
+            self._last_end = _first_line(error)
             if isinstance(error, ActorDiedError):
                 if slot.failed_starts >= MAX_FAILED_STARTS:
                     raise RefineryError(
@@ -225,6 +228,8 @@ class Pool:
                 f"the cluster has {found}; lower engine.gpus_per_actor or engine.threads, add "
                 "nodes, or raise engine.patience_s"
             )
+        if self._last_end:
+            return f"and the last one that started ended: {self._last_end}"
         return (
             f"which the cluster has ({found}), but others hold it or the workers do not start; see "
             "`ray status`, and the workers' logs under /tmp/ray/session_latest/logs"

@@ -41,6 +41,8 @@ class FakeActor:
         self.script = dict(item.split("=") for item in script.split(",") if item)
         if self.script.get("start") == "asset":
             raise AssetError("no such checkpoint; name another")
+        if self.script.get("start") == "die":
+            os._exit(1)
         return f"pid {os.getpid()}"
 
     def beat(self) -> Beat:
@@ -251,6 +253,14 @@ def test_no_worker_within_patience(tmp_path: Path) -> None:
     booked = Booked(tmp_path, 2, threads=64, patience_s=0.5)
     with pytest.raises(RefineryError, match=r"no worker came up within 0 s: 1 actors want 64 CPU"):
         booked.pool.run()
+
+
+def test_workers_that_die_as_they_start_are_told(tmp_path: Path) -> None:
+    booked = Booked(tmp_path, 2, "start=die", patience_s=4)
+    told = r"no worker came up within 4 s: .* the last one that started ended: .*(died|unavailable)"
+    with pytest.raises(RefineryError, match=told):
+        booked.pool.run()
+    assert booked.reasons == {}
 
 
 def test_the_pool_grows_when_nodes_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
