@@ -413,9 +413,10 @@ class Index:
     def _row_of(self, key: str) -> int:
         for start, table in zip(self._starts, self._rows, strict=False):
             keys = table["sample_key"]  # in order; `pyarrow.compute` would load longer
-            at = bisect_left(range(len(keys)), key, key=lambda row: keys[row].as_py())
-            if at < len(keys) and keys[at].as_py() == key:
-                return int(start) + at
+            if keys[0].as_py() <= key <= keys[-1].as_py():
+                at = bisect_left(range(len(keys)), key, key=lambda row: keys[row].as_py())
+                if keys[at].as_py() == key:
+                    return int(start) + at
         near = self._sql(
             "SELECT sample_key FROM samples "
             "ORDER BY levenshtein(sample_key, ?), sample_key LIMIT 1",
