@@ -47,7 +47,7 @@ from tasks.benchmark.machine import describe_machine
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker, Part
-from tasks.run.metadata import write_metadata
+from tasks.run.metadata import FOLDER, write_metadata
 from tasks.run.parts import ENDINGS, Layout, to_arrow, write_parts
 from tasks.run.query import query
 from tasks.run.rows import Row
@@ -591,7 +591,10 @@ def store(folder: Path, codes: Codes, server: S3Server) -> dict[str, Any]:
         client = boto3.Session().client("s3", endpoint_url=server.endpoint)
         for path in sorted(place.rglob("*.*")):
             name = str(path.relative_to(place))
+            if name.startswith(FOLDER):
+                continue  # of this disk's commits
             client.upload_file(str(path), bucket.removeprefix("s3://"), name)
+        write_metadata(bucket)
         open_filesystem(bucket)[0].exists(f"{bucket}/run.json")  # a client is there
         result |= _asked(bucket, codes, cache.name)
         with s3_proxy(server.endpoint) as proxy:

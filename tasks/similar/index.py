@@ -14,6 +14,7 @@ Legend: Q queries, E values of a vector, P bytes of a code, R rows.
 
 import difflib
 import itertools
+import os
 import re
 import threading
 from bisect import bisect_left
@@ -51,6 +52,8 @@ SHORTLISTED_EACH = 10
 """Rows found by their sketches, for each that is found by its code."""
 TOGETHER = 16
 """Questions whose candidates are read at once."""
+ROWS_A_THREAD = 2_000_000
+"""Of a condition."""
 READERS = 16
 """Parts that are fetched side by side."""
 
@@ -432,8 +435,14 @@ def _sandbox(rows: pa.Table, labels: pa.Table | None) -> "duckdb.DuckDBPyConnect
     """A connection that knows the view `samples` and nothing else: no file, no variable."""
     import duckdb
 
+    # The scan of an Arrow table is one at a time; further threads mostly wait for it.
+    threads = min(os.cpu_count() or 1, 1 + rows.num_rows // ROWS_A_THREAD)
     connection = duckdb.connect(
-        config={"python_enable_replacements": False, "enable_external_access": False}
+        config={
+            "python_enable_replacements": False,
+            "enable_external_access": False,
+            "threads": threads,
+        }
     )
     connection.register("rows", rows)
     if labels is None:
