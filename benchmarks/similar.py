@@ -47,7 +47,7 @@ from tasks.benchmark.machine import describe_machine
 from tasks.run import ledger
 from tasks.run.manifest import ManifestInfo
 from tasks.run.marker import Marker, Part
-from tasks.run.metadata import write_metadata
+from tasks.run.metadata import FOLDER, write_metadata
 from tasks.run.parts import ENDINGS, Layout, to_arrow, write_parts
 from tasks.run.query import query
 from tasks.run.rows import Row
@@ -587,10 +587,14 @@ def store(folder: Path, codes: Codes, server: S3Server) -> dict[str, Any]:
     other = tempfile.TemporaryDirectory()
     with unittest.mock.patch.dict(os.environ, server.environment), cache, other:
         bucket = server.make_bucket()
-        client = boto3.client("s3", endpoint_url=server.endpoint)
+        # A session of its own: the default one keeps the keys of the server before.
+        client = boto3.Session().client("s3", endpoint_url=server.endpoint)
         for path in sorted(place.rglob("*.*")):
             name = str(path.relative_to(place))
+            if name.startswith(FOLDER):
+                continue  # of this disk's commits
             client.upload_file(str(path), bucket.removeprefix("s3://"), name)
+        write_metadata(bucket)
         open_filesystem(bucket)[0].exists(f"{bucket}/run.json")  # a client is there
         result |= _asked(bucket, codes, cache.name)
         with s3_proxy(server.endpoint) as proxy:
@@ -753,7 +757,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         "On an object store on the same machine, nothing kept of it yet; seconds by the clock. The "
         "last column is plain HTTP, sixteen connections, asking that server for the same objects "
-        "and ranges: no client is faster there. Wanted: a first answer in less than 1 s.",
+        "and ranges: about what the server itself takes. Wanted: a first answer in less than 1 s.",
         "",
         "| rows | server | recall@10 | of real questions | first answer (of processors) | requests "
         "| MB | one more question | requests | first answer of the next process | bare download of "
@@ -820,6 +824,7 @@ def _goals(found: dict[str, Any]) -> Iterator[str]:
     own = found["rows"]["1000000"]["refinery"]
     largest = found["rows"].get("10000000", {}).get("refinery", {"alone": {}})
     build, cold = found.get("build", {}), own["cold"]
+    at = f"at load {build['command']['load']:.0f}" if build else ""
     goals = [
         ("recall@10 of real questions", ">= 0.99", own["recall_real"], None),
         ("alone, ms", "<= 20", *own["alone"].values()),
@@ -828,7 +833,7 @@ def _goals(found: dict[str, Any]) -> Iterator[str]:
         ("in batches of 100, ms a question", "<= 5", *own["batch"].values()),
         ("bytes a vector", "<= 300", own["bytes"], None),
         (
-            f"build, vectors/s, {build.get('rows', 0):,} rows, one worker",
+            f"build, vectors/s, {build.get('rows', 0):,} rows, one worker, {at}",
             ">= 20000",
             build.get("per_s"),
             build.get("per_cpu_s"),
@@ -840,7 +845,7 @@ def _goals(found: dict[str, Any]) -> Iterator[str]:
             cold["answered_cpu_ms"],
         ),
         (
-            f"`refinery similar --key`, {build.get('rows', 0):,} rows, ms",
+            f"`refinery similar --key`, {build.get('rows', 0):,} rows, ms, {at}",
             "<= 700",
             1e3 * build["command"]["median"] if build else None,
             1e3 * build["command"]["cpu"] if build else None,
@@ -899,9 +904,14 @@ def main() -> None:
                 if name == "refinery":
                     table[name] = ours(codes, args.rounds) | {"cold": cold(folder, codes)}
                 elif name == "store":
-                    table["refinery"]["store"] = {
-                        server: store_of(folder, codes, make) for server, make in servers().items()
-                    }
+                    for server, make in servers().items():
+                        measured = store_of(folder, codes, make)
+                        table["refinery"]["store"] = {
+                            **table["refinery"].get("store", {}),
+                            server: measured,
+                        }
+                        sys.stderr.write(f"{rows} {server} {measured}\n")
+                        path.write_text(json.dumps(found, indent=1) + "\n")
                 elif name in LIBRARIES and rows <= WIDE:
                     table[name] = theirs(name, codes, folder, args.rounds)
                 if name in table:

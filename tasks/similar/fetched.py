@@ -45,30 +45,32 @@ def read_index(index_uri: str) -> tuple[Snapshot, list[pa.Table]]:
 def _rows(snapshot: Snapshot) -> list[pa.Table]:
     columns = ["shard", "sample_key", *snapshot.declared.metrics, SKETCH]
     folder = cache_folder() / "similar" / snapshot.record["run_id"]
+    places = [folder / f"{segment.name}.arrow" for segment in snapshot.segments]
     found: dict[int, pa.Table] = {}
-    for segment in snapshot.segments:
-        each = _by_shard(_kept(folder / f"{segment.name}.arrow", segment, columns))
+    for place, segment in zip(places, snapshot.segments, strict=True):
+        each = _by_shard(_kept(place, segment, columns, places))
         found |= {shard: rows for shard, rows in each.items() if shard in segment.shards}
     if snapshot.fresh is not None:
         found |= _by_shard(_indexed(snapshot.fresh.select(columns)))
     return [found[shard] for shard in snapshot.parts("vectors")]
 
 
-def _kept(path: Path, segment: Segment, columns: Sequence[str]) -> pa.Table:
-    """All indexed rows of a metadata file, as this machine has them or will have them."""
+def _kept(path: Path, segment: Segment, columns: Sequence[str], needed: Sequence[Path]) -> pa.Table:
+    """All indexed rows of a metadata file, as this machine has them or will have them; what is kept
+    of files that are not needed any more goes then."""
     with suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     table = _fetched(segment, columns)
-    threading.Thread(target=_keep, args=(path, table)).start()  # the answer need not wait for it
+    # The answer need not wait for it.
+    threading.Thread(target=_keep, args=(path, table, needed)).start()
     return table
 
 
-def _keep(path: Path, table: pa.Table) -> None:
+def _keep(path: Path, table: pa.Table, needed: Sequence[Path]) -> None:
     with suppress(OSError):  # a home that cannot be written to: it is read again next time
-        earlier = list(path.parent.glob("*.arrow"))
         with atomically(str(path)) as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        for other in earlier:
+        for other in {*path.parent.glob("*.arrow")} - {*needed}:
             other.unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ Legend: Q queries, E values of a vector, P bytes of a code, R rows.
 
 import difflib
 import itertools
+import os
 import re
 import threading
 from bisect import bisect_left
@@ -51,6 +52,8 @@ SHORTLISTED_EACH = 10
 """Rows found by their sketches, for each that is found by its code."""
 TOGETHER = 16
 """Questions whose candidates are read at once."""
+ROWS_A_THREAD = 2_000_000
+"""Of a condition."""
 READERS = 16
 """Parts that are fetched side by side."""
 
@@ -413,9 +416,10 @@ class Index:
     def _row_of(self, key: str) -> int:
         for start, table in zip(self._starts, self._rows, strict=False):
             keys = table["sample_key"]  # in order; `pyarrow.compute` would load longer
-            at = bisect_left(range(len(keys)), key, key=lambda row: keys[row].as_py())
-            if at < len(keys) and keys[at].as_py() == key:
-                return int(start) + at
+            if keys[0].as_py() <= key <= keys[-1].as_py():
+                at = bisect_left(range(len(keys)), key, key=lambda row: keys[row].as_py())
+                if keys[at].as_py() == key:
+                    return int(start) + at
         near = self._sql(
             "SELECT sample_key FROM samples "
             "ORDER BY levenshtein(sample_key, ?), sample_key LIMIT 1",
@@ -431,8 +435,14 @@ def _sandbox(rows: pa.Table, labels: pa.Table | None) -> "duckdb.DuckDBPyConnect
     """A connection that knows the view `samples` and nothing else: no file, no variable."""
     import duckdb
 
+    # The scan of an Arrow table is one at a time; further threads mostly wait for it.
+    threads = min(os.cpu_count() or 1, 1 + rows.num_rows // ROWS_A_THREAD)
     connection = duckdb.connect(
-        config={"python_enable_replacements": False, "enable_external_access": False}
+        config={
+            "python_enable_replacements": False,
+            "enable_external_access": False,
+            "threads": threads,
+        }
     )
     connection.register("rows", rows)
     if labels is None:

@@ -30,6 +30,8 @@ from tasks.storage.errors import is_missing, storage_errors
 
 """Ends the hidden names of files being written; no reader's pattern matches it."""
 S3_RETRIES = 8
+S3_CONNECTIONS = 32
+"""Small reads wait more than they work: of ten, botocore's own number, 200 take twice as long."""
 
 _filesystems: dict[tuple[object, ...], AbstractFileSystem] = {}
 _filesystems_lock = threading.Lock()
@@ -98,7 +100,8 @@ def _open_s3() -> AbstractFileSystem:
             "s3",
             use_listings_cache=False,
             skip_instance_cache=True,
-            config_kwargs={"retries": retries} if retries else {},
+            config_kwargs={"max_pool_connections": S3_CONNECTIONS}
+            | ({"retries": retries} if retries else {}),
         )
 
 
