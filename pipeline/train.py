@@ -47,7 +47,8 @@ def train(what: str, path: str | None, sets: Sequence[str], workers: int = 1) ->
         ConfigError: no such network, a wrong key or value, or one that trains on one process only.
     """
     if what not in FITS:
-        raise ConfigError(f"train {what}: unknown; {nearest(what, [*FITS, 'all'])}")
+        known = ", ".join(sorted([*FITS, "all"]))
+        raise ConfigError(f"train {what}: unknown; {nearest(what, [*FITS, 'all'])} (of {known})")
     module, config_name = FITS[what]
     if workers < 1 or (workers > 1 and what not in DISTRIBUTED):
         raise ConfigError(

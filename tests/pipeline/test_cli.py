@@ -377,3 +377,33 @@ def test_bugs_and_interrupts(
     error = KeyboardInterrupt()
     assert run_app(["status", "x"]) == 130
     assert "run again to go on" in capsys.readouterr().err
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pipeline import cli
+
+idle = ThreadPoolExecutor(1)
+idle.submit(int).result()
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
+atexit.register(lambda: print("atexit", threading.active_count()))
+cli.run_app = lambda tokens: print("command") or 3
+cli.main()
+"""
+
+
+def test_the_process_ends_with_all_that_it_owes(tmp_path: Path) -> None:
+    """It leaves without the interpreter's own end."""
+    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (3, "")
+    assert ended.stdout.splitlines() == ["command", "thread", "atexit 1"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_under_the_output_is_told() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "pipeline.cli", "methods"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert "No space left on device" in ended.stderr

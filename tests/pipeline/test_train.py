@@ -56,7 +56,9 @@ def test_two_processes_under_ray_train(config: Path) -> None:
 
 def test_wrong_requests(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["train", "encoder"]) == 2
-    assert "train encoder: unknown; known: " in capsys.readouterr().err
+    assert (
+        "train encoder: unknown; did you mean 'w-encoder'? (of all, attr" in capsys.readouterr().err
+    )
     with pytest.raises(ConfigError, match="train trunk runs on one process"):
         train("trunk", None, [], workers=2)
     assert run_app(["train", "generator", "--config", str(config), "--set", "batchh=1"]) == 2
