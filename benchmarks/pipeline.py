@@ -1,6 +1,6 @@
 """What ledger, Ray and the pool cost: the pipeline beside bare loops over the same pictures.
 
-Run: python -m benchmarks.pipeline [--data DIR] [--limit 512] [--rounds 3] [--engines inline ray]
+Run: python -m benchmarks.pipeline [--data DIR] [--limit 512] [--rounds 5] [--engines inline ray]
 
 The bare loops are as many processes of one thread as the pipeline has actors. They read the same
 shards, decode, hash, invert with e4e, score and encode as it does, and keep nothing: no ledger, no
@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=default_data())
     parser.add_argument("--limit", type=int, default=IMAGES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     args = parser.parse_args()
     found = compare(args.data, args.limit, args.rounds, args.engines)
