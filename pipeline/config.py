@@ -62,7 +62,8 @@ class EngineConfig(BaseModel):
     """When nothing else is left, a shard that takes so many times the median is also given to an
     idle worker; the first commit counts. 0: never."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
-    """The driver's own Prometheus endpoint; 0: none. Ray's has the metrics in any case."""
+    """The driver's own Prometheus endpoint; 0: none. A cluster's Ray has the metrics in any case, a
+    Ray of our own has no endpoint."""
     metrics_address: str = "127.0.0.1"
     """Where that listens; 0.0.0.0 to be scraped from elsewhere."""
     patience_s: float = Field(default=600.0, gt=0)
