@@ -208,6 +208,7 @@ class Pool:
             slot.pulse = Pulse()
             return
         self._tally.begin()
+        self._last_end = ""
         slot.is_ready, slot.failed_starts = True, 0
         slot.stopped.clear()
         logger.info("worker %d is up at %s", slot.number, where)
