@@ -1,6 +1,7 @@
 """The command `refinery`. Heavy imports wait inside the commands, so that --help is immediate."""
 
 import atexit
+import contextlib
 import errno
 import logging
 import os
@@ -85,9 +86,10 @@ def main() -> None:
 def leave(code: int) -> NoReturn:
     """End the process as `sys.exit` would, but without taking PyTorch's modules apart: that takes
     0.8 s, longer than many commands."""
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, and ends idle ones
-    atexit._run_exitfuncs()
     try:
+        with contextlib.suppress(KeyboardInterrupt):  # the command is done, and its code stands
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, ends idle ones
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
     except BrokenPipeError:  # whoever read has read enough

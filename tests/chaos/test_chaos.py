@@ -3,16 +3,18 @@ with one), and that the invariants would notice."""
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tasks.run.ledger import read_markers
 from tests.chaos.__main__ import planned, run_trial, table
-from tests.chaos.faults import QUICK, ROOTS, can_do
+from tests.chaos.faults import QUICK, ROOTS, Trial, can_do
 from tests.chaos.invariants import check_exit, check_run
-from tests.chaos.site import KINDS, Site
+from tests.chaos.site import KINDS, Driver, Site
 
 SEED = 7
 
@@ -44,6 +46,35 @@ def test_a_trial(fault: str, site: Site) -> None:
         pytest.skip("this user may not mount a small disk, or make a memory group")
     kind = KINDS[[*QUICK, *ROOTS].index(fault) % len(KINDS)]
     assert run_trial(site, fault, SEED, kind).problems == []
+
+
+@pytest.mark.timeout(400)
+def test_a_driver_may_be_terminated_before_it_can_answer(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trial, "moment_s", lambda _: 0.0)
+    assert run_trial(site, "driver-terminated", SEED, "invert").problems == []
+
+
+class Terminated:
+    """What is left of a driver that the system ended."""
+
+    said = ""
+
+    def end(self) -> int:
+        return -signal.SIGTERM
+
+
+def test_a_driver_at_work_answers_sigterm(tmp_path: Path) -> None:
+    trial = Trial(cast(Site, None), "driver-terminated", SEED, "invert", tmp_path)
+    gone = cast(Driver, Terminated())
+    assert trial.expect(gone, 130, may_be_terminated=True) == -signal.SIGTERM
+    assert trial.problems == []
+    (tmp_path / "run").mkdir()
+    trial.expect(gone, 130, may_be_terminated=True)
+    assert trial.problems == ["ended by SIGTERM in the midst of it: "]
+    trial.expect(gone, 130)
+    assert trial.problems[1:] == ["exit code -15: ", "exit code -15, not (130,): "]
 
 
 SUMMARY = "rows 12 in 6 shards, 1 failed"

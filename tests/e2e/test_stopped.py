@@ -31,3 +31,34 @@ def test_sigterm_while_parts_are_read(dataset: Dataset, s3: str) -> None:
         done = subprocess.run(tokens, capture_output=True, text=True, timeout=100)
         assert (done.returncode, done.stdout) == (130, "")
         assert done.stderr.split(";")[0] == "stopped"
+
+
+LEAVING = """
+import os, signal, sys, threading, time
+from pipeline import cli
+
+leave, is_done = cli.leave, threading.Event()
+
+def done(code):
+    is_done.set()
+    leave(code)
+
+def late():
+    is_done.wait()
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+
+cli.leave = done
+threading.Thread(target=late).start()
+sys.argv = ["refinery", "settings"]
+cli.main()
+"""
+
+
+def test_sigterm_after_the_last_word_changes_nothing() -> None:
+    """A command that has done its work is not told as stopped, and shows no traceback."""
+    tokens = [sys.executable, "-c", LEAVING]
+    done = subprocess.run(tokens, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "shard_size" in done.stdout
