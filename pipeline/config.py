@@ -19,6 +19,8 @@ from tasks.work.kinds import job_class
 
 T = TypeVar("T")
 Tables = dict[str, Any]
+Homes = Mapping[str, Sequence[str]]
+"""The keys of each table."""
 
 DEFAULT_GENERATOR = "faces64"
 DEFAULT_METHODS = ("e4e",)
@@ -202,10 +204,13 @@ def run_config(
     """
     own = {key: value for key, value in tables.items() if key != "engine"}
     allowed = [name for name in _names(job) if name not in given]
+    others = {"engine": EngineConfig}
     for key in own:
         if key not in allowed:
-            raise ConfigError(_unknown_key("", key, [*allowed, *names, "engine"]))
-    return RunConfig(job=validated(job, {**own, **given}), engine=_engine(tables))
+            known = [*allowed, *names, "engine"]
+            raise ConfigError(_unknown_key("", key, known, _homes(job, others)))
+    made = validated(job, {**own, **given}, others=others)
+    return RunConfig(job=made, engine=_engine(tables))
 
 
 def load_engine(path: str | None, sets: Sequence[str]) -> EngineConfig:
@@ -352,33 +357,38 @@ def _method(table: Any, where: str) -> MethodConfig:
 
 
 def validated(
-    cls: type[T], tables: Mapping[str, Any], where: str = "", extra_names: Sequence[str] = ()
+    cls: type[T],
+    tables: Mapping[str, Any],
+    where: str = "",
+    extra_names: Sequence[str] = (),
+    others: Mapping[str, type] | None = None,
 ) -> T:
     """Plain tables as a config class.
 
     Args:
         where: path of the tables in the file, for messages.
         extra_names: keys that are known beside those of the class, for the nearest name.
+        others: tables beside those of the class, to which an unknown key may belong.
 
     Raises:
         ConfigError: a key or value is wrong; names the key and, for an unknown one, the nearest.
     """
-    known = _names(cls)
+    known, homes = _names(cls), _homes(cls, others or {})
     for key in tables:
         if key not in known:
-            raise ConfigError(_unknown_key(where, key, [*known, *extra_names]))
+            raise ConfigError(_unknown_key(where, key, [*known, *extra_names], homes))
     try:
         return TypeAdapter(cls).validate_python(tables)
     except ValidationError as error:
-        raise ConfigError(_message(cls, error, where)) from error
+        raise ConfigError(_message(cls, error, where, homes)) from error
 
 
-def _message(cls: type, error: ValidationError, where: str) -> str:
+def _message(cls: type, error: ValidationError, where: str, homes: Homes) -> str:
     first, *others = error.errors(include_url=False)
     location = [str(part) for part in first["loc"]]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         parent = ".".join(filter(None, [where, *location[:-1]]))
-        return _unknown_key(parent, location[-1], _names(_type_at(cls, location[:-1])))
+        return _unknown_key(parent, location[-1], _names(_type_at(cls, location[:-1])), homes)
     keys = _keys(cls, location)
     path = ".".join(filter(None, [where, *keys])) or "config"
     if first["type"].startswith("missing"):
@@ -401,9 +411,16 @@ def _keys(cls: type, location: Sequence[str]) -> list[str]:
     return [part for depth, part in enumerate(location) if _is_key(cls, location[:depth], part)]
 
 
-def _unknown_key(where: str, key: str, known: Iterable[str]) -> str:
+def _homes(cls: type, others: Mapping[str, type]) -> Homes:
+    tables = {name: _type_at(cls, [name]) for name in _names(cls)}
+    return {name: _names(table) for name, table in {**tables, **others}.items()}
+
+
+def _unknown_key(where: str, key: str, known: Iterable[str], homes: Homes) -> str:
     path = f"{where}.{key}" if where else key
-    return f"{path}: unknown key; {nearest(key, known)}"
+    elsewhere = [f"'{home}.{key}'" for home, names in homes.items() if key in names]
+    hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(key, known)
+    return f"{path}: unknown key; {hint}"
 
 
 def _names(cls: Any) -> list[str]:

@@ -90,6 +90,9 @@ def test_lists_of_tables_are_addressed_by_number() -> None:
     [
         (["engin.kind=ray"], "engin: unknown key; did you mean 'engine'?"),
         (["engine.actor=2"], "engine.actor: unknown key; did you mean 'actors'?"),
+        (["shard_size=9"], "shard_size: unknown key; did you mean 'engine.shard_size'?"),
+        (["input.actors=2"], "input.actors: unknown key; did you mean 'engine.actors'?"),
+        (["fit=crop"], "fit: unknown key; did you mean 'input.fit'?"),
         (["input.fitt=crop"], "input.fitt: unknown key; did you mean 'fit'?"),
         (["method.1.name=wplus", "method.1.step=3"], "method.1.step: unknown key; did you mean"),
         (["method.0.zzz=3"], "method.0.zzz: unknown key; known: "),
