@@ -33,9 +33,13 @@ from pipeline import run as stages
 from pipeline.config import EngineConfig, RunConfig, load_config, load_stored_config
 from pipeline.faults import OUTAGE_WAITS_S, is_passing
 from pipeline.preview import preview_png
-from pipeline.run import Outcome, Plan, Summary
+from pipeline.run import Outcome, Summary
 from pipeline.tally import OnProgress, TallySnapshot, ignore_progress
+from tasks.report import write_report
+from tasks.report.alignment import alignment_line
+from tasks.report.forecast import forecast
 from tasks.run.lease import hold
+from tasks.verify.run import verify
 
 logger = logging.getLogger(__name__)
 
@@ -161,14 +165,15 @@ def run_stages(
     """
     stages.check_places(source, run_uri)
     with hold(run_uri, config.engine.if_busy):
-        outcome = run_shards(plan_run(source, run_uri, config, limit, update), config.engine)
+        plan_run(source, run_uri, config, limit, update)
+        outcome = run_shards(run_uri, config.engine)
         problems = seal_and_verify(run_uri)
     summary = Summary(
         outcome=outcome,
         problems=problems,
-        report_uri=write_report(run_uri),
-        warning=stages.alignment(run_uri),
-        forecast=stages.forecast(run_uri),
+        report_uri=report(run_uri),
+        warning=alignment_line(run_uri),
+        forecast=forecast(run_uri),
     )
     publish(summary)
     if not summary.is_clean:
@@ -183,12 +188,12 @@ def plan_run(
     config: RunConfig[Any],
     limit: int | None,
     update: Sequence[str] = (),
-) -> Plan:
-    return stages.plan(source, run_uri, config, limit=limit, update=update)
+) -> None:
+    stages.plan(source, run_uri, config, limit=limit, update=update)
 
 
 @task(name="run-shards", **RETRY_ON_OUTAGE)
-def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
+def run_shards(run_uri: str, engine: EngineConfig) -> Outcome:
     listener, bar = _listener.get(), ProgressBar("Shards done")
 
     def on_progress(snapshot: TallySnapshot) -> None:
@@ -196,18 +201,18 @@ def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
         bar(snapshot.shards_done + snapshot.shards_quarantined, snapshot.shards_total)
 
     with gpu_quota(engine):
-        return stages.run(planned.run.uri, engine, on_progress)
+        return stages.run(run_uri, engine, on_progress)
 
 
 @task(name="seal-and-verify", **RETRY_ON_OUTAGE)
 def seal_and_verify(run_uri: str) -> tuple[str, ...]:
     stages.seal(run_uri)
-    return tuple(stages.verify(run_uri).problems)
+    return tuple(verify(run_uri).problems)
 
 
 @task(name="report", **RETRY_ON_OUTAGE)
-def write_report(run_uri: str) -> str:
-    return stages.report(run_uri)
+def report(run_uri: str) -> str:
+    return write_report(run_uri)
 
 
 @task(name="publish", **RETRY_ON_OUTAGE)
