@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from models.errors import ConfigError, LedgerError
 from tasks.run.ledger import read_markers
 from tasks.run.marker import Marker
@@ -15,7 +13,7 @@ from tasks.run.rows import picture_suffix
 from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import exists, file_info, join, read_bytes, write_bytes
 from tasks.storage.names import file_name
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import open_part, part_errors
 
 CLAIM = ".export.json"
 NEXT_STEPS = {
@@ -121,8 +119,7 @@ def _rows(run_uri: str, marker: Marker, names: Sequence[str]) -> Iterator[list[d
     if part is None:
         return
     uri = join(run_uri, part.path)
-    with part_errors(uri):
-        file = pq.ParquetFile(PartFile(uri, part.bytes))
+    file = open_part(uri, part.bytes)
     for group in range(file.num_row_groups):
         with part_errors(uri):
             yield file.read_row_group(group, ["sample_key", *names]).to_pylist()
