@@ -123,11 +123,9 @@ def load_config(
         ConfigError: the file cannot be read, or a key or value is wrong; names the key and, for an
             unknown one, the nearest valid key.
     """
-    tables = read_toml(path) if path else {}
+    tables = read_toml(path)
     _choose_methods(tables, methods)
-    for item in sets:
-        apply_set(tables, item)
-    return validate(tables)
+    return validate(apply_sets(tables, sets))
 
 
 def validate(tables: Tables) -> InvertConfig:
@@ -142,7 +140,7 @@ def validate(tables: Tables) -> InvertConfig:
             f"method: expected one or more [[method]] tables, found {chain!r}; "
             'write [[method]] and name = "e4e"'
         )
-    methods = tuple(_method(table, f"method.{index}") for index, table in enumerate(chain))
+    methods = tuple(read_method(table, f"method.{index}") for index, table in enumerate(chain))
     if method_class(methods[0].name).needs_init:
         raise ConfigError(
             f"method.0: {methods[0].name} refines the result of an earlier method and cannot be "
@@ -168,9 +166,7 @@ def load_stored_config(
         LedgerError: there is no such run.
         ConfigError: as `load_config`.
     """
-    tables = read_toml(path) if path else {}
-    for item in sets:
-        apply_set(tables, item)
+    tables = apply_sets(read_toml(path), sets)
     return run_config(job_class(kind), {**stored_defaults(source), **tables}, stored_job(source))
 
 
@@ -233,10 +229,7 @@ def engine_of(path: str | None, sets: Sequence[str]) -> EngineConfig:
     Raises:
         ConfigError: as `load_config`.
     """
-    tables = read_toml(path) if path else {}
-    for item in filter(_is_of_engine, sets):
-        apply_set(tables, item)
-    return _engine(tables)
+    return _engine(apply_sets(read_toml(path), filter(_is_of_engine, sets)))
 
 
 def _engine(tables: Tables) -> EngineConfig:
@@ -256,18 +249,17 @@ def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
     Raises:
         ConfigError: as `load_config`.
     """
-    tables = read_toml(path) if path else {}
-    for item in sets:
-        apply_set(tables, item)
-    return validated(cls, tables)
+    return validated(cls, apply_sets(read_toml(path), sets))
 
 
-def read_toml(path: str) -> Tables:
-    """The tables of a local TOML file.
+def read_toml(path: str | None) -> Tables:
+    """The tables of a local TOML file; none of no file.
 
     Raises:
         ConfigError: no such file, or not TOML (with line and column).
     """
+    if not path:
+        return {}
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -278,12 +270,21 @@ def read_toml(path: str) -> Tables:
         raise ConfigError(f"config {path}: not valid TOML: {error}") from error
 
 
-def apply_set(tables: Tables, item: str) -> None:
-    """Write one override into the tables. `method.0.steps=20` reaches into a list of tables.
+def apply_sets(tables: Tables, sets: Iterable[str]) -> Tables:
+    """Write overrides into the tables. `method.0.steps=20` reaches into a list of tables.
+
+    Returns:
+        The same tables.
 
     Raises:
         ConfigError: no "=", or a path through something that is not a table.
     """
+    for item in sets:
+        _apply_set(tables, item)
+    return tables
+
+
+def _apply_set(tables: Tables, item: str) -> None:
     dotted, equals, text = item.partition("=")
     names = [name.strip() for name in dotted.split(".")]
     if not equals or not all(names):
@@ -339,7 +340,12 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _method(table: Any, where: str) -> MethodConfig:
+def read_method(table: Any, where: str) -> MethodConfig:
+    """A [[method]] table as a method with all its settings.
+
+    Raises:
+        ConfigError: there is no such method, or a key or value is wrong.
+    """
     if not isinstance(table, dict) or "name" not in table:
         raise ConfigError(
             f"{where}: expected a [[method]] table with a name, found {table!r}; "
