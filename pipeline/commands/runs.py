@@ -244,13 +244,13 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     Args:
         deep: read the parts and check their sha256 and keys too.
     """
-    from pipeline.screen import count
+    from tasks.report.words import counted
     from tasks.verify.run import verify as verify_run
 
     found = verify_run(run, deep)
     for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    verdict = count(len(found.problems), "problem") if found.problems else "clean"
+    verdict = counted(len(found.problems), "problem") if found.problems else "clean"
     console.print(f"{run}: {verdict}", highlight=False, soft_wrap=True)
     return UNCLEAN if found.problems else OK
 

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -28,7 +29,6 @@ from models.errors import AssetError, ConfigError, LedgerError, RefineryError, S
 from models.files import PARTIAL_SUFFIX, atomically
 from tasks.storage.errors import is_missing, storage_errors
 
-"""Ends the hidden names of files being written; no reader's pattern matches it."""
 S3_RETRIES = 8
 S3_CONNECTIONS = 32
 """Small reads wait more than they work: of ten, botocore's own number, 200 take twice as long."""
@@ -207,7 +207,7 @@ def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, 
                 status = os.stat(local_path(uri))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            return None if _is_folder(status) else (status.st_size, _local_etag(status))
+            return None if S_ISDIR(status.st_mode) else (status.st_size, _local_etag(status))
         fs, path = open_filesystem(uri)
         try:
             info = fs.info(path)
@@ -323,21 +323,23 @@ def _list_local(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) ->
 
 def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[_Listed]:
     # `fs.find` would hold every entry of the prefix at once: about 2 GB for a million keys.
-    bucket, _, prefix = path.partition("/")
-    prefix = prefix + "/" if prefix else ""
-    request = {"Bucket": bucket, "Prefix": prefix}
-    while True:
-        page = cast(Any, fs).call_s3("list_objects_v2", **request)
+    for page, prefix in s3_pages(fs, path):
         for entry in page.get("Contents", ()):
             etag, written = entry["ETag"].strip('"'), entry["LastModified"].timestamp()
-            yield entry["Key"][len(prefix) :], int(entry["Size"]), etag, written
+            yield entry["Key"].removeprefix(prefix), int(entry["Size"]), etag, written
+
+
+def s3_pages(fs: Any, path: str, **options: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The pages of a listing of a bucket or a folder of it, with the prefix of all its keys."""
+    bucket, _, prefix = path.partition("/")
+    prefix = prefix + "/" if prefix else ""
+    request = {"Bucket": bucket, "Prefix": prefix, **options}
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        yield page, prefix
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
-
-
-def _is_folder(status: os.stat_result) -> bool:
-    return (status.st_mode & 0o170000) == 0o040000
 
 
 def _local_etag(status: os.stat_result) -> str:
