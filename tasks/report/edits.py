@@ -113,7 +113,7 @@ def _samples(
 
 def edit_pictures(data: EditData) -> str:
     """Rows of pictures: original, inversion, every variant."""
-    stored = (picture for _, pictures in data.samples for picture in pictures.values())
+    stored = (each for _, pictures in data.samples for each in pictures.values() if each)
     return section("edit_pictures", data, all(map(is_pixelated, stored)))
 
 

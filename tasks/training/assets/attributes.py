@@ -10,6 +10,7 @@ Legend: N batch, M pictures, A age bins, H W image.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,13 +171,14 @@ def attribute_scores(
         found.append([network.expected_age(ages).cpu(), *others.cpu().unbind(1)])
     age, gender, smile = (torch.cat(column) for column in zip(*found, strict=True))
     labels = pictures.labels
+    ranks: Any = spearmanr(smile, labels["smile"])
     return {
         "age_mae": float((age - labels["age"]).abs().mean()),
         "age_mae_of_the_mean": float((labels["age"].mean() - labels["age"]).abs().mean()),
         "age_correlation": correlation(age, labels["age"]),
         "gender_accuracy": float(((gender > 0) == (labels["gender"] > 0.5)).float().mean()),
         "smile_auc": area_under_curve(smile, labels["smile"] > 0.5),
-        "smile_rank_correlation": float(spearmanr(smile, labels["smile"]).statistic),
+        "smile_rank_correlation": float(ranks.statistic),
     }
 
 

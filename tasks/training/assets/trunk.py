@@ -219,8 +219,8 @@ def evaluate(
             columns[2].append((a - b).square().mean((1, 2, 3)))
         theirs, ours, mse = (torch.cat(column) for column in columns)
         return {
-            "spearman": round(float(spearmanr(theirs, ours).statistic), 4),
-            "spearman_mse": round(float(spearmanr(theirs, mse).statistic), 4),
+            "spearman": _spearman(theirs, ours),
+            "spearman_mse": _spearman(theirs, mse),
         }
 
     rng = torch.Generator().manual_seed(seed)
@@ -235,3 +235,8 @@ def evaluate(
         kind: score(held_out, distorter.apply(kind, held_out, rng)) for kind in distorter.kinds
     }
     return scores
+
+
+def _spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
+    found: Any = spearmanr(a, b)
+    return round(float(found.statistic), 4)
