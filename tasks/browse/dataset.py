@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.browse.pictures import media_type
-from tasks.run.export import features
+from tasks.run.export import features, with_pictures
 from tasks.run.marker import Marker, Part
 from tasks.storage.files import join
 from tasks.storage.part_files import open_part, part_errors
@@ -87,8 +87,7 @@ def _tables(
         parts = markers[shard].parts
         rows = _rows(run_uri, parts["latents"], by_shard[shard])
         if "images" in parts:
-            pictures = _rows(run_uri, parts["images"], by_shard[shard])
-            rows = _beside(rows, pictures)
+            rows = with_pictures(rows, _rows(run_uri, parts["images"], by_shard[shard]))
         yield rows.replace_schema_metadata(features(rows.schema))
 
 
@@ -102,13 +101,3 @@ def _rows(run_uri: str, part: Part, keys: Sequence[str]) -> pa.Table:
             for table in map(file.read_row_group, range(file.num_row_groups))
         ]
     return pa.concat_tables(groups)
-
-
-def _beside(rows: pa.Table, pictures: pa.Table) -> pa.Table:
-    """Every row with its pictures; a failed one has none."""
-    at = {key: index for index, key in enumerate(pictures["sample_key"].to_pylist())}
-    places = pa.array([at.get(key) for key in rows["sample_key"].to_pylist()], pa.int64())
-    for name in pictures.column_names:
-        if name != "sample_key":
-            rows = rows.append_column(name, pictures[name].take(places))
-    return rows

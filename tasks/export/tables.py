@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
 from tasks.export.pictures import CLAIM
-from tasks.run.export import features
+from tasks.run.export import features, with_pictures
 from tasks.run.ledger import read_markers, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.parts import PICTURE
@@ -68,13 +68,7 @@ class Samples:
         table = _read(self.uri, marker.parts["latents"])
         if "images" not in marker.parts:
             return table
-        pictures = _read(self.uri, marker.parts["images"])
-        row_of = {key: row for row, key in enumerate(pictures["sample_key"].to_pylist())}
-        at = pa.array([row_of.get(key) for key in table["sample_key"].to_pylist()], pa.int64())
-        for name in pictures.column_names[1:]:
-            column = pictures[name].combine_chunks().take(at)
-            table = table.append_column(pictures.schema.field(name), column)
-        return table
+        return with_pictures(table, _read(self.uri, marker.parts["images"]))
 
     def of_columns(self, convert: Callable[[pa.Table], pa.Table]) -> pa.RecordBatchReader:
         """All shards as one stream of one schema; columns that a shard lacks are null."""

@@ -96,6 +96,16 @@ def export_dataset(table: pa.Table, folder: str) -> list[str]:
     return uris
 
 
+def with_pictures(rows: pa.Table, pictures: pa.Table) -> pa.Table:
+    """Rows of latents/ with those of images/ beside them; a failed sample's are null."""
+    row_of = {key: row for row, key in enumerate(pictures["sample_key"].to_pylist())}
+    at = pa.array([row_of.get(key) for key in rows["sample_key"].to_pylist()], pa.int64())
+    for name in pictures.column_names[1:]:
+        column = pictures[name].combine_chunks().take(at)
+        rows = rows.append_column(pictures.schema.field(name), column)
+    return rows
+
+
 def features(schema: pa.Schema) -> dict[str, str]:
     """The metadata by which `datasets` knows what is a picture.
 
