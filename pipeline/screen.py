@@ -32,7 +32,7 @@ def pairs(title: str, values: Mapping[str, Any], style: str = "cyan") -> Table:
     table.add_column(style=style, no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(name, Text(str(value)))
+        table.add_row(Text(name), Text(str(value)))
     return table
 
 
@@ -103,12 +103,12 @@ def domains_table(folders: Sequence[Path]) -> Table:
         card = json.loads((folder / "card.json").read_text())
         status = f"{card['status']}: {card['note']}" if card["note"] else card["status"]
         table.add_row(
-            str(folder),
+            Text(str(folder)),
             Text(status),
             f"{card['best_step']} of {card['steps']}",
             f"{card['score']:.4g}",
             size(card["bytes"]),
-            str(folder / "preview.png"),
+            Text(str(folder / "preview.png")),
         )
     return table
 
@@ -176,7 +176,7 @@ def _query_records(found: "pa.Table") -> Table:
     table.add_column(overflow="fold")
     for row in found.slice(0, MAX_QUERY_RECORDS).to_pylist():
         for name, value in row.items():
-            table.add_row(name, Text(cell(value)))
+            table.add_row(Text(name), Text(cell(value)))
         table.add_section()
     table.caption = _cut_note(found, MAX_QUERY_RECORDS)
     return table
@@ -211,7 +211,8 @@ def _headed(names: Sequence[str], numbers: Collection[str]) -> Table:
     """A table with columns of these names, those of numbers to the right."""
     table = Table(title_justify="left", header_style="bold")
     for name in names:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        justify = "right" if name in numbers else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold")
     return table
 
 
