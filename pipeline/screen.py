@@ -98,7 +98,7 @@ def show_status(console: Console, status: "Status") -> None:
 def domains_table(folders: Sequence[Path]) -> Table:
     """The end of `adapt`: what each domain's card says."""
     numbers = ("steps", "score", "size")
-    table = _headed(("domain", "status", *numbers, "preview"), numbers)
+    table = headed(("domain", "status", *numbers, "preview"), numbers)
     for folder in folders:
         card = json.loads((folder / "card.json").read_text())
         status = f"{card['status']}: {card['note']}" if card["note"] else card["status"]
@@ -129,7 +129,7 @@ def query_table(found: "pa.Table", width: int) -> Table:
         return _query_records(found)
     kinds = ("int", "uint", "float", "double")
     numbers = [field.name for field in found.schema if str(field.type).startswith(kinds)]
-    table = _headed(found.column_names, numbers)
+    table = headed(found.column_names, numbers)
     for row in found.slice(0, MAX_QUERY_ROWS).to_pylist():
         table.add_row(*(Text(cell(value)) for value in row.values()))
     table.caption = _cut_note(found, MAX_QUERY_ROWS)
@@ -140,7 +140,7 @@ def runs_table(found: "pa.Table") -> Table:
     """The answer of `runs`."""
     names = ("run", "kind", "method", "generator", "state")
     numbers = ("rows", "failed", "shards", "size", "worker time")
-    table = _headed((*names, *numbers, "created", "finished"), numbers)
+    table = headed((*names, *numbers, "created", "finished"), numbers)
     for row in found.to_pylist():
         table.add_row(
             *(Text(str(row[name] or "")) for name in names),
@@ -158,7 +158,7 @@ def show_diff(console: Console, found: "Difference") -> None:
     """The answer of `diff`."""
     console.print(pairs("", found.counts))
     numbers = ("rows", "A", "B", "B - A", "effect", "p")
-    table = _headed(("metric", *numbers, "verdict"), numbers)
+    table = headed(("metric", *numbers, "verdict"), numbers)
     for drift in found.drifts:
         table.add_row(
             Text(drift.name),
@@ -207,9 +207,10 @@ def cell(value: Any) -> str:
     return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
 
 
-def _headed(names: Sequence[str], numbers: Collection[str]) -> Table:
+def headed(names: Sequence[str], numbers: Collection[str], title: str | None = None) -> Table:
     """A table with columns of these names, those of numbers to the right."""
-    table = Table(title_justify="left", header_style="bold")
+    shown = Text(title, "table.title") if title else None
+    table = Table(title=shown, title_justify="left", header_style="bold")
     for name in names:
         justify = "right" if name in numbers else "left"
         table.add_column(Text(name), justify=justify, overflow="fold")
