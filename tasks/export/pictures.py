@@ -1,7 +1,7 @@
 """Pictures of a run as files."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -39,19 +39,13 @@ class Exported:
     kept: int = 0
 
 
-def export_pictures(
-    run_uri: str,
-    folder: str,
-    pictures: Sequence[str] = (),
-    on_progress: Callable[[int], None] = lambda files: None,
-) -> Exported:
+def export_pictures(run_uri: str, folder: str, pictures: Sequence[str] = ()) -> Exported:
     """Write the stored pictures of the committed samples below a folder or prefix, byte for byte:
     `<sample key>`, or `<picture>/<sample key>` where there are several of each. A file that is
     there with the right size stays, so the same call goes on with what an earlier one began.
 
     Args:
         pictures: columns of images/; empty: the edits, of a run without edits the inversion.
-        on_progress: told how many files are done.
 
     Raises:
         LedgerError: there is no run, a part is damaged, or a file cannot be written.
@@ -87,7 +81,6 @@ def export_pictures(
                     files += [(inside[name], row[name]["bytes"]) for name in names]
                 done = list(pool.map(lambda file: _write(join(folder, file[0]), file[1]), files))
                 written, kept = written + sum(done), kept + len(done) - sum(done)
-                on_progress(written + kept)
     return Exported(written=written, kept=kept)
 
 

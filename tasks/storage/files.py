@@ -186,13 +186,13 @@ def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[B
             fs.put_file(file.name, path)
 
 
-def exists(uri: str, error: type[RefineryError] = LedgerError) -> bool:
+def exists(uri: str) -> bool:
     """Whether a file (not a folder) has this name.
 
     Raises:
-        error: storage cannot tell (credentials, network, bucket).
+        LedgerError: storage cannot tell (credentials, network, bucket).
     """
-    return file_info(uri, error) is not None
+    return file_info(uri) is not None
 
 
 def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, str] | None:
@@ -220,14 +220,14 @@ def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, 
         return int(info["size"]), _etag_of(info)
 
 
-def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
+def remove(uris: list[str]) -> None:
     """Delete files; those already gone are no error.
 
     Raises:
-        error: one of them cannot be deleted.
+        LedgerError: one of them cannot be deleted.
     """
     for uri in uris:
-        with storage_errors("delete", uri, error), suppress(FileNotFoundError):
+        with storage_errors("delete", uri, LedgerError), suppress(FileNotFoundError):
             if is_local(uri):
                 os.unlink(local_path(uri))
             else:
@@ -258,12 +258,10 @@ def list_files(
                 yield name, size, etag
 
 
-def list_times(
-    uri: str, error: type[RefineryError] = LedgerError
-) -> Iterator[tuple[str, int, float]]:
+def list_times(uri: str) -> Iterator[tuple[str, int, float]]:
     """As `list_files` with files being written: (name, size in bytes, when it was written, seconds
     by the clock of the store, which may not be ours)."""
-    with storage_errors("list", uri, error):
+    with storage_errors("list", uri, LedgerError):
         for name, size, _, written in _list_any(uri):
             if size >= 0:
                 yield name, size, written
@@ -353,23 +351,23 @@ def _etag_of(info: dict[str, object]) -> str:
     return f"{info.get('created', '')}-{info.get('size', 0)}"
 
 
-def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
+def localise(uri: str) -> Path:
     """A local path of a file: itself, or a copy kept in the cache under its URL and etag.
 
     The cache is `models.cache.cache_folder`.
 
     Raises:
-        error: the file is missing or cannot be fetched.
+        AssetError: the file is missing or cannot be fetched.
     """
-    info = file_info(uri, error)
+    info = file_info(uri, AssetError)
     if info is None:
-        raise error(f"cannot open {uri}: there is no such file. Check the spelling")
+        raise AssetError(f"cannot open {uri}: there is no such file. Check the spelling")
     if is_local(uri):
         return Path(local_path(uri))
     name = hashlib.sha256(f"{uri}\0{info[1]}".encode()).hexdigest()[:24]
     target = cache_folder() / "files" / name / uri.rsplit("/", 1)[-1]
     if not target.is_file() or target.stat().st_size != info[0]:
         fs, path = open_filesystem(uri)
-        with storage_errors("fetch", uri, error), atomically(str(target)) as file:
+        with storage_errors("fetch", uri, AssetError), atomically(str(target)) as file:
             fs.get_file(path, file.name)
     return target
