@@ -92,7 +92,7 @@ RETRY_ON_OUTAGE: dict[str, Any] = {
 
 def run_name() -> str:
     """A flow run is called as the run that it writes."""
-    return str(flow_run.parameters["output_uri"]).replace("{date}", scheduled_day())
+    return dated(str(flow_run.parameters["output_uri"]))
 
 
 @flow(name="invert-dataset", flow_run_name=run_name)
@@ -121,7 +121,7 @@ def invert_dataset(
         IncompleteRun: shards were quarantined, or verification found problems.
         RefineryError: as the stages of `pipeline.run`.
     """
-    run_uri = output_uri.replace("{date}", scheduled_day())
+    run_uri = dated(output_uri)
     settings = load_config(config, overrides or [], methods or [])
     return run_stages(input_uri, run_uri, settings, limit, update or [])
 
@@ -145,8 +145,7 @@ def run_over_run(
     Raises:
         IncompleteRun, RefineryError: as `invert_dataset`.
     """
-    day = scheduled_day()
-    source, run_uri = source_uri.replace("{date}", day), output_uri.replace("{date}", day)
+    source, run_uri = dated(source_uri), dated(output_uri)
     settings = load_stored_config(kind, source, config, overrides or [])
     return run_stages(source, run_uri, settings, limit)
 
@@ -281,7 +280,7 @@ def gpus_wanted(engine: EngineConfig) -> int:
     return max(math.ceil(per_actor * actors), 1)
 
 
-def scheduled_day() -> str:
-    """The day a flow run was scheduled for, or else today; UTC, 2026-01-31."""
+def dated(uri: str) -> str:
+    """`{date}` becomes the day the flow run was scheduled for, or else today; UTC, 2026-01-31."""
     when = flow_run.scheduled_start_time or datetime.now(UTC)
-    return when.strftime("%Y-%m-%d")
+    return uri.replace("{date}", when.strftime("%Y-%m-%d"))
