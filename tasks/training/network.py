@@ -1,7 +1,4 @@
-"""What every network that is trained on a frozen generator shares: settings, losses, card.
-
-Legend: N batch, H W image.
-"""
+"""What every network that is trained on a frozen generator shares: settings, losses, card."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
