@@ -24,7 +24,6 @@ from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, Pyrami
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError
 from models.files import atomically
-from models.files import file_sha256 as file_sha256
 from models.torch_file import read_state_dict
 
 OFFICIAL_KINDS = {
