@@ -364,7 +364,7 @@ def _narrow_conv(
     the time of a convolution per sample, forward and backward; a quarter with r = 2.
     """
     n, i, h, w = x.shape
-    products = taps @ x.permute(0, 2, 3, 1).reshape(n, h * w, i).transpose(1, 2)
+    products = torch.bmm(taps, x.permute(0, 2, 3, 1).reshape(n, h * w, i).transpose(1, 2))
     if up:
         return F.fold(products, (2 * h + k - 2, 2 * w + k - 2), k, stride=2)
     return F.fold(products, (h, w), k, padding=k // 2)
