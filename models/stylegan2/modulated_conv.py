@@ -72,7 +72,8 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
     if residual is not None and residual.is_shared:
         added = _shared(residual, weight, up, kept)
     d = demodulate(weight, styles, added, scale, kept) * gain if should_demodulate else None
-    if kept is not None and _is_channels_last(x):
+    is_product = form == "folded" and isinstance(added, LowRank)  # made in the stored order
+    if kept is not None and _is_channels_last(x) and not is_product:
         weight = kept.laid_out
     return (_implicit if form == "implicit" else _folded)(x, weight, styles, d, gain, up, added)
 
@@ -312,9 +313,8 @@ def _folded(
         if isinstance(residual, SharedResidual):
             kernel.add_(residual.kernel)
         elif residual is not None:
-            kernel = kernel.contiguous()
             u, v = residual.u.to(kernel.dtype), residual.v.to(kernel.dtype)
-            kernel.flatten(2).baddbmm_(u, v.flatten(2))  # in place, of a view
+            kernel.view(*kernel.shape[:2], -1).baddbmm_(u, v.flatten(2))  # in place
         kernel.mul_(d[:, :, None, None, None])
     return _per_sample_conv(x, kernel.to(x.dtype), up)
 
