@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -47,7 +47,11 @@ def make_residual(generator: Generator, batch: int, rank: int) -> dict[int, LowR
     return found
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each task, over rounds that run every task once."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
