@@ -26,6 +26,7 @@ from tasks.benchmark.machine import describe_machine
 
 WIDTHS_F = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128, 512: 64, 1024: 32}
 """Channels of StyleGAN2 config f (channel multiplier 2)."""
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
 def make_generator(resolution: int) -> Generator:
@@ -50,11 +51,10 @@ def make_residual(generator: Generator, batch: int, rank: int) -> dict[int, LowR
 def interleaved(
     tasks: Mapping[str, Callable[[], object]],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = CLOCK,
 ) -> dict[str, float]:
     """Median seconds of each task, over rounds that run every task once."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for round_index in range(rounds + 1):
         for name, task in tasks.items():
             started = clock()
