@@ -24,6 +24,7 @@ from models.inversion.base import Inversion
 from tasks.adapt.config import AdaptConfig, DomainConfig
 from tasks.adapt.job import _Job
 from tasks.benchmark.machine import describe_machine
+from tasks.work.device import prepare_device
 
 BATCHES, ROUNDS = (1, 16), 9
 TEXTS = ("pencil sketch", "oil painting", "cartoon", "watercolor painting")
@@ -82,6 +83,7 @@ def steps(rounds: int) -> dict[str, float]:
 def run(batches: Sequence[int], rounds: int) -> dict[str, Any]:
     """Every figure, JSON-ready."""
     torch.set_num_threads(1)
+    prepare_device("cpu")  # as workers do
     return {
         "machine": describe_machine(),
         "rounds": rounds,

@@ -42,6 +42,8 @@ from tasks.work.station import Batch, fill_row
 
 ENGINES = ("inline", "ray")
 IMAGES = 512
+POLL_S = 2.0
+"""Of the processes of a run, which live as long as it does: a look takes time of their cores."""
 STARTED = 40
 """Pictures of the run whose start-up is measured."""
 
@@ -113,7 +115,7 @@ def pipeline_run(source: str, config: InvertConfig, limit: int, out: str) -> dic
     plan(source, out, config, limit=limit)
     begun: list[float] = []
     ended = 0.0
-    with CpuMeter(os.getpid()) as meter:
+    with CpuMeter(os.getpid(), POLL_S) as meter:
 
         def listen(snapshot: TallySnapshot) -> None:
             nonlocal ended

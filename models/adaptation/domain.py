@@ -280,7 +280,7 @@ def _joined(
     mix: tuple[tuple[Domain, float], ...], device: torch.device, dtype: torch.dtype
 ) -> dict[int, LowRank]:
     """One mix for all pictures, the same tensors each time: the layers keep what they compute of
-    them (`KernelNorms`)."""
+    them (`FrozenKernel`)."""
     with torch.inference_mode(False), torch.no_grad():
         return mixed_residual([_residuals(mix)], 1, torch.empty(0, device=device, dtype=dtype))
 

@@ -9,13 +9,14 @@ the two). With `up`, the convolution is a transposed one of stride 2 (the caller
 - `grouped`: build every K_n and run one grouped convolution. The reference; slow and large.
 - `implicit`: `d * (conv(s * x, W) + u conv(x, v))`: one shared convolution for the whole batch. The
   norm of K_n comes from `s^2 Q + 2 sum_r u C + diag(u G u^T)`, with Q = sum_k W^2, C = W (s v)^T
-  and G = v v^T. A residual that all samples share (`LowRank.expand`) is one convolution too, and
-  its product dW = u v is built once: the norm is then `s^2 Q + 2 s sum_k W dW + sum_ik dW^2`.
+  and G = v v^T. Of a residual that all samples share (`LowRank.expand`) the product dW = u v is
+  built once: the norm is then `s^2 Q + 2 s sum_k W dW + sum_ik dW^2`.
 - `folded`: scale the kernel and convolve sample by sample. Cheaper where the kernel is small and
   the activations are large. With a frozen kernel its backward pass computes no kernel gradient:
   the gradient of s is `sum_hw x * conv^T(d gy, W)`, the one of d is `sum_hw gy y / d`.
 """
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,8 +29,6 @@ from models.stylegan2.residual import LowRank
 
 Form = Literal["auto", "grouped", "implicit", "folded"]
 EPS = 1e-8
-VECTOR = 8
-"""Float32 values of a register of AVX2, the block of channels of a CPU's convolutions."""
 
 
 def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
@@ -43,7 +42,7 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
     up: bool = False,
     residual: LowRank | None = None,
     form: Form = "auto",
-    norms: "KernelNorms | None" = None,
+    kept: "FrozenKernel | None" = None,
 ) -> Float[Tensor, "N O h w"]:
     """Convolve every sample with its own kernel (see the module's first lines).
 
@@ -57,7 +56,7 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
         up: transposed convolution of stride 2 without padding: h = 2H + k - 2.
         residual: a per-sample low-rank addition, in the scale of `weight`.
         form: which exact form to run; "auto" chooses by shape (`choose_form`).
-        norms: of this kernel, where it is frozen.
+        kept: of this kernel, where it is frozen.
     """
     if form == "auto":
         form = choose_form(x, weight, styles, residual)
@@ -65,16 +64,18 @@ def modulated_conv2d(  # noqa: PLR0913 - the parts of one formula
         return _grouped(x, weight, styles, scale, gain, should_demodulate, up, residual)
     if x.dtype == torch.float16 and should_demodulate and residual is None:
         # Keep half-precision products in range; demodulation undoes both scales.
-        weight, norms = weight / weight.detach().abs().amax(), None
+        weight, kept = weight / weight.detach().abs().amax(), None
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     # The scale rides on d (or on the gain), so that no scaled copy of the kernel is made.
     gain = gain * scale
-    d = None
-    if should_demodulate:
-        d = demodulate(weight, styles, residual, scale, norms) * gain
-    if form == "implicit":
-        return _implicit(x, weight, styles, d, gain, up, residual)
-    return _folded(x, weight, styles, d, gain, up, residual)
+    added: LowRank | SharedResidual | None = residual
+    if residual is not None and residual.is_shared:
+        added = _shared(residual, weight, up, kept)
+    d = demodulate(weight, styles, added, scale, kept) * gain if should_demodulate else None
+    is_product = form == "folded" and isinstance(added, LowRank)  # made in the stored order
+    if kept is not None and _is_channels_last(x) and not is_product:
+        weight = kept.laid_out
+    return (_implicit if form == "implicit" else _folded)(x, weight, styles, d, gain, up, added)
 
 
 def choose_form(
@@ -99,35 +100,63 @@ def choose_form(
     return "folded" if o * i * k * k < 2 * x.shape[2] * x.shape[3] * (i + o) else "implicit"
 
 
-class KernelNorms:
-    """What demodulation needs of a frozen kernel, computed once: sums over its taps cost a quarter
-    of a small picture's render.
+class SharedResidual:
+    """A residual that all samples share, beside a kernel W, and what is computed of both.
+
+    Attributes:
+        kernel: dW [O I k k], in the memory order of W.
+        sums: `2 sum_k W dW` [O I] and `sum_ik dW^2` [O].
+        taps: of v [1 r I k k], as `_narrow_conv` takes them.
+    """
+
+    def __init__(self, one: LowRank, weight: Float[Tensor, "O I k k"], up: bool) -> None:
+        one = one.to(dtype=weight.dtype)
+        self.u, self.v, self.taps = one.u, one.v, _taps(one.v, up)
+        self.kernel = _in_order_of(weight, one.kernel()[0])
+        cross = (weight * self.kernel).flatten(2)  # [O I kk]
+        u, v = one.u[0], one.v[0].flatten(1)
+        # A product is faster than a sum.
+        self.sums = cross @ cross.new_full((cross.shape[2],), 2.0), ((u @ (v @ v.T)) * u).sum(1)
+
+
+class FrozenKernel:
+    """What is computed of a frozen kernel once: of a small picture's render, the sums over its taps
+    cost a quarter, and so does the memory order in which a channels-last convolution reads it.
 
     Args:
         weight: the kernel; a change in place or another place of its values is noticed.
+        up: of the convolution.
+
+    Attributes:
+        squares: sum_k W^2, [O I].
     """
 
-    def __init__(self, weight: Float[Tensor, "1 O I k k"]) -> None:
-        self._weight, self._made_of = weight, _state(weight)
+    def __init__(self, weight: Float[Tensor, "1 O I k k"], up: bool) -> None:
+        self._weight, self._made_of, self._up = weight, _state(weight), up
         with torch.inference_mode(False), torch.no_grad():
             self.squares = _squares(weight[0])
-        self._shared: tuple[LowRank, Any, SharedNorms] | None = None
+        self._shared: tuple[LowRank, Any, SharedResidual] | None = None
 
     def fits(self, weight: Tensor) -> bool:
         return weight is self._weight and _state(weight) == self._made_of
 
-    def shared(self, one: LowRank) -> "SharedNorms":
-        """Of a residual that all samples share; those of the last one are kept, and with them the
-        factors, so that no other tensor takes their place in memory."""
-        state, kept = (_state(one.u), _state(one.v)), self._shared
+    @cached_property
+    def laid_out(self) -> Float[Tensor, "O I k k"]:
+        """W in the memory order in which a channels-last convolution reads it."""
+        with torch.inference_mode(False), torch.no_grad():
+            read = self._weight[0].transpose(0, 1) if self._up else self._weight[0]
+            read = read.contiguous(memory_format=torch.channels_last)
+            return read.transpose(0, 1) if self._up else read
+
+    def shared(self, residual: LowRank) -> SharedResidual:
+        """That of the last residual is kept, and with it the factors, so that no other tensor takes
+        their place in memory."""
+        state, kept = (_state(residual.u), _state(residual.v)), self._shared
         if kept is None or kept[1] != state:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._shared = one, state, _shared_norms(self._weight[0], one)
+                found = SharedResidual(residual[0:1], self.laid_out, self._up)
+                kept = self._shared = residual, state, found
         return kept[2]
-
-
-SharedNorms = tuple[Float[Tensor, "O I"], Float[Tensor, " O"]]
-"""`sum_k W dW` and `sum_ik dW^2`."""
 
 
 def is_constant(*tensors: Tensor) -> bool:
@@ -139,35 +168,43 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype, tensor.shape[1:]
 
 
+def _shared(
+    residual: LowRank, weight: Tensor, up: bool, kept: FrozenKernel | None
+) -> SharedResidual:
+    if kept is not None and is_constant(residual.u, residual.v):
+        return kept.shared(residual)
+    return SharedResidual(residual[0:1], weight, up)
+
+
+def _in_order_of(like: Tensor, values: Tensor) -> Tensor:
+    if like.stride() == values.stride():
+        return values
+    return torch.empty_like(like).copy_(values)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def _squares(weight: Float[Tensor, "O I k k"]) -> Float[Tensor, "O I"]:
     return weight.square().sum(dim=(2, 3))
-
-
-def _shared_norms(weight: Float[Tensor, "O I k k"], one: LowRank) -> SharedNorms:
-    taps = (weight * one.kernel()[0]).flatten(2)  # [O I kk]
-    u, v = one.u[0], one.v[0].flatten(1)
-    # A product is faster than a sum.
-    return taps @ taps.new_ones(taps.shape[2]), ((u @ (v @ v.T)) * u).sum(1)
 
 
 def demodulate(
     weight: Float[Tensor, "O I k k"],
     styles: Float[Tensor, "N I"],
-    residual: LowRank | None = None,
+    residual: LowRank | SharedResidual | None = None,
     scale: float = 1.0,
-    norms: KernelNorms | None = None,
+    kept: FrozenKernel | None = None,
 ) -> Float[Tensor, "N O"]:
     """`d = rsqrt(scale^2 ||K_n,o||^2 + eps)` without building K_n (the low-rank identity above)."""
-    squares = _squares(weight) if norms is None else norms.squares
-    norm = styles.square() @ squares.T  # [N O]
-    if residual is not None and residual.is_shared:
-        one = residual[0:1].to(dtype=styles.dtype)
-        if norms is not None and is_constant(one.u, one.v):
-            cross, own = norms.shared(one)
-        else:
-            cross, own = _shared_norms(weight, one)
-        norm = norm + 2 * (styles @ cross.T) + own
-    elif residual is not None:
+    squares = _squares(weight) if kept is None else kept.squares
+    if isinstance(residual, SharedResidual):
+        cross, own = residual.sums
+        norm = torch.addmm(torch.addmm(own, styles.square(), squares.T), styles, cross.T)
+    else:
+        norm = styles.square() @ squares.T  # [N O]
+    if isinstance(residual, LowRank):
         u, v = residual.u.to(styles.dtype), residual.v.to(styles.dtype)
         n, r = v.shape[:2]
         sv = (v * styles[:, None, :, None, None]).reshape(n * r, -1)
@@ -204,35 +241,33 @@ def _implicit(
     d: Tensor | None,
     gain: float,
     up: bool,
-    residual: LowRank | None,
+    residual: LowRank | SharedResidual | None,
 ) -> Tensor:
     dtype = x.dtype
     if d is None:
         weight = weight * gain
     y = _shared_conv(x * styles.to(dtype)[:, :, None, None], weight.to(dtype), up)
     if residual is not None:
-        if residual.is_shared:
-            residual = _whole_vectors(residual, x.device)
-            side = _shared_conv(x, residual.v[0].to(dtype), up)  # [N r h w]
-        else:
-            side = _narrow_conv(x, residual.v.to(dtype), up)
         u = residual.u.to(dtype) if d is not None else residual.u.to(dtype) * gain
-        y = _add_mixed(y, side, u)
+        y = _add_mixed(y, _side(x, residual, up), u.expand(len(x), -1, -1))
     if d is None:
         return y
     d = d.to(dtype)[:, :, None, None]
     return y * d if y.requires_grad or d.requires_grad else y.mul_(d)
 
 
-def _whole_vectors(shared: LowRank, device: torch.device) -> LowRank:
-    """The rank filled up with zeros to a multiple of VECTOR on a CPU, whose convolutions are up to
-    four times slower otherwise; exact."""
-    missing = -shared.v.shape[1] % VECTOR
-    if not missing or device.type != "cpu":
-        return shared
-    one = shared[0:1]
-    u, v = F.pad(one.u, (0, missing)), F.pad(one.v, (0, 0, 0, 0, 0, 0, 0, missing))
-    return LowRank(u=u, v=v).expand(len(shared.u))
+def _side(
+    x: Float[Tensor, "N I H W"], residual: LowRank | SharedResidual, up: bool
+) -> Float[Tensor, "N r h w"]:
+    """`conv(x, v)`."""
+    r, i, k = residual.v.shape[1:4]
+    is_narrow = not x.is_cuda and k * k * r <= 2 * i
+    if isinstance(residual, LowRank):
+        v = residual.v.to(x.dtype)
+        return _narrow_conv(x, _taps(v, up), k, up) if is_narrow else _per_sample_conv(x, v, up)
+    if not is_narrow:
+        return _shared_conv(x, residual.v[0].to(x.dtype), up)
+    return _narrow_conv(x, residual.taps.to(x.dtype).expand(len(x), -1, -1), k, up)
 
 
 def _add_mixed(
@@ -240,7 +275,7 @@ def _add_mixed(
 ) -> Float[Tensor, "N O h w"]:
     """`y + u side`, as one batched matrix product in the memory order that y has."""
     n, o, h, w = y.shape
-    if y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous():
+    if _is_channels_last(y):
         flat = y.permute(0, 2, 3, 1).reshape(n, h * w, o)  # a view
         side_flat = side.permute(0, 2, 3, 1).reshape(n, h * w, -1)
         mixed = _baddbmm(flat, side_flat, u.transpose(1, 2))
@@ -261,7 +296,7 @@ def _folded(
     d: Tensor | None,
     gain: float,
     up: bool,
-    residual: LowRank | None,
+    residual: LowRank | SharedResidual | None,
 ) -> Tensor:
     if d is None:
         d = styles.new_full((styles.shape[0], weight.shape[0]), gain)
@@ -271,16 +306,15 @@ def _folded(
     kernel = weight[None] * styles[:, None, :, None, None]
     if torch.is_grad_enabled() and (kernel.requires_grad or d.requires_grad or residual):
         if residual is not None:
-            kernel = kernel + residual.kernel().to(kernel.dtype)
+            added = residual.kernel() if isinstance(residual, LowRank) else residual.kernel
+            kernel = kernel + added.to(kernel.dtype)
         kernel = kernel * d[:, :, None, None, None]
     else:
-        if residual is not None and residual.is_shared:
-            kernel.add_(residual[0:1].kernel().to(kernel.dtype))
+        if isinstance(residual, SharedResidual):
+            kernel.add_(residual.kernel)
         elif residual is not None:
-            n, o = kernel.shape[:2]
-            flat = kernel.view(n, o, -1)  # changed in place
             u, v = residual.u.to(kernel.dtype), residual.v.to(kernel.dtype)
-            flat.baddbmm_(u, v.flatten(2))
+            kernel.view(*kernel.shape[:2], -1).baddbmm_(u, v.flatten(2))  # in place
         kernel.mul_(d[:, :, None, None, None])
     return _per_sample_conv(x, kernel.to(x.dtype), up)
 
@@ -313,8 +347,15 @@ def _per_sample_conv(
     return _grouped_conv(x, kernels, up)
 
 
+def _taps(kernels: Float[Tensor, "N r I k k"], up: bool) -> Float[Tensor, "N (r k k) I"]:
+    """`fold` adds tap (a, b) of an input pixel to the output pixel that is (a, b) further on: a
+    transposed convolution as it stands, an ordinary one with the taps turned around."""
+    taps = kernels if up else kernels.flip(3, 4)
+    return taps.permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+
 def _narrow_conv(
-    x: Float[Tensor, "N I H W"], kernels: Float[Tensor, "N r I k k"], up: bool
+    x: Float[Tensor, "N I H W"], taps: Float[Tensor, "N (r k k) I"], k: int, up: bool
 ) -> Float[Tensor, "N r h w"]:
     """A kernel per sample with few outputs: one batched matrix product, then sums over the taps.
 
@@ -322,14 +363,8 @@ def _narrow_conv(
     they are not many more than the I of the input. Measured at 64 px with r = 4 on a CPU: half of
     the time of a convolution per sample, forward and backward; a quarter with r = 2.
     """
-    n, r, i, k, _ = kernels.shape
-    if x.is_cuda or k * k * r > 2 * i:
-        return _per_sample_conv(x, kernels, up)
-    h, w = x.shape[2:]
-    # `fold` adds tap (a, b) of an input pixel to the output pixel that is (a, b) further on: a
-    # transposed convolution as it stands, an ordinary one with the taps turned around.
-    taps = (kernels if up else kernels.flip(3, 4)).permute(0, 1, 3, 4, 2).reshape(n, r * k * k, i)
-    products = taps @ x.permute(0, 2, 3, 1).reshape(n, h * w, i).transpose(1, 2)
+    n, i, h, w = x.shape
+    products = torch.bmm(taps, x.permute(0, 2, 3, 1).reshape(n, h * w, i).transpose(1, 2))
     if up:
         return F.fold(products, (2 * h + k - 2, 2 * w + k - 2), k, stride=2)
     return F.fold(products, (h, w), k, padding=k // 2)

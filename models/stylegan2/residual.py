@@ -4,7 +4,7 @@ Legend: N batch, O/I out/in channels, r rank, k kernel size.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,10 +18,14 @@ class LowRank:
     `K_n = W * s_n + u_n v_n` (RefineStyle, arXiv 2410.06104: `W^d = dW + s W^0`, `dW = P^T Q`). The
     product is in the unit of the stored kernel W: the equalised-learning-rate gain multiplies the
     sum.
+
+    Attributes:
+        is_shared: every sample has the very same factors, as `expand` gives them.
     """
 
     u: Float[Tensor, "N O r"]
     v: Float[Tensor, "N r I k k"]
+    is_shared: bool = False
 
     def __post_init__(self) -> None:
         if self.u.ndim != 3 or self.v.ndim != 5 or self.u.shape[2] != self.v.shape[1]:
@@ -35,27 +39,22 @@ class LowRank:
         n, r, i, k, _ = self.v.shape
         return (self.u @ self.v.reshape(n, r, -1)).reshape(n, self.u.shape[1], i, k, k)
 
-    @property
-    def is_shared(self) -> bool:
-        """True for `expand`'s view: every sample has the very same factors."""
-        return self.u.stride(0) == 0 == self.v.stride(0)
-
     def expand(self, n: int) -> "LowRank":
         """The factors of one sample for n of them, as a view: what all samples share is then
         computed once. Slices keep that; joining with other factors does not."""
-        return LowRank(u=self.u.expand(n, *self.u.shape[1:]), v=self.v.expand(n, *self.v.shape[1:]))
+        u, v = self.u.expand(n, -1, -1), self.v.expand(n, -1, -1, -1, -1)
+        return LowRank(u=u, v=v, is_shared=True)
 
     def __getitem__(self, rows: slice) -> "LowRank":
-        return LowRank(u=self.u[rows], v=self.v[rows])
+        return replace(self, u=self.u[rows], v=self.v[rows])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "LowRank":
         if self.is_shared and len(self.u) > 1:  # `Tensor.to` may write out the view
             return self[0:1].to(device, dtype).expand(len(self.u))
-        return LowRank(
-            u=self.u.to(device=device, dtype=dtype), v=self.v.to(device=device, dtype=dtype)
-        )
+        u, v = self.u.to(device=device, dtype=dtype), self.v.to(device=device, dtype=dtype)
+        return replace(self, u=u, v=v)
 
     @staticmethod
     def cat(parts: Sequence["LowRank"]) -> "LowRank":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.stylegan2.layers import SQRT2, Bias, EqualLinear, leaky_relu, leaky_relu_
-from models.stylegan2.modulated_conv import Form, KernelNorms, is_constant, modulated_conv2d
+from models.stylegan2.modulated_conv import Form, FrozenKernel, is_constant, modulated_conv2d
 from models.stylegan2.resample import blur, upsample2x
 from models.stylegan2.residual import LowRank
 
@@ -32,7 +32,7 @@ class ModulatedConv(nn.Module):
         self.modulation = EqualLinear(w_dim, in_channels, bias_init=1.0)
         self.scale = 1.0 / math.sqrt(in_channels * kernel * kernel)
         self.up, self.demodulate = up, demodulate
-        self._norms: KernelNorms | None = None
+        self._kept: FrozenKernel | None = None
 
     def forward(
         self, x: Tensor, styles: Tensor, *, gain: float, residual: LowRank | None, form: Form
@@ -47,20 +47,19 @@ class ModulatedConv(nn.Module):
             up=self.up,
             residual=residual,
             form=form,
-            norms=self._kernel_norms(),
+            kept=self._frozen_kernel(),
         )
 
-    def _kernel_norms(self) -> KernelNorms | None:
+    def _frozen_kernel(self) -> FrozenKernel | None:
         """Kept while the kernel is frozen and the layer's own: not one of a `functional_call`."""
         if torch.compiler.is_compiling() or not self.demodulate:
             return None
         weight = self.weight
         if not isinstance(weight, nn.Parameter) or not is_constant(weight):
             return None
-        norms = self._norms
-        if norms is None or not norms.fits(weight):
-            norms = self._norms = KernelNorms(weight)
-        return norms
+        if self._kept is None or not self._kept.fits(weight):
+            self._kept = FrozenKernel(weight, self.up)
+        return self._kept
 
 
 class NoiseStrength(nn.Module):

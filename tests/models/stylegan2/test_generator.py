@@ -409,7 +409,7 @@ def test_activations_of_a_chunked_batch_hold_every_sample(
     torch.testing.assert_close(tiny_generator.synthesis(w_plus), image)
 
 
-def test_norms_of_a_frozen_kernel_are_kept_until_it_changes(tiny_generator, w_plus):
+def test_what_is_computed_of_a_frozen_kernel_is_kept_until_it_changes(tiny_generator, w_plus):
     """Once for each kernel, with the bits that they have anew; a kernel that changed is noticed."""
     net = copy.deepcopy(tiny_generator).requires_grad_(False)
     codes, layer = w_plus.float(), net.conv(2).conv
@@ -425,14 +425,14 @@ def test_norms_of_a_frozen_kernel_are_kept_until_it_changes(tiny_generator, w_pl
             assert torch.equal(kept, anew)
 
     plain, refined = render(net)
-    made, shared = layer._norms, layer._norms._shared
+    made, shared = layer._kept, layer._kept._shared
     assert torch.equal(render(net)[1], refined)
-    assert layer._norms is made
-    assert layer._norms._shared is shared
+    assert layer._kept is made
+    assert layer._kept._shared is shared
     with torch.no_grad():
         layer.weight.mul_(torch.linspace(0.5, 2, layer.weight.shape[2])[:, None, None])
     assert not torch.equal(render(net)[0], plain)
-    assert layer._norms is not made
+    assert layer._kept is not made
     assert_as_new()
     residual[2].u[0].mul_(3.0)  # in place: the same tensor
     assert not torch.equal(render(net)[1], refined)
@@ -442,7 +442,7 @@ def test_norms_of_a_frozen_kernel_are_kept_until_it_changes(tiny_generator, w_pl
     assert torch.equal(render(net)[0], plain)
 
 
-def test_kept_norms_are_of_the_layers_own_kernel_alone(tiny_generator, w_plus):
+def test_what_is_kept_is_of_the_layers_own_kernel_alone(tiny_generator, w_plus):
     """Not of kernels that learn or are called in; and a graph can be built on those that are."""
     net = copy.deepcopy(tiny_generator).requires_grad_(False)
     codes = w_plus.float()
@@ -459,9 +459,9 @@ def test_kept_norms_are_of_the_layers_own_kernel_alone(tiny_generator, w_plus):
     fresh.synthesis(again).square().sum().backward()
     assert torch.equal(moving.grad, again.grad)
     net.requires_grad_(True)
-    net.conv(2).conv._norms = None
+    net.conv(2).conv._kept = None
     net.synthesis(codes).sum().backward()
-    assert net.conv(2).conv._norms is None
+    assert net.conv(2).conv._kept is None
 
 
 def test_synthesis_compiles_to_one_graph(tiny_generator, w_plus):

@@ -6,10 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.stylegan2.modulated_conv import EPS, choose_form, demodulate, modulated_conv2d
+from models.stylegan2.modulated_conv import (
+    EPS,
+    FrozenKernel,
+    choose_form,
+    demodulate,
+    modulated_conv2d,
+)
 from models.stylegan2.residual import LowRank
 
-N, O, I, H, W = 3, 5, 4, 6, 7  # noqa: E741
+N, O, I, H, W = 3, 6, 5, 6, 7  # noqa: E741
 
 CASES = list(
     itertools.product([False, True], [0, 1, 4], [False, True], [3, 1])
@@ -212,7 +218,7 @@ def test_activations_in_bfloat16_master_weights_in_float32(form):
     assert float((y.float() - expected).norm() / expected.norm()) < 2e-2
 
 
-def shared_run(inputs, form, up, should_demodulate=True):
+def shared_run(inputs, form, up, should_demodulate=True, kept=None):
     """One pair of factors for all samples, by the view."""
     shared = LowRank(u=inputs["u"][:1], v=inputs["v"][:1]).expand(N)
     assert shared.is_shared
@@ -227,6 +233,7 @@ def shared_run(inputs, form, up, should_demodulate=True):
         up=up,
         residual=shared,
         form=form,
+        kept=kept,
     )
 
 
@@ -234,13 +241,19 @@ def shared_run(inputs, form, up, should_demodulate=True):
 @pytest.mark.parametrize("should_demodulate", [False, True])
 @pytest.mark.parametrize("form", ["implicit", "folded", "auto"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_shared_residual_agrees_with_the_grouped_twin(form, up, k, should_demodulate, layout):
-    inputs = make_inputs(3, k)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_shared_residual_agrees_with_the_grouped_twin(
+    form, up, k, should_demodulate, layout, rank
+):
+    """Anew, and with what is kept of a frozen kernel, also when it is used again."""
+    inputs = make_inputs(rank, k)
     inputs["x"] = inputs["x"].contiguous(memory_format=layout)
-    y = shared_run(inputs, form, up, should_demodulate)
     twin = shared_run(inputs, "grouped", up, should_demodulate)
     assert float(twin.abs().mean()) > 0.1
-    assert float((y - twin).abs().max()) < 1e-10
+    frozen = FrozenKernel(inputs["weight"][None], up)
+    for kept in (None, frozen, frozen):
+        y = shared_run(inputs, form, up, should_demodulate, kept)
+        assert float((y - twin).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("up", [False, True])

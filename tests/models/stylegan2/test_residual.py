@@ -54,6 +54,7 @@ def test_expand_shares_one_pair_of_factors():
     assert torch.equal(shared.kernel(), one.kernel().expand(4, -1, -1, -1, -1))
     assert shared[1:3].is_shared
     assert len(shared[1:3].u) == 2
+    assert one.expand(1).is_shared
     double = shared.to(dtype=torch.float64)
     assert double.is_shared
     assert torch.equal(double.v, one.v.double().expand(4, -1, -1, -1, -1))

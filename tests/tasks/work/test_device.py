@@ -1,5 +1,8 @@
 """Batches that do not fit into memory, and devices that are not there."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +68,28 @@ def test_a_device_that_is_not_there(name: str) -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match=f"device '{name}'"):
         prepare_device(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_a_batch_frees_is_there_for_the_next() -> None:
+    """In a process of its own, since the setting stays: pages that the system has to clear."""
+    script = """
+import resource, torch
+from tasks.work.device import prepare_device
+def cleared():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for count in (1, 3, 10, 30, 100) * 3:
+        blocks = [torch.ones(2**22 // count) for _ in range(count + 2)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+cleared()
+before = cleared()
+prepare_device("cpu")
+cleared()
+print(before, cleared())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert not done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before > 20_000  # of some 100,000 that are written
+    assert after < before / 20
