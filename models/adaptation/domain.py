@@ -28,9 +28,8 @@ from torch import Tensor
 from models.adaptation.mixing import mixed_residual, mixed_weights, summed
 from models.adaptation.token_sets import TokenSets
 from models.checkpoints.bundled import ASSETS
-from models.encoders.checkpoint import file_sha256
 from models.errors import AssetError, ConfigError
-from models.files import atomically
+from models.files import atomically, file_sha256
 from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, check_made_for, weights_hash
 from models.stylegan2.residual import LowRank, Residual

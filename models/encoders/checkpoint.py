@@ -23,7 +23,7 @@ from models.encoders.e4e import Encoder4Editing
 from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, PyramidEncoder
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError
-from models.files import atomically
+from models.files import atomically, file_sha256
 from models.torch_file import read_state_dict
 
 OFFICIAL_KINDS = {
