@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import Any
@@ -244,16 +245,17 @@ def write_parts(
         files["vectors"] = lambda: to_arrow(vectors_table(inverted, layout))
         files["exact"] = lambda: to_npy([row.vectors["exact"] for row in inverted])
     parts: dict[str, Part] = {}
-    for kind, build in files.items():
-        data = build()
-        ending = ENDINGS.get(kind, "parquet")
-        path = f"{kind}/{shard_name(shard, generation)}-{attempt}.{ending}"
-        write_bytes(join(run.uri, path), data)
-        digest = hashlib.sha256(data).hexdigest()
-        count = len(rows if kind == "latents" else inverted)
-        parts[kind] = Part(path=path, rows=count, bytes=len(data), sha256=digest)
-        if len(parts) == 1:
-            crash_point("between_parts", shard)
+    with ThreadPoolExecutor(1) as beside:
+        for kind, build in files.items():
+            data = build()
+            digest = beside.submit(hashlib.sha256, data)
+            ending = ENDINGS.get(kind, "parquet")
+            path = f"{kind}/{shard_name(shard, generation)}-{attempt}.{ending}"
+            write_bytes(join(run.uri, path), data)
+            count, sha256 = len(rows if kind == "latents" else inverted), digest.result()
+            parts[kind] = Part(path=path, rows=count, bytes=len(data), sha256=sha256.hexdigest())
+            if len(parts) == 1:
+                crash_point("between_parts", shard)
     return parts
 
 
@@ -312,7 +314,7 @@ def to_npy(vectors: Sequence[np.ndarray]) -> bytes:
     header, (first, *_) = io.BytesIO(), vectors
     about = np.lib.format.header_data_from_array_1_0(first)
     np.lib.format.write_array_header_1_0(header, about | {"shape": (len(vectors), len(first))})
-    return b"".join([header.getvalue(), *vectors])
+    return b"".join([header.getvalue(), *(vector.data for vector in vectors)])
 
 
 def _leaf(field_: pa.Field) -> str:
