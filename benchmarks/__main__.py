@@ -22,15 +22,9 @@ WANTED_S = {"inline": 6, "ray": 10}
 def table(found: dict[str, Any]) -> str:
     """The figures as markdown, each part with the machine and the date it was measured on."""
     text = "# Benchmarks\n\n`make bench` measures all of this and writes it here.\n"
-    if found.get("pipeline"):
-        text += _pipeline_table(found["pipeline"])
-    if found.get("synthesis"):
-        text += _synthesis_table(found["synthesis"])
-    if found.get("domains"):
-        text += _domains_table(found["domains"])
-    if found.get("peers"):
-        text += _peers_table(found["peers"])
-    return text
+    tables = (_pipeline_table, _synthesis_table, _domains_table, _peers_table)
+    parts = zip(PARTS, tables, strict=True)
+    return text + "".join(show(found[part]) for part, show in parts if found.get(part))
 
 
 def _heading(title: str, machine: dict[str, str]) -> list[str]:

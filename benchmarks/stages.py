@@ -10,7 +10,6 @@ on their values. Pictures are smooth noise. Writes stages.json and stages.md bes
 import argparse
 import io
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.synthesis import make_generator
+from benchmarks.synthesis import interleaved, make_generator
 from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import build_encoder
 from models.encoders.psp import EncoderArchitecture
@@ -67,14 +66,8 @@ def encoded(pixels: np.ndarray, kind: str) -> RawSample:
 
 def milliseconds(tasks: Mapping[str, Task], rounds: int) -> dict[str, float]:
     """Median CPU time of every task over rounds that run all of them."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(rounds + 1):
-        for name, task in tasks.items():
-            started = time.process_time()
-            task()
-            if number:
-                times[name].append(1000 * (time.process_time() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
+    seconds = interleaved(tasks, rounds, time.process_time)
+    return {name: 1000 * value for name, value in seconds.items()}
 
 
 def stage_tasks(size: int) -> tuple[dict[str, Task], int]:

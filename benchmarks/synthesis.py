@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -46,17 +46,21 @@ def make_residual(generator: Generator, batch: int, rank: int) -> dict[int, LowR
     return found
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each task, over rounds that run every task once."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for round_index in range(rounds + 1):
         for name, task in tasks.items():
-            started = time.perf_counter()
+            started = clock()
             task()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_index:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import errno
+import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
+"""Ends the hidden names of files being written; no reader's pattern matches it."""
 
 
 @contextmanager
@@ -36,6 +38,11 @@ def atomically(
             os.unlink(temporary)
         raise
     _sync_folder(folder or ".")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: str) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 from models.adaptation.domain import move_domain, save_domain
 from models.checkpoints.load import load_generator
 from models.errors import ConfigError
-from models.inversion.registry import METHODS, method_class
-from pipeline.config import apply_set, nearest, read_toml, validated
+from pipeline.config import apply_sets, read_method, read_toml, validated
 from pipeline.run import local_device
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
 from tasks.job import InputConfig
@@ -42,12 +41,11 @@ def load_adapt_config(
     Raises:
         ConfigError: the file cannot be read, there is no domain, or a key or value is wrong.
     """
-    tables = read_toml(path) if path else {}
+    tables = read_toml(path)
     if domains:
         tables["domain"] = [dict(table) for table in domains]
     tables.setdefault("clips", [{"source": "refinery"}])  # so that clips.0.source can be set
-    for item in sets:
-        apply_set(tables, item)
+    apply_sets(tables, sets)
     common = tables.pop("references", None)
     tables.setdefault("device", local_device())
     if not tables.get("domain"):
@@ -92,13 +90,5 @@ def _tables(tables: Mapping[str, Any], name: str) -> list[tuple[int, dict[str, A
 
 def _link(table: dict[str, Any], index: int) -> dict[str, Any]:
     """One [[invert]] table, as a [[method]] table of an inversion is written."""
-    where = f"invert.{index}"
-    name = table.get("name")
-    if name not in METHODS:
-        raise ConfigError(
-            f"{where}.name: expected an inversion method, found {name!r}; "
-            f"{nearest(str(name), METHODS)}"
-        )
-    settings = {k: v for k, v in table.items() if k != "name"}
-    validated(method_class(name).Config, settings, where, extra_names=("name",))
-    return {"name": name, "settings": settings}
+    name = read_method(table, f"invert.{index}").name
+    return {"name": name, "settings": {k: v for k, v in table.items() if k != "name"}}

@@ -34,6 +34,7 @@ from tasks.browse.studio import Photo
 from tasks.browse.table import KEYS
 from tasks.report.look import CSS
 from tasks.run.export import export
+from tasks.run.query import query
 from tasks.run.rows import encode_picture
 
 UPLOAD_BYTES = 20_000_000
@@ -297,7 +298,7 @@ def _keys(form: Parameters) -> list[str]:
 
 def _answer(run: BrowsedRun, text: str, format: str) -> Response:
     try:
-        table = sql.ask(run.uri, text)
+        table = query(run.uri, text)
     except (ConfigError, LedgerError) as error:
         return HTMLResponse(pages.sql_page(run, text, None, str(error)), 400)
     if format in ("parquet", "csv"):

@@ -19,6 +19,8 @@ from tasks.work.kinds import job_class
 
 T = TypeVar("T")
 Tables = dict[str, Any]
+Homes = Mapping[str, Sequence[str]]
+"""The keys of each table."""
 
 DEFAULT_GENERATOR = "faces64"
 DEFAULT_METHODS = ("e4e",)
@@ -121,11 +123,9 @@ def load_config(
         ConfigError: the file cannot be read, or a key or value is wrong; names the key and, for an
             unknown one, the nearest valid key.
     """
-    tables = read_toml(path) if path else {}
+    tables = read_toml(path)
     _choose_methods(tables, methods)
-    for item in sets:
-        apply_set(tables, item)
-    return validate(tables)
+    return validate(apply_sets(tables, sets))
 
 
 def validate(tables: Tables) -> InvertConfig:
@@ -140,7 +140,7 @@ def validate(tables: Tables) -> InvertConfig:
             f"method: expected one or more [[method]] tables, found {chain!r}; "
             'write [[method]] and name = "e4e"'
         )
-    methods = tuple(_method(table, f"method.{index}") for index, table in enumerate(chain))
+    methods = tuple(read_method(table, f"method.{index}") for index, table in enumerate(chain))
     if method_class(methods[0].name).needs_init:
         raise ConfigError(
             f"method.0: {methods[0].name} refines the result of an earlier method and cannot be "
@@ -166,9 +166,7 @@ def load_stored_config(
         LedgerError: there is no such run.
         ConfigError: as `load_config`.
     """
-    tables = read_toml(path) if path else {}
-    for item in sets:
-        apply_set(tables, item)
+    tables = apply_sets(read_toml(path), sets)
     return run_config(job_class(kind), {**stored_defaults(source), **tables}, stored_job(source))
 
 
@@ -202,10 +200,13 @@ def run_config(
     """
     own = {key: value for key, value in tables.items() if key != "engine"}
     allowed = [name for name in _names(job) if name not in given]
+    others = {"engine": EngineConfig}
     for key in own:
         if key not in allowed:
-            raise ConfigError(_unknown_key("", key, [*allowed, *names, "engine"]))
-    return RunConfig(job=validated(job, {**own, **given}), engine=_engine(tables))
+            known = [*allowed, *names, "engine"]
+            raise ConfigError(_unknown_key("", key, known, _homes(job, others)))
+    made = validated(job, {**own, **given}, others=others)
+    return RunConfig(job=made, engine=_engine(tables))
 
 
 def load_engine(path: str | None, sets: Sequence[str]) -> EngineConfig:
@@ -228,10 +229,7 @@ def engine_of(path: str | None, sets: Sequence[str]) -> EngineConfig:
     Raises:
         ConfigError: as `load_config`.
     """
-    tables = read_toml(path) if path else {}
-    for item in filter(_is_of_engine, sets):
-        apply_set(tables, item)
-    return _engine(tables)
+    return _engine(apply_sets(read_toml(path), filter(_is_of_engine, sets)))
 
 
 def _engine(tables: Tables) -> EngineConfig:
@@ -251,18 +249,17 @@ def load_dataclass(cls: type[T], path: str | None, sets: Sequence[str]) -> T:
     Raises:
         ConfigError: as `load_config`.
     """
-    tables = read_toml(path) if path else {}
-    for item in sets:
-        apply_set(tables, item)
-    return validated(cls, tables)
+    return validated(cls, apply_sets(read_toml(path), sets))
 
 
-def read_toml(path: str) -> Tables:
-    """The tables of a local TOML file.
+def read_toml(path: str | None) -> Tables:
+    """The tables of a local TOML file; none of no file.
 
     Raises:
         ConfigError: no such file, or not TOML (with line and column).
     """
+    if not path:
+        return {}
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -273,12 +270,21 @@ def read_toml(path: str) -> Tables:
         raise ConfigError(f"config {path}: not valid TOML: {error}") from error
 
 
-def apply_set(tables: Tables, item: str) -> None:
-    """Write one override into the tables. `method.0.steps=20` reaches into a list of tables.
+def apply_sets(tables: Tables, sets: Iterable[str]) -> Tables:
+    """Write overrides into the tables. `method.0.steps=20` reaches into a list of tables.
+
+    Returns:
+        The same tables.
 
     Raises:
         ConfigError: no "=", or a path through something that is not a table.
     """
+    for item in sets:
+        _apply_set(tables, item)
+    return tables
+
+
+def _apply_set(tables: Tables, item: str) -> None:
     dotted, equals, text = item.partition("=")
     names = [name.strip() for name in dotted.split(".")]
     if not equals or not all(names):
@@ -334,7 +340,12 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _method(table: Any, where: str) -> MethodConfig:
+def read_method(table: Any, where: str) -> MethodConfig:
+    """A [[method]] table as a method with all its settings.
+
+    Raises:
+        ConfigError: there is no such method, or a key or value is wrong.
+    """
     if not isinstance(table, dict) or "name" not in table:
         raise ConfigError(
             f"{where}: expected a [[method]] table with a name, found {table!r}; "
@@ -352,33 +363,38 @@ def _method(table: Any, where: str) -> MethodConfig:
 
 
 def validated(
-    cls: type[T], tables: Mapping[str, Any], where: str = "", extra_names: Sequence[str] = ()
+    cls: type[T],
+    tables: Mapping[str, Any],
+    where: str = "",
+    extra_names: Sequence[str] = (),
+    others: Mapping[str, type] | None = None,
 ) -> T:
     """Plain tables as a config class.
 
     Args:
         where: path of the tables in the file, for messages.
         extra_names: keys that are known beside those of the class, for the nearest name.
+        others: tables beside those of the class, to which an unknown key may belong.
 
     Raises:
         ConfigError: a key or value is wrong; names the key and, for an unknown one, the nearest.
     """
-    known = _names(cls)
+    known, homes = _names(cls), _homes(cls, others or {})
     for key in tables:
         if key not in known:
-            raise ConfigError(_unknown_key(where, key, [*known, *extra_names]))
+            raise ConfigError(_unknown_key(where, key, [*known, *extra_names], homes))
     try:
         return TypeAdapter(cls).validate_python(tables)
     except ValidationError as error:
-        raise ConfigError(_message(cls, error, where)) from error
+        raise ConfigError(_message(cls, error, where, homes)) from error
 
 
-def _message(cls: type, error: ValidationError, where: str) -> str:
+def _message(cls: type, error: ValidationError, where: str, homes: Homes) -> str:
     first, *others = error.errors(include_url=False)
     location = [str(part) for part in first["loc"]]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         parent = ".".join(filter(None, [where, *location[:-1]]))
-        return _unknown_key(parent, location[-1], _names(_type_at(cls, location[:-1])))
+        return _unknown_key(parent, location[-1], _names(_type_at(cls, location[:-1])), homes)
     keys = _keys(cls, location)
     path = ".".join(filter(None, [where, *keys])) or "config"
     if first["type"].startswith("missing"):
@@ -401,9 +417,16 @@ def _keys(cls: type, location: Sequence[str]) -> list[str]:
     return [part for depth, part in enumerate(location) if _is_key(cls, location[:depth], part)]
 
 
-def _unknown_key(where: str, key: str, known: Iterable[str]) -> str:
+def _homes(cls: type, others: Mapping[str, type]) -> Homes:
+    tables = {name: _type_at(cls, [name]) for name in _names(cls)}
+    return {name: _names(table) for name, table in {**tables, **others}.items()}
+
+
+def _unknown_key(where: str, key: str, known: Iterable[str], homes: Homes) -> str:
     path = f"{where}.{key}" if where else key
-    return f"{path}: unknown key; {nearest(key, known)}"
+    elsewhere = [f"'{home}.{key}'" for home, names in homes.items() if key in names]
+    hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(key, known)
+    return f"{path}: unknown key; {hint}"
 
 
 def _names(cls: Any) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from pipeline.config import InvertConfig, RunConfig, load_config
 from pipeline.estimate import estimate
@@ -73,7 +74,7 @@ def run_demo(
     _say(console, "The reports, each one file to open in a browser")
     done = [summary, edited, *composed]
     for found in done:
-        console.print(str(Path(found.report_uri).absolute()), highlight=False, soft_wrap=True)
+        console.print(Text(str(Path(found.report_uri).absolute())), soft_wrap=True)
     return 0 if all(found.is_clean for found in done) else 1
 
 
@@ -120,7 +121,7 @@ def _compose(
         config = load_stored_config("compose", edited, None, engine)
         summaries.append(carry_out(edited, composed, config, on_progress=on_progress))
     for path in sorted(Path(composed).glob("photos/*/*")):
-        console.print(str(path.absolute()), highlight=False, soft_wrap=True)
+        console.print(Text(str(path.absolute())), soft_wrap=True)
     return summaries
 
 
@@ -170,4 +171,4 @@ def _edit(
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(f"\n[bold]==> [/bold]{text}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble("\n", ("==> ", "bold"), text), soft_wrap=True)

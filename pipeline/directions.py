@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from models.errors import ConfigError
 from pipeline.config import load_dataclass, nearest
+from pipeline.screen import headed
 
 
 def fit_directions(way: str, path: str | None, sets: Sequence[str]) -> list[Path]:
@@ -37,16 +39,16 @@ def directions_table(generator_name: str) -> Table:
     from models.errors import AssetError
 
     generator = load_generator(generator_name)
-    table = Table(title=f"Directions of {generator_name}", title_justify="left")
-    for column in ("name", "space", "layers", "accuracy", "what"):
-        table.add_column(column, justify="right" if column == "accuracy" else "left")
+    columns = ("name", "space", "layers", "accuracy", "what")
+    table = headed(columns, ("accuracy",), f"Directions of {generator_name}")
     for name in known_directions(generator):
         try:
             direction = find_direction(name, generator)
         except AssetError as error:
-            table.add_row(name, "", "", "", str(error))
+            table.add_row(Text(name), "", "", "", Text(str(error)))
             continue
         layers = "all" if direction.layers is None else ", ".join(map(str, direction.layers))
         accuracy = "" if direction.accuracy is None else f"{direction.accuracy:.3f}"
-        table.add_row(name, direction.space, layers, accuracy, str(direction.card.get("what", "")))
+        what = Text(str(direction.card.get("what", "")))
+        table.add_row(Text(name), direction.space, layers, accuracy, what)
     return table

@@ -19,7 +19,7 @@ from models.checkpoints.bundled import ASSETS
 from models.errors import ConfigError
 from pipeline.config import (
     RunConfig,
-    apply_set,
+    apply_sets,
     read_toml,
     run_config,
     stored_defaults,
@@ -73,9 +73,7 @@ def load_edit_config(
             nothing to make; the run's codes are those of another, or it has no input pictures
             although they are asked for; an unknown direction or domain.
     """
-    tables = read_toml(path) if path else {}
-    for item in sets:
-        apply_set(tables, item)
+    tables = apply_sets(read_toml(path), sets)
     listed = tables.pop("variant", [])
     if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
         raise ConfigError(f"variant: expected [[variant]] tables, found {listed!r}")

@@ -18,9 +18,9 @@ from pipeline.flows import (
     GPU_LIMIT,
     RETRY_ON_OUTAGE,
     ProgressBar,
+    dated,
     run_name,
     run_stages,
-    scheduled_day,
     show_picture,
 )
 from pipeline.run import Summary
@@ -52,8 +52,7 @@ def edit_dataset(
         IncompleteRun: shards were quarantined, or verification found problems.
         RefineryError: as the stages of `pipeline.run`.
     """
-    day = scheduled_day()
-    source, run_uri = source_uri.replace("{date}", day), output_uri.replace("{date}", day)
+    source, run_uri = dated(source_uri), dated(output_uri)
     settings = load_edit_config(source, config, overrides or [], wishes)
     return run_stages(source, run_uri, settings, limit)
 
@@ -133,7 +132,7 @@ def fit_directions(
     Raises:
         RefineryError: as `pipeline.directions.fit_directions`.
     """
-    return [str(path) for path in find_directions(way, config, overrides or [])]
+    return find_directions(way, config, overrides or [])
 
 
 @task(name="find-directions", **RETRY_ON_OUTAGE)

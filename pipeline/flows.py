@@ -33,9 +33,13 @@ from pipeline import run as stages
 from pipeline.config import EngineConfig, RunConfig, load_config, load_stored_config
 from pipeline.faults import OUTAGE_WAITS_S, is_passing
 from pipeline.preview import preview_png
-from pipeline.run import Outcome, Plan, Summary
+from pipeline.run import Outcome, Summary
 from pipeline.tally import OnProgress, TallySnapshot, ignore_progress
+from tasks.report import write_report
+from tasks.report.alignment import alignment_line
+from tasks.report.forecast import forecast
 from tasks.run.lease import hold
+from tasks.verify.run import verify
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ RETRY_ON_OUTAGE: dict[str, Any] = {
 
 def run_name() -> str:
     """A flow run is called as the run that it writes."""
-    return str(flow_run.parameters["output_uri"]).replace("{date}", scheduled_day())
+    return dated(str(flow_run.parameters["output_uri"]))
 
 
 @flow(name="invert-dataset", flow_run_name=run_name)
@@ -117,7 +121,7 @@ def invert_dataset(
         IncompleteRun: shards were quarantined, or verification found problems.
         RefineryError: as the stages of `pipeline.run`.
     """
-    run_uri = output_uri.replace("{date}", scheduled_day())
+    run_uri = dated(output_uri)
     settings = load_config(config, overrides or [], methods or [])
     return run_stages(input_uri, run_uri, settings, limit, update or [])
 
@@ -141,8 +145,7 @@ def run_over_run(
     Raises:
         IncompleteRun, RefineryError: as `invert_dataset`.
     """
-    day = scheduled_day()
-    source, run_uri = source_uri.replace("{date}", day), output_uri.replace("{date}", day)
+    source, run_uri = dated(source_uri), dated(output_uri)
     settings = load_stored_config(kind, source, config, overrides or [])
     return run_stages(source, run_uri, settings, limit)
 
@@ -161,14 +164,15 @@ def run_stages(
     """
     stages.check_places(source, run_uri)
     with hold(run_uri, config.engine.if_busy):
-        outcome = run_shards(plan_run(source, run_uri, config, limit, update), config.engine)
+        plan_run(source, run_uri, config, limit, update)
+        outcome = run_shards(run_uri, config.engine)
         problems = seal_and_verify(run_uri)
     summary = Summary(
         outcome=outcome,
         problems=problems,
-        report_uri=write_report(run_uri),
-        warning=stages.alignment(run_uri),
-        forecast=stages.forecast(run_uri),
+        report_uri=report(run_uri),
+        warning=alignment_line(run_uri),
+        forecast=forecast(run_uri),
     )
     publish(summary)
     if not summary.is_clean:
@@ -183,12 +187,12 @@ def plan_run(
     config: RunConfig[Any],
     limit: int | None,
     update: Sequence[str] = (),
-) -> Plan:
-    return stages.plan(source, run_uri, config, limit=limit, update=update)
+) -> None:
+    stages.plan(source, run_uri, config, limit=limit, update=update)
 
 
 @task(name="run-shards", **RETRY_ON_OUTAGE)
-def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
+def run_shards(run_uri: str, engine: EngineConfig) -> Outcome:
     listener, bar = _listener.get(), ProgressBar("Shards done")
 
     def on_progress(snapshot: TallySnapshot) -> None:
@@ -196,18 +200,18 @@ def run_shards(planned: Plan, engine: EngineConfig) -> Outcome:
         bar(snapshot.shards_done + snapshot.shards_quarantined, snapshot.shards_total)
 
     with gpu_quota(engine):
-        return stages.run(planned.run.uri, engine, on_progress)
+        return stages.run(run_uri, engine, on_progress)
 
 
 @task(name="seal-and-verify", **RETRY_ON_OUTAGE)
 def seal_and_verify(run_uri: str) -> tuple[str, ...]:
     stages.seal(run_uri)
-    return tuple(stages.verify(run_uri).problems)
+    return tuple(verify(run_uri).problems)
 
 
 @task(name="report", **RETRY_ON_OUTAGE)
-def write_report(run_uri: str) -> str:
-    return stages.report(run_uri)
+def report(run_uri: str) -> str:
+    return write_report(run_uri)
 
 
 @task(name="publish", **RETRY_ON_OUTAGE)
@@ -276,7 +280,7 @@ def gpus_wanted(engine: EngineConfig) -> int:
     return max(math.ceil(per_actor * actors), 1)
 
 
-def scheduled_day() -> str:
-    """The day a flow run was scheduled for, or else today; UTC, 2026-01-31."""
+def dated(uri: str) -> str:
+    """`{date}` becomes the day the flow run was scheduled for, or else today; UTC, 2026-01-31."""
     when = flow_run.scheduled_start_time or datetime.now(UTC)
-    return when.strftime("%Y-%m-%d")
+    return uri.replace("{date}", when.strftime("%Y-%m-%d"))

@@ -35,27 +35,10 @@ from tasks.work.kinds import load_job, load_station, station_class
 
 if TYPE_CHECKING:
     from tasks.report.forecast import Forecast
-    from tasks.verify.run import VerifyReport
     from tasks.work.station import Station
 
 J = TypeVar("J", bound=Job)
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run that is written down and ready to be worked on.
-
-    Attributes:
-        hashes: sha256 of all weights by name.
-        num_samples: None where only reading tells (tars).
-    """
-
-    run: run_json.RunHandle
-    hashes: dict[str, str]
-    num_shards: int
-    num_samples: int | None
-    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +99,7 @@ def plan(
     *,
     limit: int | None = None,
     update: Sequence[str] = (),
-) -> Plan:
+) -> None:
     """List the input, write manifest and run.json, or recognise the run that is already there.
 
     The job's models are loaded once on the CPU: a wrong checkpoint fails before any other work.
@@ -133,16 +116,14 @@ def plan(
         LedgerError: the directory holds another run, another driver is at work on it, or it cannot
             be written.
     """
-    planned, station = _plan(source, run_uri, config, limit, update)
-    del station
+    _plan(source, run_uri, config, limit, update)
     gc.collect()
-    return planned
 
 
 def _plan(
     source: str, run_uri: str, config: RunConfig[Any], limit: int | None, update: Sequence[str]
-) -> "tuple[Plan, Station]":
-    """The same, and what the job's models were loaded into."""
+) -> "Station":
+    """The same; returns what the job's models were loaded into."""
     begun = run_json.find_run(run_uri)
     held = run_json.declared_by(begun, run_uri).kind if begun else config.job.kind
     if held != config.job.kind:
@@ -152,12 +133,10 @@ def _plan(
         )
     config = settled(config, run_uri)
     station = load_station(config.job, "cpu")
-    hashes, declared = dict(station.hashes), station.declared
-    resolution = station.generator.resolution
-    job = station.asked
+    job, hashes = station.asked, dict(station.hashes)
     size = config.engine.shard_size
     if size == "auto":
-        size = auto_shard_size(resolution)
+        size = auto_shard_size(station.generator.resolution)
     if update:
         check_settings(job, hashes, update)
         shards = plan_update(job, source, size, limit, update)
@@ -167,15 +146,8 @@ def _plan(
         if begun is None:
             drop_prediction_of_other(run_uri, config.job)
         info = manifest.write_manifest(run_uri, shards, size)
-        run = run_json.create_run(run_uri, job, info, hashes, code_version(), declared)
-    planned = Plan(
-        run=run,
-        hashes=hashes,
-        num_shards=info.num_shards,
-        num_samples=info.num_samples,
-        num_bytes=info.num_bytes,
-    )
-    return planned, station
+        run_json.create_run(run_uri, job, info, hashes, code_version(), station.declared)
+    return station
 
 
 def auto_shard_size(resolution: int) -> int:
@@ -366,6 +338,8 @@ def seal(run_uri: str) -> str:
     Raises:
         LedgerError: a shard is neither committed nor quarantined.
     """
+    from tasks.report.forecast import forecast
+
     with hold(run_uri):
         is_again = ledger.is_sealed(run_uri)  # then somebody may be reading what was there
         uri = ledger.seal(run_uri, {each.name: each.values for each in forecast(run_uri)})
@@ -375,46 +349,6 @@ def seal(run_uri: str) -> str:
         except LedgerError as error:  # answers do not need it; verification says what is wrong
             logger.warning("%s: its metadata are not in one file: %s", run_uri, error)
     return uri
-
-
-def verify(run_uri: str, *, deep: bool = True) -> "VerifyReport":
-    """Check the promises of a run: every sample of the manifest once, every part as committed.
-
-    Raises:
-        LedgerError: there is no run.
-    """
-    from tasks.verify.run import verify as verify_run
-
-    return verify_run(run_uri, deep=deep)
-
-
-def report(run_uri: str) -> str:
-    """Write the run's page of pictures and figures.
-
-    Returns:
-        The URI of report.html.
-    """
-    from tasks.report import write_report
-
-    return write_report(run_uri)
-
-
-def alignment(run_uri: str) -> str | None:
-    """What there is to say of pictures that do not look aligned.
-
-    Raises:
-        LedgerError: there is no run, or a part is damaged.
-    """
-    from tasks.report.alignment import alignment_line
-
-    return alignment_line(run_uri)
-
-
-def forecast(run_uri: str) -> tuple["Forecast", ...]:
-    """What was predicted of a run, beside what it took."""
-    from tasks.report.forecast import forecast as compare
-
-    return compare(run_uri)
 
 
 def carry_out(
@@ -435,7 +369,7 @@ def carry_out(
         if config.engine.kind != "inline":
             plan(source, run_uri, config, limit=limit, update=update)
             return finish(run_uri, config.engine, on_progress)
-        _, station = _plan(source, run_uri, config, limit, update)
+        station = _plan(source, run_uri, config, limit, update)
         return finish(run_uri, config.engine, on_progress, station=station)
 
 
@@ -468,6 +402,11 @@ def finish(
     Raises:
         RefineryError: as the stages.
     """
+    from tasks.report import write_report
+    from tasks.report.alignment import alignment_line
+    from tasks.report.forecast import forecast
+    from tasks.verify.run import verify
+
     with hold(run_uri, engine.if_busy):
         outcome = run(run_uri, engine, on_progress, redo, station)
         patiently(lambda: seal(run_uri))
@@ -475,8 +414,8 @@ def finish(
     return Summary(
         outcome=outcome,
         problems=tuple(found.problems),
-        report_uri=patiently(lambda: report(run_uri)),
-        warning=patiently(lambda: alignment(run_uri)),
+        report_uri=patiently(lambda: write_report(run_uri)),
+        warning=patiently(lambda: alignment_line(run_uri)),
         forecast=patiently(lambda: forecast(run_uri)),
     )
 

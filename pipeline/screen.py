@@ -2,7 +2,7 @@
 pictures waits inside: a question needs none of it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import duration
-from tasks.report.words import size
+from tasks.report.words import counted, size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,13 +26,13 @@ MIN_COLUMN = 10
 MAX_CELL = 60
 
 
-def pairs(title: str, values: Mapping[str, Any]) -> Table:
+def pairs(title: str, values: Mapping[str, Any], style: str = "cyan") -> Table:
     """Names and values, one a line."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(style=style, no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(name, Text(str(value)))
+        table.add_row(Text(name), Text(str(value)))
     return table
 
 
@@ -48,7 +48,7 @@ def show_summary(console: Console, summary: "Summary") -> None:
         "this time": f"{outcome.rows_now} rows in {duration(outcome.seconds)} "
         f"({outcome.images_per_s:.1f} images/s) after {outcome.startup_s:.1f} s of start-up",
         "skipped": in_words(read_skipped(outcome.run_uri)) or "nothing",
-        "verify": count(len(summary.problems), "problem") if summary.problems else "clean",
+        "verify": counted(len(summary.problems), "problem") if summary.problems else "clean",
         "report": summary.report_uri,
     }
     values |= {each.name: each.both for each in summary.forecast}
@@ -97,32 +97,25 @@ def show_status(console: Console, status: "Status") -> None:
 
 def domains_table(folders: Sequence[Path]) -> Table:
     """The end of `adapt`: what each domain's card says."""
-    table = Table(title_justify="left", header_style="bold")
-    for name in ("domain", "status", "steps", "score", "size", "preview"):
-        is_number = name in ("steps", "score", "size")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    numbers = ("steps", "score", "size")
+    table = headed(("domain", "status", *numbers, "preview"), numbers)
     for folder in folders:
         card = json.loads((folder / "card.json").read_text())
         status = f"{card['status']}: {card['note']}" if card["note"] else card["status"]
         table.add_row(
-            str(folder),
+            Text(str(folder)),
             Text(status),
             f"{card['best_step']} of {card['steps']}",
             f"{card['score']:.4g}",
             size(card["bytes"]),
-            str(folder / "preview.png"),
+            Text(str(folder / "preview.png")),
         )
     return table
 
 
 def reasons(title: str, found: Mapping[int, str]) -> Table:
     """Reasons by number."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="red", no_wrap=True)
-    table.add_column(overflow="fold")
-    for number, reason in found.items():
-        table.add_row(f"{number:05d}", Text(reason))
-    return table
+    return pairs(title, {f"{number:05d}": reason for number, reason in found.items()}, "red")
 
 
 def query_table(found: "pa.Table", width: int) -> Table:
@@ -134,11 +127,9 @@ def query_table(found: "pa.Table", width: int) -> Table:
     """
     if len(found.column_names) * MIN_COLUMN > width:
         return _query_records(found)
-    table = Table(title_justify="left", header_style="bold")
-    for name in found.column_names:
-        kind = str(found.schema.field(name).type)
-        is_number = kind.startswith(("int", "uint", "float", "double"))
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    kinds = ("int", "uint", "float", "double")
+    numbers = [field.name for field in found.schema if str(field.type).startswith(kinds)]
+    table = headed(found.column_names, numbers)
     for row in found.slice(0, MAX_QUERY_ROWS).to_pylist():
         table.add_row(*(Text(cell(value)) for value in row.values()))
     table.caption = _cut_note(found, MAX_QUERY_ROWS)
@@ -147,18 +138,12 @@ def query_table(found: "pa.Table", width: int) -> Table:
 
 def runs_table(found: "pa.Table") -> Table:
     """The answer of `runs`."""
-    table = Table(title_justify="left", header_style="bold")
-    for name in ("run", "kind", "method", "generator", "state", "rows", "failed", "shards"):
-        is_number = name in ("rows", "failed", "shards")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
-    for name in ("size", "worker time"):
-        table.add_column(name, justify="right")
-    for name in ("created", "finished"):
-        table.add_column(name)
+    names = ("run", "kind", "method", "generator", "state")
+    numbers = ("rows", "failed", "shards", "size", "worker time")
+    table = headed((*names, *numbers, "created", "finished"), numbers)
     for row in found.to_pylist():
-        named = (Text(str(row[n] or "")) for n in ("run", "kind", "method", "generator", "state"))
         table.add_row(
-            *named,
+            *(Text(str(row[name] or "")) for name in names),
             str(row["rows"]),
             str(row["failed"]),
             f"{row['committed']} of {row['shards']}",
@@ -172,10 +157,8 @@ def runs_table(found: "pa.Table") -> Table:
 def show_diff(console: Console, found: "Difference") -> None:
     """The answer of `diff`."""
     console.print(pairs("", found.counts))
-    table = Table(title_justify="left", header_style="bold")
-    for name in ("metric", "rows", "A", "B", "B - A", "effect", "p", "verdict"):
-        is_text = name in ("metric", "verdict")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    numbers = ("rows", "A", "B", "B - A", "effect", "p")
+    table = headed(("metric", *numbers, "verdict"), numbers)
     for drift in found.drifts:
         table.add_row(
             Text(drift.name),
@@ -193,7 +176,7 @@ def _query_records(found: "pa.Table") -> Table:
     table.add_column(overflow="fold")
     for row in found.slice(0, MAX_QUERY_RECORDS).to_pylist():
         for name, value in row.items():
-            table.add_row(name, Text(cell(value)))
+            table.add_row(Text(name), Text(cell(value)))
         table.add_section()
     table.caption = _cut_note(found, MAX_QUERY_RECORDS)
     return table
@@ -224,9 +207,14 @@ def cell(value: Any) -> str:
     return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 problem", "2 problems"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def headed(names: Sequence[str], numbers: Collection[str], title: str | None = None) -> Table:
+    """A table with columns of these names, those of numbers to the right."""
+    shown = Text(title, "table.title") if title else None
+    table = Table(title=shown, title_justify="left", header_style="bold")
+    for name in names:
+        justify = "right" if name in numbers else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold")
+    return table
 
 
 def _counts(total: int, by_kind: Mapping[str, int]) -> str:

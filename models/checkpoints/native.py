@@ -10,9 +10,9 @@ over those values, so that loading, saving and loading again keeps the hash.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +26,13 @@ from models.checkpoints.state_dict import (
     settle_latent_avg,
 )
 from models.errors import AssetError
-from models.files import atomically
+from models.files import atomically, file_sha256
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator, GeneratorArchitecture, weights_hash
 
 FORMAT = "style-refinery 1"
 Kind = Literal["generator", "discriminator"]
+T = TypeVar("T")
 
 
 def save_generator(
@@ -84,10 +85,7 @@ def load_native_generator(path: Path) -> Generator:
         AssetError: weights or card are missing, broken, or do not belong together.
     """
     card, state = _load("generator", path)
-    try:
-        architecture = GeneratorArchitecture(**_with_int_widths(card["architecture"]))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise AssetError(f"{card_path(path)}: bad architecture in the card: {error}") from error
+    architecture = _architecture(GeneratorArchitecture, card, path)
     generator = build_generator(architecture, state, path.name)
     latent_avg = settle_latent_avg(generator, path.name)
     found, expected = weights_hash(generator), card.get("generator_hash")
@@ -122,10 +120,7 @@ def load_native_discriminator(path: Path) -> Discriminator:
             )
         path = beside
     card, state = _load("discriminator", path)
-    try:
-        architecture = DiscriminatorArchitecture(**_with_int_widths(card["architecture"]))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise AssetError(f"{card_path(path)}: bad architecture in the card: {error}") from error
+    architecture = _architecture(DiscriminatorArchitecture, card, path)
     return build_discriminator(architecture, state, path.name)
 
 
@@ -224,16 +219,24 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return cast.clone()
 
 
-def _with_int_widths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows string keys only."""
-    return {**values, "widths": {int(k): int(v) for k, v in values["widths"].items()}}
+def _architecture(kind: Callable[..., T], card: Mapping[str, Any], path: Path) -> T:
+    """What the card says of the sizes; the keys of widths are texts there."""
+    try:
+        values = card["architecture"]
+        widths = {int(resolution): int(width) for resolution, width in values["widths"].items()}
+        return kind(**{**values, "widths": widths})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise AssetError(f"{card_path(path)}: bad architecture in the card: {error}") from error
 
 
 def _load(kind: Kind, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     card = read_card(path)
     if card["kind"] != kind:
         raise AssetError(f"{path}: found a {card['kind']}, expected a {kind}: choose another file")
-    digest = _file_sha256(path)
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        raise AssetError(f"{path}: cannot be read: {error}") from error
     if digest != card.get("sha256"):
         raise AssetError(
             f"{path}: sha256 {digest[:12]} of the weights, {str(card.get('sha256'))[:12]} in the "
@@ -243,11 +246,3 @@ def _load(kind: Kind, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return card, load_file(path)
     except (SafetensorError, OSError) as error:
         raise AssetError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-def _file_sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise AssetError(f"{path}: cannot be read: {error}") from error

@@ -4,8 +4,6 @@ The weights are translated to rosinality's names; no kernel is flipped (only the
 needs that). Settings that no shape tells (multiplier, clamp, architecture, activation) are read
 from the objects' own attributes, which are the same in both repositories whatever layout the
 keyword arguments had. Whatever we cannot render exactly is refused.
-
-Legend: C channels, R resolution of a block.
 """
 
 import logging

@@ -9,10 +9,8 @@ GANInverter's `{encoder, decoder}`, and the checkpoints of our own training. Fil
 Legend: L num_ws, D w_dim.
 """
 
-import argparse
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from models.files import atomically
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator
 from models.stylegan2.resample import filter_2d
+from models.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -146,35 +145,6 @@ def save_rosinality(generator: Generator, discriminator: Discriminator | None, p
         saved["discriminator_architecture"] = json.dumps(architecture.to_dict())
     with atomically(path) as file:
         torch.save(saved, file)
-
-
-def read_torch_file(path: Path) -> Any:
-    """`torch.load` that runs nothing of the file: tensors, plain containers and Namespace only.
-
-    Raises:
-        AssetError: the file is broken, or names a global that is not allowed (the message says
-            which).
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile or broken file can raise anything
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise AssetError(
-                f"{path}: refused to load: the file wants to use {refused[1]}, and loading it "
-                f"could run code; expected tensors, plain containers and argparse.Namespace only: "
-                f"take the file from another source, or save its state dict alone"
-            ) from error
-        # torch's own advice is to switch the safety off: not repeated here.
-        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        reason = found[1] if found else str(error).partition("\n")[0]
-        if reason.startswith("Weights only load failed"):
-            reason = "unexpected content"
-        raise AssetError(
-            f"{path}: not a readable torch checkpoint ({type(error).__name__}: {reason}); it is "
-            f"broken or cut short: download it again"
-        ) from error
 
 
 # ---------------------------------------------------------------------- inside

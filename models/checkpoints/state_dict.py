@@ -113,8 +113,8 @@ def build_generator(architecture: GeneratorArchitecture, state: State, source: s
 
 
 def settle_latent_avg(generator: Generator, source: str) -> str:
-    """Estimate `latent_avg` where the file had none. Returns how it was found, for the "
-    "provenance."""
+    """Estimate `latent_avg` where the file had none. Returns how it was found, for the
+    provenance."""
     if torch.isfinite(generator.latent_avg).all():
         return "stored"
     generator.latent_avg.copy_(estimate_latent_avg(generator))
@@ -123,30 +123,25 @@ def settle_latent_avg(generator: Generator, source: str) -> str:
     return how
 
 
-def estimate_latent_avg(
-    generator: Generator, samples: int = ESTIMATE_SAMPLES, seed: int = ESTIMATE_SEED
-) -> Float[Tensor, " D"]:
+def estimate_latent_avg(generator: Generator) -> Float[Tensor, " D"]:
     """The mean of w over fixed samples of z (and of uniformly drawn labels, if conditional)."""
-    stream = torch.Generator().manual_seed(seed)
+    stream = torch.Generator().manual_seed(ESTIMATE_SEED)
     total = torch.zeros(generator.w_dim, dtype=torch.float64)
     with torch.no_grad():
-        for start in range(0, samples, 1000):
-            n = min(1000, samples - start)
-            z = torch.randn(n, generator.z_dim, generator=stream)
+        for _ in range(0, ESTIMATE_SAMPLES, 1000):
+            z = torch.randn(1000, generator.z_dim, generator=stream)
             c = None
             if generator.c_dim:
-                labels = torch.randint(generator.c_dim, (n,), generator=stream)
+                labels = torch.randint(generator.c_dim, (1000,), generator=stream)
                 c = F.one_hot(labels, generator.c_dim).float()
             total += generator.mapping(z, c)[:, 0].double().sum(0)
-    return (total / samples).float()
+    return (total / ESTIMATE_SAMPLES).float()
 
 
-def with_noise_maps(
-    state: State, architecture: GeneratorArchitecture, seed: int = ESTIMATE_SEED
-) -> dict[str, Tensor]:
-    """Add seeded noise maps where a file has none at all (its noise was drawn anew at every "
-    "call)."""
-    stream = torch.Generator().manual_seed(seed)
+def with_noise_maps(state: State, architecture: GeneratorArchitecture) -> dict[str, Tensor]:
+    """Add seeded noise maps where a file has none at all (its noise was drawn anew at every
+    call)."""
+    stream = torch.Generator().manual_seed(ESTIMATE_SEED)
     maps = {}
     for index in range(architecture.num_ws - 1):
         res = Generator.conv_resolution(index)
@@ -258,12 +253,10 @@ def _count(state: State, pattern: str, first: int = 0) -> int:
     return index - first
 
 
-def _few(names: Iterable[str], limit: int = 4) -> str:
+def _few(names: Iterable[str]) -> str:
     names = list(names)
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (", ".join(names[:4]) or "nothing") + more
 
 
 def _names(state: State) -> str:

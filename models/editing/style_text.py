@@ -60,7 +60,6 @@ def channel_relevance(
     *,
     samples: int = 32,
     strength: float = 5.0,
-    seed: int = 0,
     batch: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Relevance:
@@ -74,7 +73,7 @@ def channel_relevance(
         batch: pictures at a time; it changes no result beyond rounding.
         on_progress: called with (channels done, all).
     """
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(0)
     z = torch.randn(samples, generator.z_dim, generator=draws).to(generator.latent_avg)
     c = None
     if generator.c_dim:

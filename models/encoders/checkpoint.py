@@ -9,7 +9,6 @@ Legend: L num_ws, D w_dim.
 import argparse
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from models.encoders.psp import EncoderArchitecture, GradualStyleEncoder, Pyrami
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError
 from models.files import atomically
+from models.files import file_sha256 as file_sha256
+from models.torch_file import read_state_dict
 
 OFFICIAL_KINDS = {
     "Encoder4Editing": "e4e",
@@ -249,7 +250,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor
     Raises:
         AssetError: unreadable, or not a dict.
     """
-    saved = _torch_load(path)
+    saved = read_state_dict(path)
     options = saved.get("opts") or {}
     options = vars(options) if isinstance(options, argparse.Namespace) else dict(options)
     state = saved.get("state_dict", saved)
@@ -297,20 +298,6 @@ def _load_official(path: Path, num_ws: int, w_dim: int) -> LoadedEncoder:
     )
 
 
-def _torch_load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values of a torch file; nothing in it is executed."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise AssetError(f"{path}: cannot read as a torch checkpoint: {error}") from error
-    if not isinstance(saved, dict):
-        raise AssetError(f"{path}: expected a dict of weights, found {type(saved).__name__}")
-    return saved
-
-
 def filled(
     make: Any, arguments: tuple[Any, ...], state: Mapping[str, Tensor], complaint: str
 ) -> Any:
@@ -329,8 +316,3 @@ def filled(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True
     )
     return module.eval().requires_grad_(False)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

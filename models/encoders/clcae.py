@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from models.encoders.checkpoint import (
     Kinds,
     check_size,
-    file_sha256,
     filled,
     load_network,
     read_official,
@@ -33,6 +32,7 @@ from models.encoders.checkpoint import (
 from models.encoders.contrastive import centred
 from models.encoders.psp import PyramidEncoder, TrunkSizes
 from models.errors import AssetError
+from models.files import file_sha256
 from models.stylegan2.generator import Generator
 
 FEATURE_LAYER = 5

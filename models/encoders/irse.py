@@ -20,9 +20,9 @@ IR_SE_50 = (3, 4, 14, 3)
 class SqueezeExcite(nn.Module):
     """Scale every channel by a gate computed from the channels' means (reduction 16)."""
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = max(channels // reduction, 1)
+        hidden = max(channels // 16, 1)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 

@@ -14,14 +14,13 @@ class LatentDiscriminator(nn.Module):
     """A perceptron on single codes w; higher logits mean "from the mapping network".
 
     Args:
-        w_dim: D, the width of every hidden layer too.
-        num_layers: linear layers, 4 in e4e.
+        w_dim: D, the width of the three hidden layers too.
     """
 
-    def __init__(self, w_dim: int = 512, num_layers: int = 4) -> None:
+    def __init__(self, w_dim: int = 512) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for _ in range(num_layers - 1):
+        for _ in range(3):
             layers += [nn.Linear(w_dim, w_dim), nn.LeakyReLU(0.2)]
         self.mlp = nn.Sequential(*layers, nn.Linear(w_dim, 1))
 

@@ -2,8 +2,6 @@
 
 The training is what matters (`refinery train cycle`): offsets open row by row and are closed again,
 so that a single w inherits the low distortion of w+. The method evaluates its end: one w, repeated.
-
-Legend: N batch, L num_ws, D w_dim.
 """
 
 from dataclasses import dataclass

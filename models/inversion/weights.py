@@ -10,12 +10,11 @@ from models.stylegan2.generator import Generator, weights_hash
 logger = logging.getLogger(__name__)
 
 
-def weights_file(method: str, generator: Generator, checkpoint: str | None, fit: str = "") -> Path:
+def weights_file(method: str, generator: Generator, checkpoint: str | None) -> Path:
     """`checkpoint`, or the bundled `<method>.safetensors` whose card names the generator's hash.
 
     Args:
-        method: its registry name, for the file's name and the messages.
-        fit: what `refinery train` calls the network; by default the method's name.
+        method: its registry name, which is the file's and what `refinery train` takes.
 
     Raises:
         AssetError: neither; the message says what to set or to train.
@@ -28,7 +27,7 @@ def weights_file(method: str, generator: Generator, checkpoint: str | None, fit:
         raise AssetError(
             f"{method}: no bundled weights belong to this generator ({digest[:12]}...); set "
             "`checkpoint` to a network trained with it, or train one with "
-            f"`refinery train {fit or method}`"
+            f"`refinery train {method}`"
         )
     return path
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.checkpoints.bundled import asset_path
-from models.losses.trunk import PerceptualTrunk, load_trunk
+from models.losses.trunk import load_trunk
 from models.stylegan2.generator import weights_hash
 
 
@@ -52,28 +52,20 @@ class FeatureMoments:
 
 
 class FrechetFeatures(nn.Module):
-    """Trunk activations averaged over places: the features of the "Frechet trunk distance".
-
-    Args:
-        trunk: the bundled one where None.
-        scales: how many of the coarsest scales are joined (two: 96 + 128 features).
-    """
+    """Activations of the bundled trunk averaged over places, its two coarsest scales joined (96 +
+    128): the features of the "Frechet trunk distance"."""
 
     name = "frechet_trunk_distance"
 
-    def __init__(self, trunk: PerceptualTrunk | None = None, scales: int = 2) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.trunk = (
-            trunk if trunk is not None else load_trunk(asset_path("trunk", "trunk.safetensors"))[0]
-        )
-        self.scales = scales
+        self.trunk = load_trunk(asset_path("trunk", "trunk.safetensors"))[0]
         self.hash = weights_hash(self.trunk)
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
         """Features of pictures in [-1, 1], 32 px or more on each side."""
-        taps = self.trunk(images)[-self.scales :]
-        return torch.cat([tap.mean((2, 3)) for tap in taps], 1)
+        return torch.cat([tap.mean((2, 3)) for tap in self.trunk(images)[-2:]], 1)
 
     def moments(self, batches: Iterable[Tensor]) -> FeatureMoments:
         """Moments of a stream of batches [N 3 H W]; memory does not grow with their number.

@@ -17,6 +17,7 @@ from models.encoders.irse import IrSe
 from models.errors import AssetError
 from models.losses.dlib_face import FACE_CHIP, FFHQ_CHIP, find_dlib, load_dlib
 from models.stylegan2.generator import weights_hash
+from models.torch_file import read_state_dict
 
 FFHQ_CROP = (35, 223, 32, 220)
 """(top, bottom, left, right): what ArcFace sees of an FFHQ-aligned face at 256 px in pSp."""
@@ -125,17 +126,7 @@ def load_identity(source: str | Path) -> Identity:
 
 
 def _load_arcface(path: Path) -> ArcFace:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise AssetError(
-            f"identity {path}: expected the state dict model_ir_se50.pth or dlib's .dat, found a "
-            f"file that torch cannot read ({type(error).__name__}: {error})"
-        ) from error
-    if not isinstance(state, dict):
-        raise AssetError(
-            f"identity {path}: expected a state dict of IR-SE50, found {type(state).__name__}"
-        )
+    state = read_state_dict(path, f"identity {path} (IR-SE50's model_ir_se50.pth, or dlib's .dat)")
     with torch.device("meta"):
         network = ArcFace()
     check_layout(state, network.state_dict(), f"identity {path}: not ArcFace's IR-SE50")

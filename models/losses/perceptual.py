@@ -19,6 +19,7 @@ from models.errors import AssetError, ConfigError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import PerceptualTrunk, load_trunk, tap_distance, unit_normalise
 from models.stylegan2.generator import weights_hash
+from models.torch_file import read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -171,12 +172,4 @@ def _read_backbone(net: str, path: Path | None) -> dict[str, Tensor]:
                 f"be downloaded ({error}); fetch {BACKBONES[net]} elsewhere, put it at {target}, "
                 f'or use perceptual = "refinery", the bundled trunk distance'
             ) from error
-    try:
-        state = torch.load(target, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises many kinds
-        raise AssetError(f"lpips-{net}: cannot read the backbone {target}: {error}") from error
-    if not isinstance(state, dict):
-        raise AssetError(
-            f"lpips-{net}: {target}: expected a state dict, found {type(state).__name__}"
-        )
-    return state
+    return read_state_dict(target, f"the backbone {target} of lpips-{net}")

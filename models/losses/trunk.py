@@ -8,7 +8,6 @@ Legend: N batch, C channels, H W image, T taps.
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.encoders.checkpoint import check_layout
 from models.errors import AssetError
 
 MIN_RESOLUTION = 32
@@ -131,13 +131,12 @@ def load_trunk(path: str | Path) -> tuple[PerceptualTrunk, dict[str, Any]]:
         card = json.loads(card_path.read_text())
         trunk = PerceptualTrunk(TrunkArchitecture(**card["architecture"]))
         state = {name: value.float() for name, value in load_file(path).items()}
-        trunk.load_state_dict(state)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AssetError(f"perceptual trunk: cannot read {path}: {error}") from error
-    except RuntimeError as error:
-        wrong = ", ".join(re.findall(r'"([^"]+)"|(?:for|mismatch for) (\S+):', str(error))[0])
-        raise AssetError(
-            f"perceptual trunk: {path} does not fit the architecture of {card_path.name} "
-            f"({wrong or error}); the two files must come from the same training"
-        ) from error
+    complaint = (
+        f"perceptual trunk: {path} does not fit the architecture of {card_path.name}, the two must "
+        "come from the same training"
+    )
+    check_layout(state, trunk.state_dict(), complaint)
+    trunk.load_state_dict(state)
     return trunk.eval().requires_grad_(False), card

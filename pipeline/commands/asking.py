@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.terminal import OK, UNCLEAN, Run, console
+from pipeline.commands.terminal import OK, UNCLEAN, Run, console, say
 from pipeline.start import spare_pandas
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def query(
     found = ask(run, sql, _parameters(params or []), _tables(tables or []))
     if out is not None:
         export.export(found, out)
-        _say(f"{found.num_rows} rows written to {out}")
+        say(f"{found.num_rows} rows written to {out}")
     if to_tensor is not None:
         keys = export.export_tensor(found, to_tensor)
-        _say(f"{found.num_rows} rows written to {to_tensor} and {keys}")
+        say(f"{found.num_rows} rows written to {to_tensor} and {keys}")
     if to_dataset is not None:
         files = export.export_dataset(found, to_dataset)
-        _say(f"{found.num_rows} rows written to {to_dataset} ({len(files)} files)")
+        say(f"{found.num_rows} rows written to {to_dataset} ({len(files)} files)")
     if out is to_tensor is to_dataset is None:
         from pipeline.screen import query_table
 
@@ -121,9 +121,9 @@ def diff(
     show_diff(console, found)
     if out is not None:
         export(found.rows, out)
-        _say(f"{found.rows.num_rows} rows written to {out}")
+        say(f"{found.rows.num_rows} rows written to {out}")
     if strip is not None:
-        _say(f"{write_strip(found, strip, top)} rows of pictures written to {strip}")
+        say(f"{write_strip(found, strip, top)} rows of pictures written to {strip}")
     return OK
 
 
@@ -140,10 +140,6 @@ def reproduce(run: Run, key: str, /) -> int:
     console.print(pairs("", found.provenance))
     console.print(pairs("", found.found))
     return OK if found.is_same else UNCLEAN
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(pairs: list[str], option: str) -> dict[str, str]:

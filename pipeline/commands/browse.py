@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from pipeline.commands.terminal import OK, Run, console
+from pipeline.commands.terminal import OK, Run, say
 
 
 def browse(place: Run, /, *, port: int = 8787, open_browser: bool = False) -> int:
@@ -23,7 +23,7 @@ def browse(place: Run, /, *, port: int = 8787, open_browser: bool = False) -> in
     with listen(port) as listening, suppress(KeyboardInterrupt):
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
         count = len(library.cards())
-        console.print(f"{count} run{'s' * (count != 1)} at {address}", highlight=False)
+        say(f"{count} run{'s' * (count != 1)} at {address}")
         if open_browser:
             webbrowser.open(address)
         serve(library, listening)

@@ -17,6 +17,7 @@ from pipeline.commands.terminal import (
     Sets,
     console,
     error_console,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def fit(way: str, /, *, config: Config = None, sets: Sets = None) -> int:
 
     logging.getLogger("tasks.directions").setLevel(logging.INFO)
     for path in fit_directions(way, config, sets or []):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        say(path)
     return OK
 
 

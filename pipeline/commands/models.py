@@ -6,7 +6,7 @@ from typing import Literal
 from cyclopts import App
 
 from models.errors import ConfigError
-from pipeline.commands.terminal import OK, Config, Sets, console, error_console
+from pipeline.commands.terminal import OK, Config, Sets, console, error_console, say
 
 benchmark = App(name="benchmark", help="Measure on pictures of your own: one command, one page.")
 
@@ -58,7 +58,7 @@ def convert(source: str, target: str, /, *, half: bool = False, terms: str | Non
     card = {} if terms is None else {"terms": terms}
     dtype = torch.float16 if half else torch.float32
     for path in convert_checkpoint(source, target, dtype=dtype, card=card):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        say(path)
     return OK
 
 
@@ -75,7 +75,7 @@ def statistics(generator: str, target: str, /, *, samples: int = 10_000, seed: i
     from models.statistics import compute_statistics, save_statistics
 
     save_statistics(compute_statistics(load_generator(generator), samples, seed), target)
-    console.print(target, highlight=False, soft_wrap=True)
+    say(target)
     return OK
 
 
@@ -102,11 +102,11 @@ def train(
         if config is None:
             raise ConfigError("train all: expected --config RECIPE.toml")
         logging.getLogger("pipeline.recipe").setLevel(logging.INFO)
-        console.print(str(run_recipe(config, sets or [])), highlight=False, soft_wrap=True)
+        say(run_recipe(config, sets or []))
         return OK
     logging.getLogger("tasks.training").setLevel(logging.INFO)
     found = train_network(what, config, sets or [], workers)
-    console.print(str(found), highlight=False, soft_wrap=True)
+    say(found)
     return OK
 
 
@@ -146,7 +146,7 @@ def inversion(
         engine=engine,
         console=error_console,
     )
-    console.print(str(page), highlight=False, soft_wrap=True)
+    say(page)
     return OK
 
 
@@ -191,5 +191,5 @@ def adaptation(
         run=run,
         device=local_device(),
     )
-    console.print(str(page), highlight=False, soft_wrap=True)
+    say(page)
     return OK

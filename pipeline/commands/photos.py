@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from models.errors import ConfigError
-from pipeline.commands.terminal import OK, Run, console
+from pipeline.commands.terminal import OK, Run, say
 
 Pictures = Annotated[
     list[str] | None,
@@ -49,11 +49,11 @@ def export(
         from tasks.export.tables import export_table
 
         rows = export_table(run, folder, forms[0])
-        console.print(f"{rows} rows in {folder}", highlight=False)
+        say(f"{rows} rows in {folder}")
         return OK
     from tasks.export.pictures import export_pictures
 
     found = export_pictures(run, folder, pictures or ())
     kept = f", {found.kept} were there already" if found.kept else ""
-    console.print(f"{found.written} files written to {folder}{kept}", highlight=False)
+    say(f"{found.written} files written to {folder}{kept}")
     return OK

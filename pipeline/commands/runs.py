@@ -25,6 +25,7 @@ from pipeline.commands.terminal import (
     Sets,
     console,
     error_console,
+    say,
 )
 from tasks.work.kinds import KINDS
 
@@ -132,7 +133,7 @@ def invert(
     try:
         return run_job(source, output, options, load, in_flow, update or ())
     except NothingNewError as nothing:
-        console.print(str(nothing), highlight=False, markup=False, soft_wrap=True)
+        say(nothing)
         return OK
 
 
@@ -212,8 +213,8 @@ def _dry_run(
     check_places(source, output)
     settings = settled(load_config(config, sets, methods), output)
     console.print(estimate(source, settings, limit=limit, count=0))
-    console.print(f"\n# The run would be written to {output} with this config:", highlight=False)
-    console.print(settings.to_toml(), highlight=False, markup=False, soft_wrap=True)
+    say(f"\n# The run would be written to {output} with this config:")
+    say(settings.to_toml())
     return OK
 
 
@@ -244,14 +245,14 @@ def verify(run: Run, /, *, deep: bool = True) -> int:
     Args:
         deep: read the parts and check their sha256 and keys too.
     """
-    from pipeline.screen import count
+    from tasks.report.words import counted
     from tasks.verify.run import verify as verify_run
 
     found = verify_run(run, deep)
     for line in (*found.problems, *(f"note: {note}" for note in found.notes)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    verdict = count(len(found.problems), "problem") if found.problems else "clean"
-    console.print(f"{run}: {verdict}", highlight=False, soft_wrap=True)
+        say(line)
+    verdict = counted(len(found.problems), "problem") if found.problems else "clean"
+    say(f"{run}: {verdict}")
     return UNCLEAN if found.problems else OK
 
 
@@ -263,5 +264,5 @@ def report(run: Run, /, *, against: str | None = None) -> int:
     """
     from tasks.report import write_report
 
-    console.print(write_report(run, against), highlight=False, soft_wrap=True)
+    say(write_report(run, against))
     return OK

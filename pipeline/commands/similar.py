@@ -6,7 +6,7 @@ from cyclopts import Parameter
 
 from models.errors import ConfigError
 from pipeline.commands.jobs import run_job
-from pipeline.commands.terminal import DEFAULTS, OK, JobOptions, Run, console
+from pipeline.commands.terminal import DEFAULTS, OK, JobOptions, Run, console, say
 from pipeline.start import spare_pandas
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _show(found: "pa.Table", out: str | None) -> int:
         from tasks.run.export import export
 
         export(found, out)
-        console.print(f"{found.num_rows} rows written to {out}", highlight=False)
+        say(f"{found.num_rows} rows written to {out}")
         return OK
     from pipeline.screen import query_table
 

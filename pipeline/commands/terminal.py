@@ -24,6 +24,12 @@ def _console(stream: TextIO, *, stderr: bool) -> Console:
 console = _console(sys.stdout, stderr=False)
 error_console = _console(sys.stderr, stderr=True)
 
+
+def say(text: object) -> None:
+    """A line of an answer as it is: a name may hold what rich takes for markup, as [red]."""
+    console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+
+
 In = Annotated[
     str, Parameter(name="IN", help="Pictures, WebDataset tars or Parquet: a path or s3:// prefix.")
 ]

@@ -1,6 +1,6 @@
 """Commands that tidy a finished run. Heavy imports wait inside, so that --help is immediate."""
 
-from pipeline.commands.terminal import OK, Run, console
+from pipeline.commands.terminal import OK, Run, say
 
 
 def compact(run: Run, /, *, target_mb: float = 128.0) -> int:
@@ -16,7 +16,7 @@ def compact(run: Run, /, *, target_mb: float = 128.0) -> int:
 
     found = compact_run(run, int(target_mb * 1e6))
     text = f"{run}: {found.parts_before} files before, {found.parts_after} now"
-    console.print(text, highlight=False, soft_wrap=True)
+    say(text)
     return OK
 
 
@@ -31,6 +31,6 @@ def gc(run: Run, /, *, older_than_h: float = 24.0) -> int:
 
     removed = collect(run, older_than_h * 3600)
     for path in removed:
-        console.print(path, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{run}: {len(removed)} files removed", highlight=False, soft_wrap=True)
+        say(path)
+    say(f"{run}: {len(removed)} files removed")
     return OK

@@ -149,7 +149,7 @@ class AdaptConfig:
     augment: NotNegative = 0.1
     """Size of the random shifts, scales and turns of what CLIP sees; 0 shows the plain pictures."""
     identity: str | None = None
-    """File of ArcFace weights, where a domain gives the identity term a weight."""
+    """Name or file for `load_identity`, where a domain gives the identity term a weight."""
     validation_every: Count = 25
     """Steps between scores on held-out codes; the best tokens are kept."""
     validation_codes: Several = 16
@@ -178,7 +178,7 @@ class AdaptConfig:
         for domain in self.domain:
             if domain.weight("identity") and self.identity is None:
                 raise ConfigError(
-                    f"{domain.name}: weights.identity needs `identity`, a file of ArcFace weights"
+                    f"{domain.name}: weights.identity needs `identity`, a face network"
                 )
             if domain.needs("clip") and not self.clips:
                 raise ConfigError(

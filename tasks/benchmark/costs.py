@@ -60,15 +60,13 @@ def costs(run_uri: str, inverter: Inverter, inputs: Float[Tensor, "N 3 H W"]) ->
     }
 
 
-def seconds_alone(
-    inverter: Inverter, inputs: Float[Tensor, "N 3 H W"], count: int = TIMED
-) -> list[float]:
-    """CPU time of inverting and scoring one picture, for each of `count`, after a warm-up: with one
+def seconds_alone(inverter: Inverter, inputs: Float[Tensor, "N 3 H W"]) -> list[float]:
+    """CPU time of inverting and scoring one picture, for `TIMED` of them, after a warm-up: with one
     thread on an idle machine the time itself, and hardly another with other work beside it."""
-    pixels = inputs[: count + 1].add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = inputs[: TIMED + 1].add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     pictures = pixels.permute(0, 2, 3, 1).numpy()
     seconds = []
-    for index in range(count + 1):
+    for index in range(TIMED + 1):
         row = index % len(pictures)
         started = time.process_time()
         inverter.invert(pictures[row : row + 1], [f"timing-{index}"])

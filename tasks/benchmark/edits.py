@@ -58,12 +58,12 @@ class Response:
     drift: Float[Tensor, "S N"]
 
 
-def is_monotone(values: Float[Tensor, "S N"], tolerance: float = TOLERANCE) -> Bool[Tensor, " N"]:
+def is_monotone(values: Float[Tensor, "S N"]) -> Bool[Tensor, " N"]:
     """Whether a picture's response rises with the strength: it ends higher than it starts, and no
-    step falls by more than `tolerance` of its range (largest minus smallest value)."""
+    step falls by more than `TOLERANCE` of its range (largest minus smallest value)."""
     steps = values.diff(dim=0)
     span = values.amax(0) - values.amin(0)
-    return (values[-1] > values[0]) & (steps >= -tolerance * span).all(0)
+    return (values[-1] > values[0]) & (steps >= -TOLERANCE * span).all(0)
 
 
 @torch.no_grad()
@@ -138,7 +138,6 @@ def edit_response(
     directions: Mapping[str, Direction],
     scorer: Scorer,
     distance: Distance,
-    strengths: Sequence[float] = STRENGTHS,
 ) -> dict[str, Any]:
     """The response to every direction, ready for `markdown` and for JSON.
 
@@ -156,7 +155,7 @@ def edit_response(
             "space": direction.space,
             "unit": round(direction.unit, 4),
             "accuracy": direction.accuracy,
-            **summary(name, measure(found, generator, direction, scorer, distance, strengths)),
+            **summary(name, measure(found, generator, direction, scorer, distance)),
         }
         for name, direction in directions.items()
     }
@@ -164,7 +163,7 @@ def edit_response(
         "generator_hash": weights_hash(generator),
         "scorer_hash": scorer.hash,
         "attributes": list(scorer.names),
-        "strengths": list(strengths),
+        "strengths": list(STRENGTHS),
         "tolerance": TOLERANCE,
         "pictures": len(found),
         "machine": describe_machine(),
@@ -172,14 +171,9 @@ def edit_response(
     }
 
 
-def run_response(
-    run_uri: str, generator: Generator, names: Sequence[str], source: str = "auto"
-) -> dict[str, Any]:
+def run_response(run_uri: str, generator: Generator, names: Sequence[str]) -> dict[str, Any]:
     """`edit_response` of a run's stored pictures to directions by name or path, with the bundled
     trunk as the distance, on the generator's device.
-
-    Args:
-        source: of the scorer, see `load_attributes`.
 
     Raises:
         ConfigError: an unknown direction.
@@ -192,7 +186,7 @@ def run_response(
         found.to(device),
         generator,
         {direction.name: direction for direction in directions},
-        load_attributes(source).to(device),
+        load_attributes().to(device),
         load_perceptual("refinery").to(device),
     )
     return {"run_id": read_run(run_uri)["run_id"], **result}

@@ -107,9 +107,9 @@ def read_stored(run_uri: str, generator: Generator, kept: float = 1.0) -> Stored
     return Stored(inversion=Inversion.cat([b.inversion for b in batches]), inputs=images, kept=kept)
 
 
-def trimmed_mean(values: Float[Tensor, " N"], share: float = TRIM) -> float:
-    """Mean without the values below and above these quantiles."""
-    low, high = torch.quantile(values, torch.tensor([share, 1 - share]).to(values))
+def trimmed_mean(values: Float[Tensor, " N"]) -> float:
+    """Mean without the values below and above the quantiles of `TRIM`."""
+    low, high = torch.quantile(values, torch.tensor([TRIM, 1 - TRIM]).to(values))
     return float(values[(values >= low) & (values <= high)].mean())
 
 

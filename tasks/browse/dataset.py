@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.browse.pictures import media_type
+from tasks.run.export import features, with_pictures
 from tasks.run.marker import Marker, Part
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import open_part, part_errors
 
 SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
@@ -86,42 +87,17 @@ def _tables(
         parts = markers[shard].parts
         rows = _rows(run_uri, parts["latents"], by_shard[shard])
         if "images" in parts:
-            pictures = _rows(run_uri, parts["images"], by_shard[shard])
-            rows = _beside(rows, pictures)
-        yield rows.replace_schema_metadata({"huggingface": _features(rows.schema)})
+            rows = with_pictures(rows, _rows(run_uri, parts["images"], by_shard[shard]))
+        yield rows.replace_schema_metadata(features(rows.schema))
 
 
 def _rows(run_uri: str, part: Part, keys: Sequence[str]) -> pa.Table:
     uri = join(run_uri, part.path)
     wanted = set(keys)
+    file = open_part(uri, part.bytes)
     with part_errors(uri):
-        file = pq.ParquetFile(PartFile(uri, part.bytes))
         groups = [
             table.filter(pa.array([key in wanted for key in table["sample_key"].to_pylist()]))
             for table in map(file.read_row_group, range(file.num_row_groups))
         ]
     return pa.concat_tables(groups)
-
-
-def _beside(rows: pa.Table, pictures: pa.Table) -> pa.Table:
-    """Every row with its pictures; a failed one has none."""
-    at = {key: index for index, key in enumerate(pictures["sample_key"].to_pylist())}
-    places = pa.array([at.get(key) for key in rows["sample_key"].to_pylist()], pa.int64())
-    for name in pictures.column_names:
-        if name != "sample_key":
-            rows = rows.append_column(name, pictures[name].take(places))
-    return rows
-
-
-def _features(schema: pa.Schema) -> str:
-    """What `datasets` reads of the columns: pictures are pictures."""
-    return json.dumps({"info": {"features": {f.name: _feature(f.type) for f in schema}}})
-
-
-def _feature(kind: pa.DataType) -> dict[str, Any]:
-    if pa.types.is_struct(kind):
-        return {"_type": "Image"}
-    if pa.types.is_fixed_size_list(kind):
-        return {"feature": _feature(kind.value_type), "length": kind.list_size, "_type": "List"}
-    names = {"float": "float32", "halffloat": "float16", "double": "float64"}
-    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}

@@ -34,7 +34,9 @@ def nearest(run: BrowsedRun, key: str, count: int) -> Neighbours:
     run.shard_of(key)
     place = default_index(run.uri)
     if not exists(join(place, "run.json")):
-        found = query(run.uri, "SELECT * FROM nearest($key, $count)", _values(key, count + 1))
+        found = query(
+            run.uri, "SELECT * FROM nearest($key, $count)", {"key": key, "count": count + 1}
+        )
         pairs = [(r["sample_key"], r["cosine"]) for r in found.to_pylist()]
         advice = f"All codes were read; `refinery index {run.uri}` makes an index."
         others = [pair for pair in pairs if pair[0] != key][:count]
@@ -43,7 +45,3 @@ def nearest(run: BrowsedRun, key: str, count: int) -> Neighbours:
     (table,) = index.search(index.vectors([key]), count, leave_out=[key])
     rows = zip(table["sample_key"].to_pylist(), table["distance"].to_pylist(), strict=True)
     return Neighbours(found=list(rows), measure=f"distance in {index.space}")
-
-
-def _values(key: str, count: int) -> dict[str, object]:
-    return {"key": key, "count": count}

@@ -30,7 +30,7 @@ TEXTS = ("image_uri", "image_sha256", "method", "seed", "run_id")
 EXAMPLES = (
     "SELECT error_kind, count(*) AS rows FROM latents GROUP BY ALL",
     "SELECT sample_key, {metric} FROM latents WHERE status = 'ok' ORDER BY {metric} LIMIT 20",
-    "SELECT shard, rows, failed, wall_s, device FROM commits ORDER BY wall_s DESC LIMIT 10",
+    "SELECT shard, rows, failed, wall_s, device FROM shards ORDER BY wall_s DESC LIMIT 10",
 )
 
 

@@ -18,7 +18,7 @@ from tasks.input.decode import to_rgb
 from tasks.run.ledger import shard_name
 from tasks.run.marker import Marker
 from tasks.storage.files import exists, join, read_bytes, write_bytes
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import PartFile, open_part, part_errors
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,7 @@ class Pictures:
         marker = self.markers.get(shard)
         if marker is None or "images" not in marker.parts:
             return None
-        uri = self._uri(shard)
-        with part_errors(uri):
-            return pq.ParquetFile(PartFile(uri, marker.parts["images"].bytes))
+        return open_part(self._uri(shard), marker.parts["images"].bytes)
 
     def _groups(self, shard: int, key: str) -> Iterator[int]:
         """The row groups whose range of keys has the key: one where a part is sorted."""

@@ -1,4 +1,4 @@
-"""The SQL box: questions go through `tasks.run.query`; a page shows the first rows."""
+"""What a page of the SQL box shows of an answer: its first rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.browse.pictures import media_type, reduced
-from tasks.run.query import query
 
 ROWS = 200
 TEXT = 400
@@ -21,16 +20,6 @@ class Answer:
     numbers: tuple[bool, ...]
     rows: list[list[Any]]
     total: int
-
-
-def ask(run_uri: str, sql: str) -> pa.Table:
-    """The answer to one statement.
-
-    Raises:
-        ConfigError: the statement is wrong, or wants what it may not have.
-        LedgerError: a part cannot be read.
-    """
-    return query(run_uri, sql)
 
 
 def shown(table: pa.Table) -> Answer:

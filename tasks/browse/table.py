@@ -18,7 +18,7 @@ import duckdb
 import pyarrow as pa
 
 from models.errors import ConfigError
-from tasks.report.aggregates import quoted
+from tasks.run.large import quoted
 from tasks.run.metadata import Snapshot
 from tasks.run.views import open_session
 

@@ -1,12 +1,10 @@
 """Pictures of a run as files."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
 from tasks.run.ledger import read_markers
@@ -15,7 +13,7 @@ from tasks.run.rows import picture_suffix
 from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import exists, file_info, join, read_bytes, write_bytes
 from tasks.storage.names import file_name
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import open_part, part_errors
 
 CLAIM = ".export.json"
 NEXT_STEPS = {
@@ -41,19 +39,13 @@ class Exported:
     kept: int = 0
 
 
-def export_pictures(
-    run_uri: str,
-    folder: str,
-    pictures: Sequence[str] = (),
-    on_progress: Callable[[int], None] = lambda files: None,
-) -> Exported:
+def export_pictures(run_uri: str, folder: str, pictures: Sequence[str] = ()) -> Exported:
     """Write the stored pictures of the committed samples below a folder or prefix, byte for byte:
     `<sample key>`, or `<picture>/<sample key>` where there are several of each. A file that is
     there with the right size stays, so the same call goes on with what an earlier one began.
 
     Args:
         pictures: columns of images/; empty: the edits, of a run without edits the inversion.
-        on_progress: told how many files are done.
 
     Raises:
         LedgerError: there is no run, a part is damaged, or a file cannot be written.
@@ -89,7 +81,6 @@ def export_pictures(
                     files += [(inside[name], row[name]["bytes"]) for name in names]
                 done = list(pool.map(lambda file: _write(join(folder, file[0]), file[1]), files))
                 written, kept = written + sum(done), kept + len(done) - sum(done)
-                on_progress(written + kept)
     return Exported(written=written, kept=kept)
 
 
@@ -121,8 +112,7 @@ def _rows(run_uri: str, marker: Marker, names: Sequence[str]) -> Iterator[list[d
     if part is None:
         return
     uri = join(run_uri, part.path)
-    with part_errors(uri):
-        file = pq.ParquetFile(PartFile(uri, part.bytes))
+    file = open_part(uri, part.bytes)
     for group in range(file.num_row_groups):
         with part_errors(uri):
             yield file.read_row_group(group, ["sample_key", *names]).to_pylist()

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError
 from tasks.export.pictures import CLAIM
-from tasks.run.export import feature
+from tasks.run.export import features, with_pictures
 from tasks.run.ledger import read_markers, shard_name
 from tasks.run.marker import Marker, Part
 from tasks.run.parts import PICTURE
@@ -38,7 +38,7 @@ from tasks.run.rows import picture_suffix
 from tasks.run.run_json import read_declared, read_run
 from tasks.storage.errors import storage_errors
 from tasks.storage.files import is_local, join, local_path, open_write
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import read_part
 
 PARTIAL = ".partial"
 
@@ -68,13 +68,7 @@ class Samples:
         table = _read(self.uri, marker.parts["latents"])
         if "images" not in marker.parts:
             return table
-        pictures = _read(self.uri, marker.parts["images"])
-        row_of = {key: row for row, key in enumerate(pictures["sample_key"].to_pylist())}
-        at = pa.array([row_of.get(key) for key in table["sample_key"].to_pylist()], pa.int64())
-        for name in pictures.column_names[1:]:
-            column = pictures[name].combine_chunks().take(at)
-            table = table.append_column(pictures.schema.field(name), column)
-        return table
+        return with_pictures(table, _read(self.uri, marker.parts["images"]))
 
     def of_columns(self, convert: Callable[[pa.Table], pa.Table]) -> pa.RecordBatchReader:
         """All shards as one stream of one schema; columns that a shard lacks are null."""
@@ -169,9 +163,7 @@ def _claimed(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(run_uri: str, part: Part) -> pa.Table:
-    uri = join(run_uri, part.path)
-    with part_errors(uri):
-        return pq.ParquetFile(PartFile(uri, part.bytes)).read()
+    return read_part(join(run_uri, part.path), part.bytes)
 
 
 # ---------------------------------------------------------------------------- by shard
@@ -214,10 +206,7 @@ def _members(table: pa.Table, number: int, picture_format: str) -> Iterator[tupl
 
 def _datasets(samples: Samples, folder: Path) -> int:
     reader = samples.of_columns(lambda table: table)
-    features = {each.name: feature(each) for each in reader.schema}
-    schema = reader.schema.with_metadata(
-        {"huggingface": json.dumps({"info": {"features": features}})}
-    )
+    schema = reader.schema.with_metadata(features(reader.schema))
     rows, total = 0, len(samples.markers)
     for at, marker in enumerate(samples.markers.values()):
         rows += marker.rows

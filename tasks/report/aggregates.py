@@ -1,12 +1,13 @@
 """Aggregates over the rows of a run: computed in DuckDB, so never all rows are in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from tasks.job import INPUTS
+from tasks.run.large import quoted, text
 
 Ask = Callable[[str], pa.Table]
 """SQL over the views of a run to a small table (`tasks.run.query.open_views`)."""
@@ -154,9 +155,11 @@ def ranking_metric(found: tuple[Metric, ...]) -> Metric | None:
     return None
 
 
-def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tuple[PairGroup, ...]:
+def pair_groups(
+    ask: Ask, schemas: Mapping[str, pa.Schema], ranked: Metric | None
+) -> tuple[PairGroup, ...]:
     """Best, median and worst pictures; without a metric, the first ones in order of their keys."""
-    stored = _picture_columns(images)
+    stored = stored_pictures(schemas)
     if not stored:
         return ()
     if ranked is None:
@@ -179,39 +182,37 @@ def pair_groups(ask: Ask, images: pa.Schema | None, ranked: Metric | None) -> tu
         ).to_pylist()
     keys = {row["sample_key"] for found in chosen.values() for row in found}
     pictures = pictures_of(ask, stored, keys)
+
+    def pair(key: str, value: float) -> Pair:
+        own = pictures.get(key, {})
+        original = next(filter(None, map(own.get, INPUTS)), None)
+        return Pair(key=key, value=value, original=original, inversion=own.get("inversion"))
+
     return tuple(
-        PairGroup(
-            title=title,
-            pairs=tuple(
-                Pair(
-                    key=row["sample_key"],
-                    value=row["value"],
-                    original=next(
-                        filter(None, map(pictures.get(row["sample_key"], {}).get, INPUTS)), None
-                    ),
-                    inversion=pictures.get(row["sample_key"], {}).get("inversion"),
-                )
-                for row in found
-            ),
-        )
+        PairGroup(title=title, pairs=tuple(pair(r["sample_key"], r["value"]) for r in found))
         for title, found in chosen.items()
         if found
     )
 
 
-def _picture_columns(images: pa.Schema | None) -> list[str]:
-    return [name for name in (*INPUTS, "inversion") if images and name in images.names]
+def stored_pictures(schemas: Mapping[str, pa.Schema]) -> list[str]:
+    """The columns of inputs and inversions that a run has."""
+    images = schemas.get("images", pa.schema([])).names
+    return [name for name in (*INPUTS, "inversion") if name in images]
 
 
 def pictures_of(
-    ask: Ask, stored: list[str], keys: set[str]
-) -> Mapping[str, Mapping[str, bytes | None]]:
-    """The encoded pictures of a few samples."""
+    ask: Ask, stored: Sequence[str], keys: Collection[str]
+) -> dict[str, dict[str, bytes | None]]:
+    """The encoded pictures of a few samples, in order of their keys."""
     if not keys or not stored:
         return {}
     wanted = ", ".join(map(quoted, stored))
-    listed = ", ".join("'" + key.replace("'", "''") + "'" for key in sorted(keys))
-    found = ask(f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed})")
+    listed = ", ".join(map(text, sorted(keys)))
+    found = ask(
+        f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed}) "
+        "ORDER BY sample_key"
+    )
     return {
         row["sample_key"]: {name: row[name] and row[name]["bytes"] for name in stored}
         for row in found.to_pylist()
@@ -225,8 +226,3 @@ def failed_rows(ask: Ask) -> tuple[tuple[str, str, str], ...]:
         f"ORDER BY sample_key LIMIT {FAILURES_SHOWN}"
     ).to_pylist()
     return tuple((r["sample_key"], r["error_kind"] or "", r["error"] or "") for r in found)
-
-
-def quoted(name: str) -> str:
-    """A column's name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'

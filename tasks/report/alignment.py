@@ -2,7 +2,8 @@
 
 import pyarrow as pa
 
-from tasks.report.aggregates import RANKING, Ask, quoted
+from tasks.report.aggregates import RANKING, Ask
+from tasks.run.large import quoted
 from tasks.run.ledger import read_markers
 from tasks.run.query import query
 from tasks.run.run_json import read_declared

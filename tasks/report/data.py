@@ -147,7 +147,7 @@ def _from_rows(
         return {
             "metrics": found,
             "ranked_by": ranked.name if ranked else None,
-            "groups": () if is_edit else pair_groups(ask, schemas.get("images"), ranked),
+            "groups": () if is_edit else pair_groups(ask, schemas, ranked),
             "failed_rows": failed_rows(ask),
             "columns": {view: tuple(schema.names) for view, schema in sorted(schemas.items())},
             "edits": gather_edits(ask, config, schemas) if is_edit else None,

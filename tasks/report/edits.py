@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from tasks.job import INPUTS
-from tasks.report.aggregates import Ask, quoted
+from tasks.report.aggregates import Ask, pictures_of, stored_pictures
 from tasks.report.look import section
 from tasks.report.pictures import is_pixelated
+from tasks.run.large import quoted
 
 SAMPLES = 24
 """Rows of pictures; the samples are spread evenly over the run, in order of their keys."""
@@ -45,7 +45,7 @@ class EditData:
     source: str
     variants: tuple[VariantSummary, ...]
     columns: tuple[str, ...]
-    samples: tuple[tuple[str, Mapping[str, bytes]], ...]
+    samples: tuple[tuple[str, Mapping[str, bytes | None]], ...]
 
 
 def gather_edits(
@@ -67,12 +67,7 @@ def gather_edits(
             for name, value in ask(f"SELECT {listed} FROM latents").to_pylist()[0].items():
                 metric, _, variant = name.rpartition("@")
                 means[variant][metric] = float("nan") if value is None else value
-    stored = [
-        name
-        for name in (*INPUTS, "inversion")
-        if name in schemas.get("images", pa.schema([])).names
-    ]
-    columns = (*stored, *names)
+    columns = (*stored_pictures(schemas), *names)
     return EditData(
         source=config["source"],
         variants=tuple(
@@ -102,21 +97,15 @@ def _label(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].removesuffix(".json")
 
 
-def _samples(ask: Ask, columns: tuple[str, ...]) -> tuple[tuple[str, Mapping[str, bytes]], ...]:
+def _samples(
+    ask: Ask, columns: tuple[str, ...]
+) -> tuple[tuple[str, Mapping[str, bytes | None]], ...]:
     keys = ask(
         "SELECT sample_key FROM (SELECT sample_key, row_number() OVER (ORDER BY sample_key) - 1 "
         "AS place, count(*) OVER () AS total FROM latents WHERE status = 'ok') "
         f"WHERE total <= {SAMPLES} OR (place * {SAMPLES}) % total < {SAMPLES} ORDER BY sample_key"
     )["sample_key"].to_pylist()
-    if not keys:
-        return ()
-    wanted = ", ".join(map(quoted, columns))
-    listed = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
-    found = ask(
-        f"SELECT sample_key, {wanted} FROM images WHERE sample_key IN ({listed}) "
-        "ORDER BY sample_key"
-    ).to_pylist()
-    return tuple((row["sample_key"], {n: row[n]["bytes"] for n in columns}) for row in found)
+    return tuple(pictures_of(ask, columns, keys).items())
 
 
 # ------------------------------------------------------------------ the page
@@ -124,7 +113,7 @@ def _samples(ask: Ask, columns: tuple[str, ...]) -> tuple[tuple[str, Mapping[str
 
 def edit_pictures(data: EditData) -> str:
     """Rows of pictures: original, inversion, every variant."""
-    stored = (picture for _, pictures in data.samples for picture in pictures.values())
+    stored = (each for _, pictures in data.samples for each in pictures.values() if each)
     return section("edit_pictures", data, all(map(is_pixelated, stored)))
 
 

@@ -15,6 +15,7 @@ from tasks.report.edits import edit_pictures, edit_summary
 from tasks.report.look import CSS, environment, section
 from tasks.report.results import codes, metrics, pictures, stages, throughput
 from tasks.report.words import duration, number, size, when
+from tasks.run.large import text
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -90,11 +91,11 @@ def _query(data: ReportData) -> str:
     ]
     if data.edits:
         first = shlex.quote(
-            f"SELECT * FROM edits WHERE variant = {_sql_text(data.edits.variants[0].name)}"
+            f"SELECT * FROM edits WHERE variant = {text(data.edits.variants[0].name)}"
         )
         shell += ["# what one edit changed", f"refinery query {run} \\", f"  {first}", ""]
     if data.groups:
-        key = shlex.quote(f"SELECT * FROM nearest({_sql_text(data.groups[0].pairs[0].key)}, 5)")
+        key = shlex.quote(f"SELECT * FROM nearest({text(data.groups[0].pairs[0].key)}, 5)")
         shell += ["# the pictures most like this one", f"refinery query {run} \\", f"  {key}", ""]
     shell += ["# every sample accounted for, every part as committed", f"refinery verify {run}"]
     python = [
@@ -105,7 +106,3 @@ def _query(data: ReportData) -> str:
         "table = query(run, sql)  # a pyarrow.Table",
     ]
     return section("query", data, "\n".join(shell), "\n".join(python))
-
-
-def _sql_text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

@@ -16,7 +16,6 @@ METRIC_NOTES = {
     "mse": "mean squared error on the [-1, 1] scale; smaller is better",
     "psnr": "peak signal to noise ratio, dB, peak 2.0; larger is better",
     "ssim": "structural similarity, at most 1; larger is better",
-    "ms_ssim": "multi-scale structural similarity, at most 1; larger is better",
     "identity": "cosine similarity of face embeddings; larger is better",
     "trunk_distance": "perceptual distance in the bundled trunk (not LPIPS); smaller is better",
     "nscd": "distance of the codes' styles from the generator's own (LSAP); smaller is nearer",

@@ -14,18 +14,17 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
-from tasks.job import INPUTS
-from tasks.report.aggregates import Ask, Metric, metrics, pictures_of, quoted
+from tasks.report.aggregates import Ask, Metric, metrics, pictures_of, stored_pictures
 from tasks.report.asking import asking
+from tasks.run.large import quoted
 from tasks.run.ledger import read_markers
 from tasks.run.marker import Marker
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import read_part
 
 SAMPLE, SHARDS = 4096, 32
 COMPONENTS = 16
@@ -169,9 +168,7 @@ def gather_statistics(
         clusters, outliers = _clusters(keys, points), _outliers(keys, points)
         shift = _code_shift(points, mean, basis, other)
     shown = {key for key, _ in [*clusters, *outliers]}
-    stored = schemas.get("images", pa.schema([])).names
-    columns = [name for name in ("inversion", *INPUTS) if name in stored]
-    found = pictures_of(ask, columns[:1], shown)
+    found = pictures_of(ask, stored_pictures(schemas)[-1:], shown)
     pictures = {key: next(iter(row.values()), None) for key, row in found.items()}
     return RunStatistics(
         sampled=len(keys),
@@ -205,10 +202,8 @@ def sample_codes(
     found: list[np.ndarray] = []
     for marker in chosen:
         part = marker.parts["latents"]
-        uri = join(run_uri, part.path)
-        with part_errors(uri):
-            file = pq.ParquetFile(PartFile(uri, part.bytes))
-            table = file.read(["sample_key", "status", "w_plus"])
+        columns = ["sample_key", "status", "w_plus"]
+        table = read_part(join(run_uri, part.path), part.bytes, columns)
         table = table.filter(pa.array([s == "ok" for s in table["status"].to_pylist()]))
         rows = _spread(len(table), SAMPLE // len(chosen))
         table = table.take(rows)

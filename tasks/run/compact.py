@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from models.errors import LedgerError
 from tasks.run.ledger import (
@@ -32,7 +31,7 @@ from tasks.run.marker import Covered, Marker, Part
 from tasks.run.parts import to_parquet
 from tasks.storage.crash import crash_point
 from tasks.storage.files import join, write_bytes
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import read_part
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +175,7 @@ def _joined(run_uri: str, group: Sequence[Marker], kind: str) -> tuple[bytes, in
     for marker in group:
         part = marker.parts[kind]
         uri = join(run_uri, part.path)
-        with part_errors(uri):
-            tables.append(pq.ParquetFile(PartFile(uri, part.bytes)).read())
+        tables.append(read_part(uri, part.bytes))
         if tables[0].schema != tables[-1].schema:
             raise LedgerError(f"{uri}: its columns are not those of {group[0].parts[kind].path}")
     table = pa.concat_tables(tables)

@@ -85,9 +85,7 @@ def export_dataset(table: pa.Table, folder: str) -> list[str]:
         raise ConfigError(f"no row to write to {folder}: a data set has at least one")
     if is_local(folder) and Path(local_path(folder), "data").exists():
         raise ConfigError(f"{folder} holds a data set already; choose another folder")
-    features = {field.name: feature(field) for field in table.schema}
-    info = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = _with_element_names(table).replace_schema_metadata(info)
+    table = _with_element_names(table).replace_schema_metadata(features(table.schema))
     count = -(-table.num_rows // DATASET_ROWS)
     uris = []
     for number in range(count):
@@ -98,14 +96,33 @@ def export_dataset(table: pa.Table, folder: str) -> list[str]:
     return uris
 
 
-def feature(field: pa.Field) -> dict[str, Any]:
-    """A column as `datasets` describes it."""
+def with_pictures(rows: pa.Table, pictures: pa.Table) -> pa.Table:
+    """Rows of latents/ with those of images/ beside them; a failed sample's are null."""
+    row_of = {key: row for row, key in enumerate(pictures["sample_key"].to_pylist())}
+    at = pa.array([row_of.get(key) for key in rows["sample_key"].to_pylist()], pa.int64())
+    for name in pictures.column_names[1:]:
+        column = pictures[name].combine_chunks().take(at)
+        rows = rows.append_column(pictures.schema.field(name), column)
+    return rows
+
+
+def features(schema: pa.Schema) -> dict[str, str]:
+    """The metadata by which `datasets` knows what is a picture.
+
+    Raises:
+        ConfigError: a data set cannot hold a column.
+    """
+    described = {field.name: _feature(field) for field in schema}
+    return {"huggingface": json.dumps({"info": {"features": described}})}
+
+
+def _feature(field: pa.Field) -> dict[str, Any]:
     kind = field.type
     if kind == PICTURE:
         return {"_type": "Image"}
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         length = kind.list_size if pa.types.is_fixed_size_list(kind) else -1
-        return {"_type": "List", "feature": feature(kind.value_field), "length": length}
+        return {"_type": "List", "feature": _feature(kind.value_field), "length": length}
     names = {"float": "float32", "double": "float64", "halffloat": "float16"}
     name = names.get(str(kind), str(kind))
     if pa.types.is_struct(kind) or pa.types.is_map(kind) or pa.types.is_decimal(kind):

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tasks.run.lookup import CODES, read_codes, read_column
 from tasks.run.metadata import PLACES, Snapshot
 from tasks.run.parts import PICTURE
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import open_part
 
 KINDS = ("latents", "images", "residuals")
 """Views with large columns: those of the kinds of part."""
@@ -104,9 +103,8 @@ def _columns_of(snapshot: Snapshot) -> list[tuple[str, pa.Field]]:
     residuals = snapshot.parts("residuals")
     if residuals:
         shard, path = next(iter(residuals.items()))
-        uri = join(snapshot.uri, path)
-        with part_errors(uri):
-            schema = pq.read_schema(PartFile(uri, snapshot.markers[shard].parts["residuals"].bytes))
+        size = snapshot.markers[shard].parts["residuals"].bytes
+        schema = open_part(join(snapshot.uri, path), size).schema_arrow
         found += [("residuals", _widened(f)) for f in schema if f.name != "sample_key"]
     return found
 
@@ -175,3 +173,8 @@ def _values(
 def quoted(name: str) -> str:
     """A name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def text(value: str) -> str:
+    """A value as an SQL literal."""
+    return "'" + value.replace("'", "''") + "'"

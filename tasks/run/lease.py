@@ -8,7 +8,6 @@ that comes meanwhile watches whether the file changes, by its own clock: clocks 
 process that has ended on the same machine is known to be dead at once.
 """
 
-import json
 import logging
 import os
 import re
@@ -18,14 +17,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
 from models.errors import LedgerError
-from tasks.run.records import Count, DamagedError, Moment, NewerError, parse
+from tasks.run.records import Count, DamagedError, Moment, NewerError, parse, to_json
 from tasks.run.run_json import utc_now
 from tasks.storage.files import (
     exists,
@@ -136,7 +135,7 @@ class Lease:
                 self._write(replace(self._driver, beats=self._driver.beats + 1))
 
     def _write(self, driver: Driver) -> None:
-        write_bytes(_place(self._run_uri, self._number), _to_json(driver))
+        write_bytes(_place(self._run_uri, self._number), to_json(driver))
         self._driver = driver
 
 
@@ -185,7 +184,7 @@ def _take(run_uri: str, if_busy: IfBusy) -> tuple[int, Driver]:
             watched, since = found, time.monotonic()
         if is_free or time.monotonic() - since > STALE_S:
             mine = _myself()
-            if create_bytes(_place(run_uri, number + 1), _to_json(mine)):
+            if create_bytes(_place(run_uri, number + 1), to_json(mine)):
                 if driver is not None and not driver.ended:
                     logger.warning("%s: taken over from %s", run_uri, driver)
                 return number + 1, mine
@@ -219,10 +218,6 @@ def _last(run_uri: str) -> tuple[int, Driver | None]:
 
 def _place(run_uri: str, number: int) -> str:
     return join(run_uri, "drivers", f"{number:04d}.json")
-
-
-def _to_json(driver: Driver) -> bytes:
-    return json.dumps(asdict(driver), indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _myself() -> Driver:

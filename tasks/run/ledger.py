@@ -22,7 +22,6 @@ Time decides nothing but courtesy: what is closed is left alone for a day first,
 work are not sent back. tests/tasks/run/test_protocol.py walks through all interleavings.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,6 +42,7 @@ from tasks.run.records import (
     Seal,
     ShardId,
     parse,
+    to_json,
 )
 from tasks.run.run_json import read_run, utc_now
 from tasks.storage.files import (
@@ -384,7 +384,7 @@ def quarantine(run_uri: str, shard_id: int, reason: str, *, attempts: int = 1) -
         at=utc_now(),
     )
     uri = join(run_uri, "failed", f"{shard_name(shard_id)}.json")
-    write_bytes(uri, json.dumps(asdict(record), indent=1, sort_keys=True).encode() + b"\n")
+    write_bytes(uri, to_json(record))
 
 
 def read_quarantine(run_uri: str, commits: Commits | None = None) -> dict[int, Quarantined]:
@@ -452,7 +452,7 @@ def seal(run_uri: str, forecast: Mapping[str, Mapping[str, float]] | None = None
         **({"forecast": forecast} if forecast else {}),
     }
     uri = join(run_uri, "_SEALED.json")
-    write_bytes(uri, json.dumps(sealed, indent=1, sort_keys=True).encode() + b"\n")
+    write_bytes(uri, to_json(sealed))
     return uri
 
 

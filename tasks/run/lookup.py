@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.run.marker import Part
-from tasks.run.metadata import READERS, CodeLayout, Snapshot, open_part
+from tasks.run.metadata import READERS, CodeLayout, Snapshot
 from tasks.storage.files import is_local, join
-from tasks.storage.part_files import part_errors, read_range
+from tasks.storage.part_files import chunk_of, open_part, part_errors, read_range
 
 GAP_BYTES = {True: 2**14, False: 2**18}
 """Rows nearer to each other than this are one read, on a local disk and on an object store."""
@@ -111,7 +111,7 @@ def _taken(snapshot: Snapshot, part: Part, column: str, positions: np.ndarray) -
     """Rows of a column by their position among the inverted rows; only their groups are read."""
     uri = join(snapshot.uri, part.path)
     with part_errors(uri):
-        file = open_part(uri, part.bytes)
+        file = open_part(uri, part.bytes, pre_buffer=True)
         counts = [_present(file, number, column) for number in range(file.num_row_groups)]
         ends = np.cumsum(counts)
         group_of = np.searchsorted(ends, positions, side="right")
@@ -125,14 +125,10 @@ def _taken(snapshot: Snapshot, part: Part, column: str, positions: np.ndarray) -
 
 def _present(file: pq.ParquetFile, number: int, column: str) -> int:
     """Rows of a row group whose value is there: failed rows have no code."""
-    group = file.metadata.row_group(number)
+    num_rows = file.metadata.row_group(number).num_rows
     if column != CODES:
-        return group.num_rows
-    (chunk,) = (
-        c
-        for c in map(group.column, range(group.num_columns))
-        if c.path_in_schema.split(".")[0] == column
-    )
+        return num_rows
     # A row that is there has a level entry for each of its values, one that is not has one.
     size = file.schema_arrow.field(column).type.list_size
-    return (chunk.num_values - group.num_rows) // (size - 1) if size > 1 else group.num_rows
+    num_values = chunk_of(file, number, column).num_values
+    return (num_values - num_rows) // (size - 1) if size > 1 else num_rows

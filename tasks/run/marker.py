@@ -5,13 +5,12 @@ timings. Nothing else in a run directory says that a shard is done. Or it says t
 closed: then no attempt that wanted it can be committed any more (`tasks.run.ledger`).
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from tasks.run.records import Count, DamagedError, Moment, PartPath, Sha256, ShardId, parse
+from tasks.run.records import Count, DamagedError, Moment, PartPath, Sha256, ShardId, parse, to_json
 
 VERSION = 1
 _Version = Annotated[int, Field(ge=1, le=VERSION)]
@@ -104,7 +103,7 @@ class Marker:
     version: _Version = VERSION
 
     def to_json(self) -> bytes:
-        return _to_json(self)
+        return to_json(self)
 
     @staticmethod
     def from_json(data: bytes, where: str) -> "Marker | Closed":
@@ -140,11 +139,7 @@ class Closed:
     version: _Version = VERSION
 
     def to_json(self) -> bytes:
-        return _to_json(self)
-
-
-def _to_json(record: Marker | Closed) -> bytes:
-    return json.dumps(asdict(record), indent=1, sort_keys=True).encode() + b"\n"
+        return to_json(self)
 
 
 _MARKER: TypeAdapter[Any] = TypeAdapter(Marker)

@@ -39,10 +39,19 @@ from models.cache import cache_folder
 from models.errors import LedgerError
 from tasks.run import ledger, run_json
 from tasks.run.marker import Marker, Part
+from tasks.run.parts import has_rows_in_place
 from tasks.run.vectors import codes_of, open_vectors
 from tasks.storage.files import file_info, join, list_files, list_times, open_write, remove
 from tasks.storage.footer import read_footer
-from tasks.storage.part_files import Fetched, PartFile, Region, part_errors
+from tasks.storage.part_files import (
+    Fetched,
+    PartFile,
+    Region,
+    chunk_of,
+    open_part,
+    part_errors,
+    read_part,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +316,7 @@ def part_rows(run_uri: str, marker: Marker) -> pa.Table:
     part = marker.parts["latents"]
     uri = join(run_uri, part.path)
     with part_errors(uri):
-        file = open_part(uri, part.bytes)
+        file = open_part(uri, part.bytes, pre_buffer=True)
         codes = file.schema_arrow.field("w_plus")
         table = file.read([name for name in file.schema_arrow.names if name != codes.name])
     is_ok = np.array([status == "ok" for status in table["status"].to_pylist()], bool)
@@ -320,7 +329,7 @@ def part_rows(run_uri: str, marker: Marker) -> pa.Table:
         "position": pa.array(position.astype(np.int32), mask=~is_ok),
         "code_at": pa.array(_code_offsets(file, is_ok), mask=~is_ok),
     }
-    if not _has_rows_in_place(codes):
+    if not has_rows_in_place(codes):
         places["code_at"] = pa.nulls(table.num_rows, pa.int64())
     for name, values in places.items():
         table = table.append_column(name, values)
@@ -339,31 +348,18 @@ def _sketches(run_uri: str, part: Part, is_ok: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(kind, len(found), [is_there, pa.py_buffer(found)])
 
 
-def open_part(uri: str, size: int) -> pq.ParquetFile:
-    """A Parquet file whose footer is one read, and whose columns are read together."""
-    return pq.ParquetFile(PartFile(uri, size, fetched=Fetched.tail(size)), pre_buffer=True)
-
-
-def _has_rows_in_place(codes: pa.Field) -> bool:
-    return (codes.metadata or {}).get(b"layout") == b"rows"
-
-
 def _code_offsets(file: pq.ParquetFile, is_ok: np.ndarray) -> np.ndarray:
     """Where each inverted row's code begins: codes are the last bytes of their column chunk."""
     kind = file.schema_arrow.field("w_plus").type
     row_bytes = kind.list_size * kind.value_type.bit_width // 8
     found, row = np.zeros(len(is_ok), np.int64), 0
     for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        (column,) = (
-            c
-            for c in map(group.column, range(group.num_columns))
-            if c.path_in_schema.split(".")[0] == "w_plus"
-        )
-        rows = row + np.flatnonzero(is_ok[row : row + group.num_rows])
-        end = column.data_page_offset + column.total_compressed_size
+        chunk = chunk_of(file, number, "w_plus")
+        num_rows = file.metadata.row_group(number).num_rows
+        rows = row + np.flatnonzero(is_ok[row : row + num_rows])
+        end = chunk.data_page_offset + chunk.total_compressed_size
         found[rows] = end - row_bytes * np.arange(len(rows), 0, -1)
-        row += group.num_rows
+        row += num_rows
     return found
 
 
@@ -450,8 +446,7 @@ def _fold(snapshot: Snapshot, own: Sequence[Segment], folder: str) -> None:
 
 def segment_rows(segment: Segment) -> pa.Table:
     """The rows of a metadata file that count."""
-    with part_errors(segment.uri):
-        table = pq.ParquetFile(PartFile(segment.uri, segment.bytes)).read()
+    table = read_part(segment.uri, segment.bytes)
     if not segment.is_whole:
         wanted = np.isin(table["shard"].to_numpy(), list(segment.shards))
         table = table.filter(pa.array(wanted))

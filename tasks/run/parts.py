@@ -200,6 +200,11 @@ def _in_place(codes: pa.Field) -> pa.Field:
     return codes.with_metadata({**codes.metadata, b"layout": b"rows"})
 
 
+def has_rows_in_place(field_: pa.Field) -> bool:
+    """Whether the values of a column are the last bytes of its chunks, row by row."""
+    return (field_.metadata or {}).get(b"layout") == b"rows"
+
+
 def _tensor_array(values: Sequence[np.ndarray | None], kind: pa.FixedSizeListType) -> pa.Array:
     given, dtype = [v for v in values if v is not None], kind.value_type.to_pandas_dtype()
     missing = np.array([value is None for value in values], bool)
@@ -273,7 +278,7 @@ def to_parquet(table: pa.Table, kind: str) -> bytes:
     compressed already. Row groups are small enough that one of them is a comfortable read.
     """
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
-    in_place = [f.name for f in table.schema if (f.metadata or {}).get(b"layout") == b"rows"]
+    in_place = [f.name for f in table.schema if has_rows_in_place(f)]
     kinds = {name: table.schema.field(name).type.value_type for name in vectors}
     split = [name for name in vectors if kinds[name] == pa.float32() and name not in in_place]
     codes = [f"{name}.list.element" for name in vectors if kinds[name] == pa.int8()]

@@ -6,14 +6,14 @@ shards. Summary and report set it beside what the run took.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
 from models.errors import LedgerError
 from tasks.job import Job
-from tasks.run.records import Count, Moment, parse
+from tasks.run.records import Count, Moment, parse, to_json
 from tasks.storage.files import find_bytes, join, remove, write_bytes
 
 PREDICTION = "prediction.json"
@@ -58,8 +58,7 @@ def settings_of(job: Job) -> str:
 
 def write_prediction(run_uri: str, made: Prediction) -> None:
     """Put it into the run's folder, in the place of an earlier one."""
-    text = json.dumps(asdict(made), indent=1, sort_keys=True).encode() + b"\n"
-    write_bytes(join(run_uri, PREDICTION), text)
+    write_bytes(join(run_uri, PREDICTION), to_json(made))
 
 
 def prediction_for(run_uri: str, job: Job) -> Prediction | None:

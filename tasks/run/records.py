@@ -1,5 +1,8 @@
-"""The small JSON files of a run, read with types: what is damaged, edited or newer is named."""
+"""The small JSON files of a run: written one way, and read with types: what is damaged, edited or
+newer is named."""
 
+import json
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, NotRequired, TypeVar
 
@@ -82,6 +85,11 @@ class Seal(TypedDict):
 
 
 RUN_RECORD, SEAL = TypeAdapter(RunRecord), TypeAdapter(Seal)
+
+
+def to_json(record: Any) -> bytes:
+    """The text of a record, dataclasses as dicts."""
+    return json.dumps(record, indent=1, sort_keys=True, default=asdict).encode() + b"\n"
 
 
 def parse(kind: TypeAdapter[T], data: bytes, uri: str, *, newest: int, advice: str) -> T:

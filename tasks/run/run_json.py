@@ -17,7 +17,7 @@ from models.errors import LedgerError
 from tasks.job import Job
 from tasks.run.find import meant
 from tasks.run.identity import VERSION, contents, identity_digest, make_identity
-from tasks.run.records import RUN_RECORD, Count, parse
+from tasks.run.records import RUN_RECORD, Count, parse, to_json
 from tasks.storage.files import find_bytes, join, write_bytes
 from tasks.storage.once import create_bytes
 
@@ -123,7 +123,7 @@ def create_run(
         if all(found.get(key) == value for key, value in identity.items()):
             return handle
         record = found  # something has moved
-    text = json.dumps({**record, **identity}, indent=1, sort_keys=True).encode() + b"\n"
+    text = to_json({**record, **identity})
     if found is not None:
         write_bytes(uri, text)
     elif not create_bytes(uri, text):  # another driver was faster: is it the same run?

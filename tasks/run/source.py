@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from models.errors import ConfigError, LedgerError, ShardError
 from tasks.input.face import Face
@@ -15,7 +14,7 @@ from tasks.run.marker import Marker
 from tasks.run.rows import Row
 from tasks.run.run_json import read_declared, read_run
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import read_part
 
 
 def check_has_codes(source_uri: str) -> None:
@@ -110,12 +109,9 @@ def read_rows(run_uri: str, marker: Marker) -> list[Row]:
     names = ["sample_key", "image_uri", "image_sha256", "seed", "error_kind", "error"]
     faces = ["face_points", "face_transform", "face_box", "face_score"]
     part = marker.parts["latents"]
-    uri = join(run_uri, part.path)
-    with part_errors(uri):
-        file = pq.ParquetFile(PartFile(uri, part.bytes))
-        known = set(file.schema_arrow.names)
-        table = file.read(columns=[*names, *(name for name in faces if name in known)])
-    has_faces = "face_points" in known
+    # Parquet leaves out the names that the part does not have.
+    table = read_part(join(run_uri, part.path), part.bytes, [*names, *faces])
+    has_faces = "face_points" in table.column_names
     return [_row(values) if has_faces else Row(**values) for values in table.to_pylist()]
 
 

@@ -24,9 +24,10 @@ from models.inversion.base import Inversion
 from models.stylegan2.generator import Generator, weights_hash
 from tasks.run.ledger import read_markers, shard_name
 from tasks.run.marker import Marker, Part
+from tasks.run.parts import has_rows_in_place
 from tasks.run.run_json import read_run
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors, read_range
+from tasks.storage.part_files import PartFile, chunk_of, part_errors, read_range
 
 _CODES = ["sample_key", "status", "w_plus"]
 
@@ -200,18 +201,13 @@ def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> I
 def _in_place(file: pq.ParquetFile, columns: list[str] | None) -> str | None:
     """The wanted column whose rows are the last bytes of their chunks, if there is one."""
     wanted = [file.schema_arrow.field(name) for name in columns or [] if name == "w_plus"]
-    return next((f.name for f in wanted if (f.metadata or {}).get(b"layout") == b"rows"), None)
+    return next((f.name for f in wanted if has_rows_in_place(f)), None)
 
 
 def _codes(file: pq.ParquetFile, uri: str, group: int, count: int) -> pa.Array:
     """The codes of a row group's inverted rows as they lie there: the Parquet decoder, which goes
     through them value by value, takes twenty times as long."""
-    kind, chunks = file.schema_arrow.field("w_plus").type, file.metadata.row_group(group)
-    (chunk,) = (
-        found
-        for found in map(chunks.column, range(chunks.num_columns))
-        if found.path_in_schema.split(".")[0] == "w_plus"
-    )
+    kind, chunk = file.schema_arrow.field("w_plus").type, chunk_of(file, group, "w_plus")
     end = chunk.data_page_offset + chunk.total_compressed_size
     size = count * kind.list_size
     data = read_range(uri, end - size * kind.value_type.bit_width // 8, end) if size else b""

@@ -10,47 +10,27 @@ from pyarrow.json import ParseOptions, read_json
 
 from tasks.run.metadata import Snapshot
 
+_TEXT, _COUNT, _SECONDS = pa.string(), pa.int64(), pa.float64()
 _RUNS = pa.schema(
-    [
-        ("run", pa.string()),
-        ("kind", pa.string()),
-        ("method", pa.string()),
-        ("generator", pa.string()),
-        ("state", pa.string()),
-        ("rows", pa.int64()),
-        ("failed", pa.int64()),
-        ("shards", pa.int64()),
-        ("committed", pa.int64()),
-        ("quarantined", pa.int64()),
-        ("bytes", pa.int64()),
-        ("worker_s", pa.float64()),
-        ("created_at", pa.string()),
-        ("started_at", pa.string()),
-        ("finished_at", pa.string()),
-        ("devices", pa.string()),
-        ("code_version", pa.string()),
-        ("source", pa.string()),
-        ("run_id", pa.string()),
-        ("uri", pa.string()),
-    ]
+    {
+        **dict.fromkeys(("run", "kind", "method", "generator", "state"), _TEXT),
+        **dict.fromkeys(("rows", "failed", "shards", "committed", "quarantined", "bytes"), _COUNT),
+        "worker_s": _SECONDS,
+        **dict.fromkeys(("created_at", "started_at", "finished_at", "devices"), _TEXT),
+        **dict.fromkeys(("code_version", "source", "run_id", "uri"), _TEXT),
+    }
 )
 _SHARD = {
     "shard": pa.int32(),
-    "state": pa.string(),
-    "attempt": pa.string(),
-    "rows": pa.int64(),
-    "failed": pa.int64(),
-    "bytes": pa.int64(),
-    "wall_s": pa.float64(),
-    "device": pa.string(),
-    "code_version": pa.string(),
-    "notes": pa.string(),
-    "reason": pa.string(),
-    "started_at": pa.string(),
-    "finished_at": pa.string(),
-    "run_id": pa.string(),
-    "run": pa.string(),
+    **dict.fromkeys(("state", "attempt"), _TEXT),
+    **dict.fromkeys(("rows", "failed", "bytes"), _COUNT),
 }
+_SHARD_ENDS = {
+    "wall_s": _SECONDS,
+    **dict.fromkeys(("device", "code_version", "notes", "reason"), _TEXT),
+    **dict.fromkeys(("started_at", "finished_at", "run_id", "run"), _TEXT),
+}
+"""Columns of a shard after those of its stages."""
 
 
 def runs_table(names: Sequence[str], snapshots: Sequence[Snapshot]) -> pa.Table:
@@ -96,15 +76,13 @@ def shards_table(names: Sequence[str], snapshots: Sequence[Snapshot]) -> pa.Tabl
     """A row for each shard that is committed or given up: its marker's fields, its seconds by
     stage, the bytes of its parts."""
     stages = list(dict.fromkeys(stage for s in snapshots for stage in s.declared.stages))
-    fields = dict(_SHARD)
-    last = {name: fields.pop(name) for name in list(_SHARD)[6:]}
-    fields |= {f"{stage}_s": pa.float64() for stage in stages} | last
+    fields = _SHARD | {f"{stage}_s": _SECONDS for stage in stages} | _SHARD_ENDS
     rows = [
         {**row, "run": name}
         for name, snapshot in zip(names, snapshots, strict=True)
         for row in _shards(snapshot, stages)
     ]
-    return _table(rows, pa.schema(list(fields.items())))
+    return _table(rows, pa.schema(fields))
 
 
 def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -119,7 +97,7 @@ def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 def _shards(snapshot: Snapshot, stages: Sequence[str]) -> list[dict[str, Any]]:
     committed = [
         {
-            **{name: getattr(marker, name, None) for name in _SHARD if name != "notes"},
+            **{name: getattr(marker, name, None) for name in (*_SHARD, *_SHARD_ENDS)},
             **{f"{stage}_s": float(marker.seconds.get(stage, 0.0)) for stage in stages},
             "state": "committed",
             "bytes": sum(part.bytes for part in marker.parts.values()),

@@ -24,7 +24,7 @@ import duckdb
 import pyarrow as pa
 
 from models.errors import LedgerError
-from tasks.run.large import KINDS, LargeColumn, filled, find_large, holds_places, quoted
+from tasks.run.large import KINDS, LargeColumn, filled, find_large, holds_places, quoted, text
 from tasks.run.metadata import PLACES, SKETCH, Segment, Snapshot
 from tasks.run.passing import named_tables, used_columns
 from tasks.run.tables import runs_table, shards_table
@@ -172,7 +172,7 @@ class Session:
     def _lock(self) -> None:
         """Nothing but the files of the runs; from here on no setting changes."""
         for setting in (
-            f"allowed_paths = [{', '.join(map(_text, self._urls))}]",
+            f"allowed_paths = [{', '.join(map(text, self._urls))}]",
             "enable_external_access = false",
             "lock_configuration = true",
         ):
@@ -181,9 +181,9 @@ class Session:
     def _rows_of(self, number: int) -> list[str]:
         """SQL of a run's rows without large columns; none where nothing is committed."""
         snapshot, selects = self._snapshots[number], []
-        constants = f"{number} AS run_number, {_text(self._run_names[number])} AS run"
+        constants = f"{number} AS run_number, {text(self._run_names[number])} AS run"
         for segment in snapshot.segments:
-            url = _text(self._segment_url(number, segment))
+            url = text(self._segment_url(number, segment))
             left_out = ", ".join(str(shard) for shard in segment.held.keys() - segment.shards)
             where = f" WHERE shard NOT IN ({left_out})" if left_out else ""
             selects.append(f"SELECT *, {constants} FROM read_parquet({url}){where}")
@@ -220,7 +220,7 @@ class Session:
             having = [n for n, s in enumerate(self._snapshots) if _has_variant(s, variant)]
             listed = ", ".join(f"{quoted(f'{m}@{variant}')} AS {quoted(m)}" for m in found)
             selects.append(
-                f"SELECT sample_key, {_text(variant)} AS variant, {listed}, run FROM _rows "
+                f"SELECT sample_key, {text(variant)} AS variant, {listed}, run FROM _rows "
                 f"WHERE status = 'ok' AND run_number IN ({', '.join(map(str, having))})"
             )
         return " UNION ALL BY NAME ".join(selects)
@@ -266,7 +266,7 @@ class Session:
                 }
             )
         ).create_view(name)
-        urls = ", ".join(_text(url) for url, _, _ in files)
+        urls = ", ".join(text(url) for url, _, _ in files)
         by_name = ", union_by_name = true" if len({n for _, n, _ in files}) > 1 else ""
         listed = self._listed(view, [column.value for column in self._large_of(view)])
         read = f"read_parquet([{urls}], filename = 'file'{by_name})"
@@ -308,7 +308,3 @@ def _has_variant(snapshot: Snapshot, variant: str) -> bool:
     declared = snapshot.declared
     scored = {name.rpartition("@")[2] for name in declared.metrics if "@" in name}
     return variant in declared.variants or variant in scored
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

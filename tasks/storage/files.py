@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -28,7 +29,6 @@ from models.errors import AssetError, ConfigError, LedgerError, RefineryError, S
 from models.files import PARTIAL_SUFFIX, atomically
 from tasks.storage.errors import is_missing, storage_errors
 
-"""Ends the hidden names of files being written; no reader's pattern matches it."""
 S3_RETRIES = 8
 S3_CONNECTIONS = 32
 """Small reads wait more than they work: of ten, botocore's own number, 200 take twice as long."""
@@ -186,13 +186,13 @@ def open_write(uri: str, error: type[RefineryError] = LedgerError) -> Iterator[B
             fs.put_file(file.name, path)
 
 
-def exists(uri: str, error: type[RefineryError] = LedgerError) -> bool:
+def exists(uri: str) -> bool:
     """Whether a file (not a folder) has this name.
 
     Raises:
-        error: storage cannot tell (credentials, network, bucket).
+        LedgerError: storage cannot tell (credentials, network, bucket).
     """
-    return file_info(uri, error) is not None
+    return file_info(uri) is not None
 
 
 def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, str] | None:
@@ -207,7 +207,7 @@ def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, 
                 status = os.stat(local_path(uri))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            return None if _is_folder(status) else (status.st_size, _local_etag(status))
+            return None if S_ISDIR(status.st_mode) else (status.st_size, _local_etag(status))
         fs, path = open_filesystem(uri)
         try:
             info = fs.info(path)
@@ -220,14 +220,14 @@ def file_info(uri: str, error: type[RefineryError] = LedgerError) -> tuple[int, 
         return int(info["size"]), _etag_of(info)
 
 
-def remove(uris: list[str], error: type[RefineryError] = LedgerError) -> None:
+def remove(uris: list[str]) -> None:
     """Delete files; those already gone are no error.
 
     Raises:
-        error: one of them cannot be deleted.
+        LedgerError: one of them cannot be deleted.
     """
     for uri in uris:
-        with storage_errors("delete", uri, error), suppress(FileNotFoundError):
+        with storage_errors("delete", uri, LedgerError), suppress(FileNotFoundError):
             if is_local(uri):
                 os.unlink(local_path(uri))
             else:
@@ -258,12 +258,10 @@ def list_files(
                 yield name, size, etag
 
 
-def list_times(
-    uri: str, error: type[RefineryError] = LedgerError
-) -> Iterator[tuple[str, int, float]]:
+def list_times(uri: str) -> Iterator[tuple[str, int, float]]:
     """As `list_files` with files being written: (name, size in bytes, when it was written, seconds
     by the clock of the store, which may not be ours)."""
-    with storage_errors("list", uri, error):
+    with storage_errors("list", uri, LedgerError):
         for name, size, _, written in _list_any(uri):
             if size >= 0:
                 yield name, size, written
@@ -323,21 +321,23 @@ def _list_local(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) ->
 
 def _list_s3(fs: AbstractFileSystem, path: str) -> Iterator[_Listed]:
     # `fs.find` would hold every entry of the prefix at once: about 2 GB for a million keys.
-    bucket, _, prefix = path.partition("/")
-    prefix = prefix + "/" if prefix else ""
-    request = {"Bucket": bucket, "Prefix": prefix}
-    while True:
-        page = cast(Any, fs).call_s3("list_objects_v2", **request)
+    for page, prefix in s3_pages(fs, path):
         for entry in page.get("Contents", ()):
             etag, written = entry["ETag"].strip('"'), entry["LastModified"].timestamp()
-            yield entry["Key"][len(prefix) :], int(entry["Size"]), etag, written
+            yield entry["Key"].removeprefix(prefix), int(entry["Size"]), etag, written
+
+
+def s3_pages(fs: Any, path: str, **options: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The pages of a listing of a bucket or a folder of it, with the prefix of all its keys."""
+    bucket, _, prefix = path.partition("/")
+    prefix = prefix + "/" if prefix else ""
+    request = {"Bucket": bucket, "Prefix": prefix, **options}
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        yield page, prefix
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
-
-
-def _is_folder(status: os.stat_result) -> bool:
-    return (status.st_mode & 0o170000) == 0o040000
 
 
 def _local_etag(status: os.stat_result) -> str:
@@ -351,23 +351,23 @@ def _etag_of(info: dict[str, object]) -> str:
     return f"{info.get('created', '')}-{info.get('size', 0)}"
 
 
-def localise(uri: str, error: type[RefineryError] = AssetError) -> Path:
+def localise(uri: str) -> Path:
     """A local path of a file: itself, or a copy kept in the cache under its URL and etag.
 
     The cache is `models.cache.cache_folder`.
 
     Raises:
-        error: the file is missing or cannot be fetched.
+        AssetError: the file is missing or cannot be fetched.
     """
-    info = file_info(uri, error)
+    info = file_info(uri, AssetError)
     if info is None:
-        raise error(f"cannot open {uri}: there is no such file. Check the spelling")
+        raise AssetError(f"cannot open {uri}: there is no such file. Check the spelling")
     if is_local(uri):
         return Path(local_path(uri))
     name = hashlib.sha256(f"{uri}\0{info[1]}".encode()).hexdigest()[:24]
     target = cache_folder() / "files" / name / uri.rsplit("/", 1)[-1]
     if not target.is_file() or target.stat().st_size != info[0]:
         fs, path = open_filesystem(uri)
-        with storage_errors("fetch", uri, error), atomically(str(target)) as file:
+        with storage_errors("fetch", uri, AssetError), atomically(str(target)) as file:
             fs.get_file(path, file.name)
     return target

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 
 from fsspec import AbstractFileSystem
 
-from models.errors import LedgerError, RefineryError
+from models.errors import LedgerError
 from models.files import atomically
 from tasks.storage.errors import error_code, storage_errors
 from tasks.storage.files import (
@@ -45,7 +45,7 @@ class _Taken(Exception):
     """The name has a file."""
 
 
-def create_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError) -> bool:
+def create_bytes(uri: str, data: bytes) -> bool:
     """Write a whole file, atomically for readers, where there is none of this name.
 
     A write whose answer was lost may have been repeated on the way: False can mean that the file is
@@ -55,14 +55,14 @@ def create_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError
         Whether this call created it.
 
     Raises:
-        error: storage fails; the file may have been created, or may be later.
+        LedgerError: storage fails; the file may have been created, or may be later.
     """
-    if not creates_once(uri, error):
-        if find_bytes(uri, error) is not None:
+    if not creates_once(uri):
+        if find_bytes(uri) is not None:
             return False
-        write_bytes(uri, data, error)
-        return find_bytes(uri, error) == data
-    with storage_errors("create", uri, error):
+        write_bytes(uri, data)
+        return find_bytes(uri) == data
+    with storage_errors("create", uri, LedgerError):
         try:
             if is_local(uri):
                 with atomically(local_path(uri), _link) as file:
@@ -75,18 +75,18 @@ def create_bytes(uri: str, data: bytes, error: type[RefineryError] = LedgerError
     return True
 
 
-def creates_once(uri: str, error: type[RefineryError] = LedgerError) -> bool:
+def creates_once(uri: str) -> bool:
     """Whether the store keeps the first file of a name against all later `create_bytes`.
 
     Raises:
-        error: storage cannot be written.
+        LedgerError: storage cannot be written.
     """
     if scheme_of(uri) != "s3":
         return True
     fs, path = open_filesystem(uri)
     key = (id(fs), path.split("/", 1)[0])
     if key not in _is_kept:
-        with storage_errors("write", uri, error):
+        with storage_errors("write", uri, LedgerError):
             _is_kept[key] = _obeys(fs, f"{path.rpartition('/')[0]}/.probe-{uuid.uuid4().hex}")
         if not _is_kept[key]:
             logger.warning(

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from models.errors import LedgerError
@@ -208,6 +209,37 @@ class PartFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+def open_part(uri: str, size: int, *, pre_buffer: bool = False) -> pq.ParquetFile:
+    """A committed part, whose footer is one read; later reads want `part_errors` around them.
+
+    Args:
+        pre_buffer: columns that are asked for together are read together.
+
+    Raises:
+        LedgerError: it is missing or damaged.
+    """
+    with part_errors(uri):
+        file = PartFile(uri, size, fetched=Fetched.tail(size))
+        return pq.ParquetFile(file, pre_buffer=pre_buffer)
+
+
+def chunk_of(file: pq.ParquetFile, group: int, column: str) -> pq.ColumnChunkMetaData:
+    """The one chunk of a column, which may be a list, in a row group."""
+    chunks = file.metadata.row_group(group)
+    found = map(chunks.column, range(chunks.num_columns))
+    return next(chunk for chunk in found if chunk.path_in_schema.split(".")[0] == column)
+
+
+def read_part(uri: str, size: int, columns: list[str] | None = None) -> pa.Table:
+    """A committed part, or some of its columns.
+
+    Raises:
+        LedgerError: it is missing or damaged.
+    """
+    with part_errors(uri):
+        return open_part(uri, size).read(columns)
 
 
 @contextmanager

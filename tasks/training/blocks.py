@@ -4,6 +4,7 @@ Legend: N batch, L num_ws, D w_dim, H W image.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +16,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.checkpoint import SizedNetwork, save_encoder
+from models.errors import AssetError
 from models.statistics import Statistics, statistics_for
 from models.stylegan2.generator import Generator
 from tasks.training.cards import write_page
 from tasks.training.distributed import average_gradients
 from tasks.training.trainer import TrainingConfig
 
+logger = logging.getLogger(__name__)
+
 LOSS_SIZE = 256
 """Larger renders are averaged down to this before any loss, as pSp and e4e do, px."""
+STEM = "input_layer.0.weight"
+"""A trunk's first kernel."""
 
 
 def prepared(generator: Generator, device: str, dtype: torch.dtype | None) -> Generator:
@@ -94,6 +100,31 @@ def started_from(path: str | None) -> dict[str, Any]:
     shown = made.get("images_shown", made.get("pairs_shown", 0))
     before = {"file": Path(str(path)).name, "method": made.get("method", ""), "images_shown": shown}
     return {"started_from": before}
+
+
+def adopt(module: nn.Module, state: Mapping[str, Tensor], path: str) -> int:
+    """Copy every tensor whose name and shape agree; the others stay as they are. A stem that sees
+    more channels than the file's begins as that one: the further channels have no say.
+
+    Returns:
+        How many tensors were taken.
+
+    Raises:
+        AssetError: none of the trunk's kernels agrees.
+    """
+    own, found = module.state_dict(), dict(state)
+    missing = own[STEM].shape[1] - found[STEM].shape[1]
+    if missing > 0:
+        found[STEM] = F.pad(found[STEM], (0, 0, 0, 0, 0, missing))
+    fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
+    if not any(name.startswith("body.") and value.ndim > 1 for name, value in fitting.items()):
+        raise AssetError(
+            f"start_from {path}: no kernel of its trunk fits this run's; choose a file of the same "
+            "width and units"
+        )
+    module.load_state_dict(fitting, strict=False)
+    logger.info("%s: %d of %d tensors taken", path, len(fitting), len(own))
+    return len(fitting)
 
 
 def example_edit(generator: Generator) -> Float[Tensor, " D"]:

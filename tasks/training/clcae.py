@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import load_network
 from models.encoders.clcae import FEATURE_LAYER, ClcaeArchitecture, ClcaeEncoder
 from models.encoders.contrastive import TOWERS, ContrastiveTowers, info_nce
@@ -25,10 +24,9 @@ from models.errors import AssetError
 from models.inversion.base import Inversion
 from models.settings import Count, CountOrNone, NotNegative, Several, Share
 from models.stylegan2.generator import Generator
-from tasks.training.blocks import descend, example_edit, for_losses, random_edits
-from tasks.training.clcae_align import adopt, encoder_state
+from tasks.training.blocks import adopt, descend, example_edit, for_losses, random_edits
+from tasks.training.clcae_align import encoder_state
 from tasks.training.network import InverterConfig, InverterObjective
-from tasks.training.trainer import set_up, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +80,6 @@ class FitClcaeConfig(InverterConfig):
     released code, G(w), among the pictures of the batch alone."""
     align_memory: CountOrNone = 256
     """Pairs kept from earlier steps as further negatives."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-
-def fit(config: FitClcaeConfig) -> Path:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        `<out>/clcae.safetensors` (half precision, its card beside it), or the checkpoint where the
-        time limit came first.
-
-    Raises:
-        AssetError: no generator, pictures or towers, or a checkpoint of another run.
-    """
-    set_up(config)
-    return train(ClcaeObjective(config, load_generator(config.generator)), config)
 
 
 class PairMemory:
@@ -263,6 +244,9 @@ class ClcaeObjective(InverterObjective[FitClcaeConfig]):
 
     def export(self, scores: Mapping[str, float], shown: int) -> Path:
         return self.write("clcae", "CLCAE (arXiv 2211.11448), tasks.training.clcae", scores, shown)
+
+
+fit = ClcaeObjective.fit
 
 
 def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

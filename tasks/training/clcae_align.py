@@ -6,7 +6,6 @@ pairs. Validation asks, among held-out pairs, whether a picture's nearest code i
 Legend: N batch, D w_dim, H W image.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import ENCODERS, load_network
 from models.encoders.contrastive import (
     TOWERS,
@@ -24,15 +22,11 @@ from models.encoders.contrastive import (
     ContrastiveTowers,
     info_nce,
 )
-from models.errors import AssetError
 from models.optim import Ranger
 from models.settings import Count, Positive, Several, Share
 from models.stylegan2.generator import Generator
-from tasks.training.blocks import descend, for_losses
+from tasks.training.blocks import adopt, descend, for_losses
 from tasks.training.network import NetworkConfig, NetworkObjective
-from tasks.training.trainer import set_up, train
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 20_221
 """Of the pairs that validate; training draws from the run's own seed."""
@@ -72,23 +66,6 @@ class FitClcaeAlignConfig(NetworkConfig):
     terms: str = "as the generator's"
     """For the card: on what terms the weights may be used."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-
-def fit(config: FitClcaeAlignConfig) -> Path:
-    """Train until `config.images` pairs were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        `<out>/clcae-align.safetensors` (half precision, its card beside it), or the checkpoint
-        where the time limit came first.
-
-    Raises:
-        AssetError: no generator, or a checkpoint of another run.
-    """
-    set_up(config)
-    return train(AlignObjective(config, load_generator(config.generator)), config)
-
 
 def encoder_state(path: str) -> dict[str, Tensor]:
     """Tensors of an encoder's file, or of the image tower of an aligned pair of towers.
@@ -98,23 +75,6 @@ def encoder_state(path: str) -> dict[str, Tensor]:
     """
     module, _, _ = load_network(path, {**ENCODERS, **TOWERS})
     return (module.image if isinstance(module, ContrastiveTowers) else module).state_dict()
-
-
-def adopt(module: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
-    """Copy every tensor whose name and shape agree; the others stay as they are.
-
-    Raises:
-        AssetError: none of the trunk's kernels agrees.
-    """
-    own = module.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    if not any(name.startswith("body.") and value.ndim > 1 for name, value in fitting.items()):
-        raise AssetError(
-            f"start_from {path}: no kernel of its trunk fits this run's; choose a file of the same "
-            "width and units"
-        )
-    module.load_state_dict(fitting, strict=False)
-    logger.info("%s: %d of %d tensors taken", path, len(fitting), len(own))
 
 
 class AlignObjective(NetworkObjective[FitClcaeAlignConfig]):
@@ -186,6 +146,9 @@ class AlignObjective(NetworkObjective[FitClcaeAlignConfig]):
             pictures = pictures.contiguous(memory_format=torch.channels_last)
             images = self.network.embed_pictures(pictures, self.average)
         return images, self.network.embed_codes(offsets)
+
+
+fit = AlignObjective.fit
 
 
 def _top1(queries: Float[Tensor, "N D"], keys: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:

@@ -22,16 +22,16 @@ class Distorter:
     """Applies one of the named distortions, and half of the time a second one, to every picture.
 
     Args:
-        pictures: a sample in [-1, 1]; its principal components make the `low_rank` pictures.
-        rank: largest number of components.
+        pictures: a sample in [-1, 1]; its principal components, 96 at most, make the `low_rank`
+            pictures.
     """
 
-    def __init__(self, pictures: Float[Tensor, "M 3 H W"], rank: int = 96) -> None:
+    def __init__(self, pictures: Float[Tensor, "M 3 H W"]) -> None:
         flat = pictures.flatten(1)
         self.mean = flat.mean(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            rank = min(rank, *flat.shape)
+            rank = min(96, *flat.shape)
             self.basis = torch.svd_lowrank(flat - self.mean, q=rank, niter=2)[2]  # [3HW r]
         self.size = pictures.shape[2]
         self.kinds: dict[str, Distortion] = {

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import build_encoder, load_encoder
 from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
@@ -29,7 +28,7 @@ from models.encoders.psp import EncoderArchitecture, PyramidEncoder
 from models.errors import AssetError
 from models.losses.style_space import StyleSpace
 from models.stylegan2.generator import Generator
-from tasks.training.blocks import descend, example_edit, for_losses
+from tasks.training.blocks import adopt, descend, example_edit, for_losses
 from tasks.training.encoder_config import FitCycleConfig as FitCycleConfig
 from tasks.training.encoder_config import FitEncoderConfig as FitEncoderConfig
 from tasks.training.encoder_config import FitLsapConfig as FitLsapConfig
@@ -39,21 +38,6 @@ from tasks.training.encoder_config import FitWEncoderConfig as FitWEncoderConfig
 from tasks.training.losses import code_distance, delta_penalty
 from tasks.training.network import InverterObjective
 from tasks.training.schedules import progress
-from tasks.training.trainer import set_up, train
-
-
-def fit(config: FitEncoderConfig) -> Path:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        `<out>/<method>.safetensors` (half precision, its card `<method>.json` beside it), or the
-        checkpoint where the time limit came first.
-
-    Raises:
-        AssetError: no generator, no pictures, or a checkpoint of another run.
-    """
-    set_up(config)
-    return train(EncoderObjective(config, load_generator(config.generator)), config)
 
 
 class EncoderObjective(InverterObjective[FitEncoderConfig]):
@@ -230,6 +214,9 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
         return self.write(method, f"refinery train {method}", scores, shown, kind=kind, space=space)
 
 
+fit = EncoderObjective.fit
+
+
 def absolute_codes(
     w: Float[Tensor, "N D"],
     deltas: Float[Tensor, "N S D"],
@@ -245,7 +232,8 @@ def absolute_codes(
 def _start_from(encoder: PyramidEncoder, path: str) -> None:
     arch = encoder.architecture
     loaded = load_encoder(path, arch.num_ws, arch.w_dim).encoder
-    if replace(loaded.architecture, kind=arch.kind, in_channels=arch.in_channels) != arch:
+    in_channels = max(arch.in_channels, loaded.architecture.in_channels)
+    if replace(loaded.architecture, kind=arch.kind, in_channels=in_channels) != arch:
         raise AssetError(
             f"start_from {path}: its sizes are {loaded.architecture.to_dict()}, this run's are "
             f"{arch.to_dict()}: choose another file or the same width, units and head_width"
@@ -253,8 +241,4 @@ def _start_from(encoder: PyramidEncoder, path: str) -> None:
     state = loaded.state_dict()
     if loaded.architecture.kind != arch.kind:
         state = {k: v for k, v in state.items() if not k.startswith("styles.")}
-    stem = "input_layer.0.weight"
-    missing = arch.in_channels - loaded.architecture.in_channels
-    if missing > 0:  # the further channels begin without a say
-        state[stem] = F.pad(state[stem], (0, 0, 0, 0, 0, missing))
-    encoder.load_state_dict(state, strict=loaded.architecture.kind == arch.kind)
+    adopt(encoder, state, path)

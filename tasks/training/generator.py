@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from models.adaptation.adversary import discriminator_loss, generator_loss
 from models.losses.frechet import FrechetFeatures, frechet_distance
+from models.pictures import save_grid
 from models.stylegan2.augment import adjusted_strength, augment
 from models.stylegan2.discriminator import Discriminator
 from models.stylegan2.generator import Generator
@@ -38,7 +39,6 @@ from tasks.training.distributed import (
     world_size,
 )
 from tasks.training.generator_state import FitGeneratorConfig, GeneratorState
-from tasks.training.grids import save_grid
 from tasks.training.replay import Replayed
 from tasks.training.trainer import use_device
 

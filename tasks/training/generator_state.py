@@ -1,7 +1,4 @@
-"""Settings and state of a generator training run: all that an exact resume needs.
-
-Legend: N batch.
-"""
+"""Settings and state of a generator training run: all that an exact resume needs."""
 
 import json
 from dataclasses import asdict, dataclass, field

@@ -1,17 +1,15 @@
-"""What every network that is trained on a frozen generator shares: settings, losses, card.
-
-Legend: N batch, H W image.
-"""
+"""What every network that is trained on a frozen generator shares: settings, losses, card."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 
+from models.checkpoints.load import load_generator
 from models.optim import Ranger
 from models.settings import Count, NotNegative, Positive, Share
 from models.statistics import statistics_for
@@ -27,7 +25,7 @@ from tasks.training.blocks import (
 )
 from tasks.training.losses import PictureLosses
 from tasks.training.schedules import annealed
-from tasks.training.trainer import PRECISIONS, Objective, Stateful, TrainingConfig
+from tasks.training.trainer import Objective, Stateful, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +86,7 @@ class NetworkObjective(Objective, Generic[Config]):
         network: what is trained, and written at the end.
     """
 
+    config: Config
     network: Any
     optimizer: torch.optim.Optimizer
     unit: ClassVar[str] = "images"
@@ -96,11 +95,15 @@ class NetworkObjective(Objective, Generic[Config]):
     """Settings that name a file."""
 
     def __init__(self, config: Config, generator: Generator) -> None:
-        self.config, self.dtype = config, PRECISIONS[config.precision]
+        super().__init__(config)
         self.generator_hash = weights_hash(generator)
         self.statistics = statistics_for(generator)
         self.generator = prepared(generator, config.device, self.dtype)
         self.resolution = min(generator.resolution, LOSS_SIZE)
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        return cls(config, load_generator(config.generator))
 
     def sized(self, architecture: Callable[..., Arch], **own: Any) -> Arch:
         """An architecture: each field from `own`, the settings, or the generator."""
@@ -139,11 +142,6 @@ class NetworkObjective(Objective, Generic[Config]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * annealed(share, self.config.anneal)
         return share
-
-    def autocast(self) -> torch.autocast:
-        """The run's precision, for what computes with the network."""
-        kind = torch.device(self.config.device).type
-        return torch.autocast(kind, self.dtype, enabled=self.dtype is not None)
 
     def provenance(self) -> dict[str, Any]:
         """What else made the network, for the card."""

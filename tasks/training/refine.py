@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import load_encoder
 from models.encoders.token_network import Grouping, TokenArchitecture, TokenNetwork
-from models.errors import AssetError, ConfigError
+from models.errors import ConfigError
 from models.inversion.base import SampleRng
 from models.inversion.e4e import E4e, E4eConfig
 from models.optim import Ranger
@@ -28,10 +27,9 @@ from models.settings import Count, NotNegative, Share
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import Residual
 from models.stylegan2.tokens import Factorization, kernel_channels, relative_energy
-from tasks.training.blocks import descend, example_edit, for_losses
+from tasks.training.blocks import adopt, descend, example_edit, for_losses
 from tasks.training.losses import delta_penalty
 from tasks.training.network import InverterConfig, InverterObjective
-from tasks.training.trainer import set_up, train
 
 BETAS = (0.95, 0.99)
 """Ranger's, published with 0.999: RAdam's rectification then holds the rate down for most of a
@@ -83,20 +81,6 @@ class FitRefineConfig(InverterConfig):
             raise ConfigError('first_stage: stages = "one" has none; leave it out or choose "two"')
 
 
-def fit(config: FitRefineConfig) -> Path:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        `<out>/refine.safetensors`, one-stage `<out>/refine_one_stage.safetensors` (half precision,
-        the card beside it), or the checkpoint where the time limit came first.
-
-    Raises:
-        AssetError: no generator, no first stage, no pictures, or a checkpoint of another run.
-    """
-    set_up(config)
-    return train(RefineObjective(config, load_generator(config.generator)), config)
-
-
 class RefineObjective(InverterObjective[FitRefineConfig]):
     """The token network, its optimiser and the frozen first stage."""
 
@@ -113,7 +97,8 @@ class RefineObjective(InverterObjective[FitRefineConfig]):
         )
         network = TokenNetwork(self.architecture)
         if config.start_from:
-            adopt_trunk(network, config.start_from)
+            loaded = load_encoder(config.start_from, generator.num_ws, generator.w_dim)
+            adopt(network.trunk, loaded.encoder.state_dict(), config.start_from)
         self.trains(
             network,
             partial(Ranger, betas=BETAS),
@@ -204,31 +189,4 @@ class RefineObjective(InverterObjective[FitRefineConfig]):
         )
 
 
-def adopt_trunk(network: TokenNetwork, path: str) -> int:
-    """Start the trunk (and style heads) from an encoder's file where names and shapes match.
-
-    The stem of a six-channel trunk takes the encoder's for the picture and zeros for the error of
-    the reconstruction, so at the start it sees what the encoder saw.
-
-    Returns:
-        How many tensors were taken.
-
-    Raises:
-        AssetError: nothing matches: another width or other units.
-    """
-    arch = network.architecture
-    source = load_encoder(path, arch.num_ws, arch.w_dim).encoder.state_dict()
-    own = network.trunk.state_dict()
-    stem = "input_layer.0.weight"
-    kernel = source[stem]
-    missing = own[stem].shape[1] - kernel.shape[1]
-    if missing > 0 and own[stem].shape[0] == kernel.shape[0]:
-        source[stem] = torch.cat([kernel, kernel.new_zeros(len(kernel), missing, 3, 3)], 1)
-    taken = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape}
-    if not any(k.startswith("body.") and v.ndim == 4 for k, v in taken.items()):
-        raise AssetError(
-            f"start_from {path}: no kernel of its trunk has the shape of this run's; choose the "
-            "same width and units, or leave it out"
-        )
-    network.trunk.load_state_dict(own | taken)
-    return len(taken)
+fit = RefineObjective.fit

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float, UInt8
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from models.errors import AssetError, ConfigError
 from models.files import atomically
+from models.pictures import save_grid
 from models.settings import Count, CountOrNone, NotNegative, Share, check_fields
 from tasks.training.data import load_pictures
 from tasks.training.distributed import is_main_process
-from tasks.training.grids import save_grid
 from tasks.training.views import disturb
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class Objective(ABC):
     """What one training run optimises.
 
     Attributes:
+        dtype: of the convolutions; None for float32.
         resolution: size of the pictures it takes, px.
         parts: everything that a resumed run must find again, by name.
         identity: JSON-ready values that a checkpoint must agree with to be resumed (architecture,
@@ -112,6 +113,33 @@ class Objective(ABC):
     resolution: int
     parts: Mapping[str, Stateful]
     identity: Mapping[str, Any]
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.dtype = config, PRECISIONS[config.precision]
+
+    @classmethod
+    def fit(cls, config: Any) -> Path:
+        """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
+
+        Returns:
+            What `export` has written, or the checkpoint where the time limit came first.
+
+        Raises:
+            AssetError: what it starts from, its pictures or their labels are missing, or the
+                checkpoint is another run's.
+        """
+        set_up(config)
+        return train(cls.of(config), config)
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """The objective of a run's settings."""
+        return cls(config)
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision, for what computes with the network."""
+        kind = torch.device(self.config.device).type
+        return torch.autocast(kind, self.dtype, enabled=self.dtype is not None)
 
     @abstractmethod
     def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:

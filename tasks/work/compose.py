@@ -4,8 +4,6 @@ Each photograph that has a face becomes one file, `photos/<picture>/<its key>` i
 picture that is put back. It is written before the commit that names it, and again with the same
 bytes where the shard is done again. The photographs are read once more, from where the run of
 inversions had them.
-
-Legend: H W photograph, C its channels.
 """
 
 import hashlib

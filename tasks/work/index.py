@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, ClassVar
 
-import pyarrow.parquet as pq
 import torch
 from annotated_types import Ge
 from threadpoolctl import ThreadpoolController
@@ -26,7 +25,7 @@ from tasks.run.source import check_has_codes, source_marker
 from tasks.run.stored import StoredBatch, read_shard_inversions
 from tasks.run.vectors import Projection
 from tasks.storage.files import join
-from tasks.storage.part_files import PartFile, part_errors
+from tasks.storage.part_files import read_part
 from tasks.work.attempt import Attempt
 from tasks.work.device import fixed_threads, to_images
 from tasks.work.rescore import decoded
@@ -191,8 +190,7 @@ class Indexer(StoredStation):
         """The scores that the run has of its samples, for filters."""
         part = source_marker(attempt.spec).parts["latents"]
         uri = join(attempt.spec.uri, part.path)
-        with part_errors(uri):
-            table = pq.ParquetFile(PartFile(uri, part.bytes)).read(list(self.source.metrics))
+        table = read_part(uri, part.bytes, list(self.source.metrics))
         columns = {name: table[name].to_numpy() for name in self.source.metrics}
         for at, row in enumerate(attempt.rows):
             if row.error_kind is None:

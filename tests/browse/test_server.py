@@ -276,6 +276,16 @@ def test_sql_answers_and_downloads(server: Server) -> None:
     assert page.decode().count('<td class="n">') == 3
 
 
+def test_the_sql_box_answers_its_own_examples(server: Server) -> None:
+    _, _, page = server.ask("/sql", run=RUN)
+    examples = re.findall(r'<pre tabindex="0"><code>(.+?)</code>', page.decode())
+
+    assert len(examples) == 3
+    for example in examples:
+        status, _, body = server.post("/sql", run=RUN, sql=html.unescape(example), format="page")
+        assert status == 200, body.decode()
+
+
 def test_statistics_tell_of_drift(server: Server) -> None:
     _, _, body = server.ask("/statistics", run=RUN, against=EDITED)
 

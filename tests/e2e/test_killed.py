@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run import verify
 from pipeline.status import read_status
 from tasks.run.ledger import PART_KINDS, committed
 from tasks.storage.crash import EXIT_CODE, POINTS
+from tasks.verify.run import verify
 from tasks.work.kinds import KINDS
 from tests.e2e.small_dataset import NUM_SHARDS, Dataset, crash_kind, fingerprint, rows, run_kind
 

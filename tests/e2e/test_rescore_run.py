@@ -11,10 +11,10 @@ from models.errors import LedgerError
 from models.losses.perceptual import load_perceptual
 from models.stylegan2.generator import Generator
 from pipeline.cli import run_app
-from pipeline.run import verify
 from tasks.run.ledger import committed, read_markers
 from tasks.run.query import query
 from tasks.run.run_json import read_declared
+from tasks.verify.run import verify
 from tasks.work.device import to_images
 from tests.e2e.small_dataset import Dataset, rescore_inline, run_inline
 from tests.tasks.small_edit import write_domain

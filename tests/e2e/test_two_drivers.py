@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run import verify
 from tasks.run.ledger import PART_KINDS, committed, remove_orphans
+from tasks.verify.run import verify
 from tests.e2e.small_dataset import Dataset, fingerprint
 from tests.e2e.test_resume import wait_until
 

@@ -100,7 +100,7 @@ def test_domains_from_the_command_line(path: str) -> None:
         (["domain.1.target_text="], r"oil: text guidance needs source_text and target_text"),
         (["steps=0"], r"steps must be >= 1, got 0"),
         (["invert.1.stepz=3"], r"invert.1.stepz: unknown key; did you mean 'steps'"),
-        (["invert.0.name=e5e"], r"invert.0.name: expected an inversion method, found 'e5e'.*'e4e'"),
+        (["invert.0.name=e5e"], r"invert.0.name: unknown method 'e5e'.*'e4e'"),
         (["clips.0.wait=3"], r"clips.0.wait: unknown key; did you mean 'weight'"),
         (["input.fits=crop"], r"input.fits: unknown key; did you mean 'fit'"),
         (["domain=3"], r"domain: expected \[\[domain\]\] tables, found 3"),

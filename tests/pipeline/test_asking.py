@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,17 @@ def test_reproduce(root: Path, dataset: Dataset, capsys: pytest.CaptureFixture[s
         assert "image_sha256" in capsys.readouterr().out
     finally:
         picture.write_bytes(before)
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(root / "monday", tmp_path / "[red]night")
+
+    assert ask("query", run, 'SELECT 1 AS "[bold]one[/x]"') == 0
+    assert "[bold]one[/x]" in capsys.readouterr().out
+    assert ask("verify", run) == 0
+    assert f"{run}: clean" in capsys.readouterr().out
 
 
 def test_nothing_heavy_is_loaded(root: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from models.errors import ConfigError
 from pipeline.config import (
-    apply_set,
+    apply_sets,
     engine_of,
     load_config,
     load_dataclass,
@@ -72,16 +72,14 @@ def test_the_resolved_config_reads_back_unchanged() -> None:
 
 
 def test_values_are_toml_or_else_text() -> None:
-    tables: dict[str, object] = {}
-    for item in ("a.b=3", "a.c=true", "a.d=[1, 2]", "a.e=s3://x/y=z", 'a.f="7"', "a.g="):
-        apply_set(tables, item)
+    sets = ("a.b=3", "a.c=true", "a.d=[1, 2]", "a.e=s3://x/y=z", 'a.f="7"', "a.g=")
+    tables = apply_sets({}, sets)
     assert tables == {"a": {"b": 3, "c": True, "d": [1, 2], "e": "s3://x/y=z", "f": "7", "g": ""}}
 
 
 def test_lists_of_tables_are_addressed_by_number() -> None:
     tables = {"method": [{"name": "e4e"}]}
-    apply_set(tables, "method.1.name=wplus")
-    apply_set(tables, "method.1.steps=20")
+    apply_sets(tables, ["method.1.name=wplus", "method.1.steps=20"])
     assert tables == {"method": [{"name": "e4e"}, {"name": "wplus", "steps": 20}]}
 
 
@@ -90,6 +88,9 @@ def test_lists_of_tables_are_addressed_by_number() -> None:
     [
         (["engin.kind=ray"], "engin: unknown key; did you mean 'engine'?"),
         (["engine.actor=2"], "engine.actor: unknown key; did you mean 'actors'?"),
+        (["shard_size=9"], "shard_size: unknown key; did you mean 'engine.shard_size'?"),
+        (["input.actors=2"], "input.actors: unknown key; did you mean 'engine.actors'?"),
+        (["fit=crop"], "fit: unknown key; did you mean 'input.fit'?"),
         (["input.fitt=crop"], "input.fitt: unknown key; did you mean 'fit'?"),
         (["method.1.name=wplus", "method.1.step=3"], "method.1.step: unknown key; did you mean"),
         (["method.0.zzz=3"], "method.0.zzz: unknown key; known: "),

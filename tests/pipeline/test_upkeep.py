@@ -11,13 +11,13 @@ import pytest
 from models.checkpoints.load import load_generator
 from models.errors import ShardError
 from pipeline.cli import run_app
-from pipeline.run import verify
 from tasks.run import ledger, run_json
 from tasks.run.manifest import read_manifest
 from tasks.run.query import open_views
 from tasks.run.source import plan_source, source_marker
 from tasks.run.stored import read_inversions
 from tasks.storage.crash import COMPACT_POINTS, EXIT_CODE
+from tasks.verify.run import verify
 from tests.e2e.small_dataset import Dataset, fingerprint, rows, run_inline
 
 

@@ -10,10 +10,12 @@ Legend: N batch, M pictures, A age bins, H W image.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from models.attributes import AttributeArchitecture, AttributeNetwork, AttributeScorer
@@ -25,7 +27,7 @@ from models.settings import Count, NotNegative, Positive, Share
 from tasks.training.assets.labels import LabelledPictures, draw_weights, load_labelled
 from tasks.training.blocks import card_settings, descend, rounded_scores, settle
 from tasks.training.schedules import annealed
-from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, to_images, train
+from tasks.training.trainer import Objective, TrainingConfig, to_images
 from tasks.training.views import views
 
 
@@ -58,28 +60,14 @@ class FitAttributesConfig(TrainingConfig):
     """For the card: on what terms the weights may be used."""
 
 
-def fit(config: FitAttributesConfig) -> Path:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        `<out>/attributes.safetensors` with its card beside it, or the path of the checkpoint where
-        `time_limit_s` came first.
-
-    Raises:
-        AssetError: no pictures, pictures without labels, or a checkpoint of another network.
-    """
-    set_up(config)
-    return train(AttributesObjective(config), config)
-
-
 class AttributesObjective(Objective):
     """The network and its optimiser."""
 
     needs_pictures = False
 
     def __init__(self, config: FitAttributesConfig) -> None:
-        self.config, self.resolution = config, config.resolution
-        self.dtype = PRECISIONS[config.precision]
+        super().__init__(config)
+        self.resolution = config.resolution
         self.pictures = _complete(load_labelled(config.data, config.resolution), config.data)
         self.held_out = None
         if config.validation:
@@ -149,7 +137,7 @@ class AttributesObjective(Objective):
     def _losses(
         self, images: Float[Tensor, "N 3 H W"], labels: Mapping[str, Float[Tensor, " N"]]
     ) -> dict[str, Float[Tensor, " N"]]:
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast():
             ages, others = self.network(images)
         ages, others = ages.float(), others.float()
         target = age_distribution(labels["age"], self.network.ages, self.config.age_spread)
@@ -158,6 +146,9 @@ class AttributesObjective(Objective):
         wanted = torch.stack([labels["gender"], labels["smile"]], 1)
         others = F.binary_cross_entropy_with_logits(others, wanted, reduction="none")
         return {"age": spread + off / 10, "gender": others[:, 0], "smile": others[:, 1]}
+
+
+fit = AttributesObjective.fit
 
 
 def age_distribution(
@@ -180,13 +171,14 @@ def attribute_scores(
         found.append([network.expected_age(ages).cpu(), *others.cpu().unbind(1)])
     age, gender, smile = (torch.cat(column) for column in zip(*found, strict=True))
     labels = pictures.labels
+    ranks: Any = spearmanr(smile, labels["smile"])
     return {
         "age_mae": float((age - labels["age"]).abs().mean()),
         "age_mae_of_the_mean": float((labels["age"].mean() - labels["age"]).abs().mean()),
         "age_correlation": correlation(age, labels["age"]),
         "gender_accuracy": float(((gender > 0) == (labels["gender"] > 0.5)).float().mean()),
         "smile_auc": area_under_curve(smile, labels["smile"] > 0.5),
-        "smile_rank_correlation": correlation(_ranks(smile), _ranks(labels["smile"])),
+        "smile_rank_correlation": float(ranks.statistic),
     }
 
 
@@ -199,13 +191,6 @@ def area_under_curve(scores: Float[Tensor, " M"], is_positive: Tensor) -> float:
 def correlation(a: Float[Tensor, " M"], b: Float[Tensor, " M"]) -> float:
     """Pearson's."""
     return float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])
-
-
-def _ranks(values: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """Ranks, ties sharing their mean."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    last: Int[Tensor, " K"] = counts.cumsum(0)
-    return (last - (counts - 1) / 2)[place].float()
 
 
 def _complete(pictures: LabelledPictures, paths: tuple[str, ...]) -> LabelledPictures:

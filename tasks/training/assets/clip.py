@@ -31,7 +31,7 @@ from tasks.training.assets.clip_scores import clip_scores
 from tasks.training.assets.labels import MEDIA, LabelledPictures, draw_weights, load_labelled
 from tasks.training.blocks import descend
 from tasks.training.schedules import annealed
-from tasks.training.trainer import PRECISIONS, Objective, TrainingConfig, set_up, train
+from tasks.training.trainer import Objective, TrainingConfig
 from tasks.training.views import views, zoomed
 
 logger = logging.getLogger(__name__)
@@ -95,20 +95,6 @@ class FitClipConfig(TrainingConfig):
             )
 
 
-def fit(config: FitClipConfig) -> Path:
-    """Train until `config.images` pairs were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        The folder `<out>/clip` with the network in transformers' format and its card, or the path
-        of the checkpoint where `time_limit_s` came first.
-
-    Raises:
-        AssetError: no pictures, or a checkpoint of another network.
-    """
-    set_up(config)
-    return train(ClipObjective(config), config)
-
-
 def caption_nce(
     pictures: Float[Tensor, "N D"],
     captions: Float[Tensor, "N D"],
@@ -156,8 +142,8 @@ class ClipObjective(Objective):
     needs_pictures = False
 
     def __init__(self, config: FitClipConfig) -> None:
-        self.config, self.resolution = config, config.resolution
-        self.dtype = PRECISIONS[config.precision]
+        super().__init__(config)
+        self.resolution = config.resolution
         pictures = load_labelled(config.data, config.resolution)
         self.pictures = pictures.at(~pictures.is_held_out)
         if not len(self.pictures):
@@ -202,7 +188,7 @@ class ClipObjective(Objective):
         subjects = [said(known, draws) for known, draws in drawn_subjects(chosen)]
         captions = [wording(what, torch.rand(DRAWS).tolist()) for what in subjects]
         seen = zoomed(views(chosen.pictures), config.zoomed).to(self.config.device)
-        with torch.autocast(seen.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast():
             images = self._embed_pictures(seen)
             texts = self._embed_captions(captions)
         is_same = same(subjects, captions).to(images.device)
@@ -253,6 +239,9 @@ class ClipObjective(Objective):
             input_ids=ids.to(self.config.device), attention_mask=mask.to(self.config.device)
         )
         return F.normalize(self.model.text_projection(found.pooler_output).float(), dim=1)
+
+
+fit = ClipObjective.fit
 
 
 def build_model(config: FitClipConfig, tokenizer: Any) -> Any:

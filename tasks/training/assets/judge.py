@@ -43,23 +43,22 @@ class Judge:
 
     Args:
         path: safetensors file of SqueezeNet v1.1 in torchvision's names (Caffe input scaling).
-        device: where it runs.
 
     Raises:
         AssetError: the file is missing or holds another network.
     """
 
-    def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        self.network, self.device = SqueezeNet(path).to(device), device
+    def __init__(self, path: str | Path) -> None:
+        self.network = SqueezeNet(path)
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
         """Activations of pictures in [-1, 1] after `MODULE`, averaged over places."""
         found = []
         for part in images.split(64):
-            x = F.interpolate(part.to(self.device).clamp(-1, 1), size=SIZE, mode="bilinear")
+            x = F.interpolate(part.clamp(-1, 1), size=SIZE, mode="bilinear")
             x = (x.flip(1) + 1) * 127.5 - self.network.mean
-            found.append(self.network.layers[: MODULE + 1](x).mean((2, 3)).cpu())
+            found.append(self.network.layers[: MODULE + 1](x).mean((2, 3)))
         return torch.cat(found)
 
     def verdict(self, samples: Float[Tensor, "N D"], real: Float[Tensor, "M D"]) -> Quality:
@@ -71,9 +70,7 @@ class Judge:
         )
 
 
-def covered(
-    points: Float[Tensor, "N D"], others: Float[Tensor, "M D"], neighbours: int = NEIGHBOURS
-) -> float:
+def covered(points: Float[Tensor, "N D"], others: Float[Tensor, "M D"]) -> float:
     """Share of points that lie within some other's distance to its k-th neighbour of its own kind.
 
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991), equation 2; precision for points =
@@ -82,7 +79,7 @@ def covered(
     Raises:
         ValueError: fewer than k + 1 others.
     """
-    if len(others) <= neighbours:
-        raise ValueError(f"expected more than {neighbours} pictures, found {len(others)}")
-    reach = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # itself is first
+    if len(others) <= NEIGHBOURS:
+        raise ValueError(f"expected more than {NEIGHBOURS} pictures, found {len(others)}")
+    reach = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values  # itself is first
     return float((torch.cdist(points, others) <= reach).any(1).float().mean())

@@ -2,8 +2,6 @@
 
 The folder is all that the rest of the program needs to know of a generator. Replacing one is
 running this again and training its encoder anew, since both carry the generator's hash.
-
-Legend: N pictures.
 """
 
 import json

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import save
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from models.errors import ConfigError
@@ -29,15 +30,7 @@ from tasks.training.blocks import card_settings, descend, settle
 from tasks.training.data import load_pictures
 from tasks.training.distortions import Distorter
 from tasks.training.squeezenet import SqueezeNet
-from tasks.training.trainer import (
-    PRECISIONS,
-    Objective,
-    TrainingConfig,
-    draw,
-    set_up,
-    to_images,
-    train,
-)
+from tasks.training.trainer import Objective, TrainingConfig, draw, to_images
 
 HEADS = {1: (0,), 2: (1,), 3: (2,), 4: (3, 4, 5, 6)}
 """Teacher taps (by place in `tasks.training.squeezenet.TAPS`) that each scale of the student
@@ -99,7 +92,7 @@ class TrunkObjective(Objective):
     resolution = 64
 
     def __init__(self, config: FitTrunkConfig) -> None:
-        self.config, self.dtype = config, PRECISIONS[config.precision]
+        super().__init__(config)
         self.pictures = {64: load_pictures(config.data, 64)}
         large = config.data_large
         self.pictures[128] = load_pictures(large, 128) if large else self.pictures[64]
@@ -128,7 +121,7 @@ class TrunkObjective(Objective):
         distorted = self.distorter(clean, torch.default_generator)
         both = torch.cat([clean, distorted]).to(config.device)
         targets = self.teacher(both)
-        with torch.autocast(both.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast():
             taps = [tap.float() for tap in self.student.trunk(both)]
         ours = tap_distance(*_halves([unit_normalise(tap) for tap in taps]))
         theirs = tap_distance(*_halves(targets))
@@ -188,18 +181,7 @@ class TrunkObjective(Objective):
         return torch.stack(losses).mean()
 
 
-def fit(config: FitTrunkConfig) -> Path:
-    """Train until `config.images` were shown, resuming from `<out>/checkpoint.pt`.
-
-    Returns:
-        `<out>/trunk.safetensors` with its card beside it, or the path of the checkpoint where
-        `time_limit_s` came first.
-
-    Raises:
-        AssetError: no pictures, no teacher, or a checkpoint of another network.
-    """
-    set_up(config)
-    return train(TrunkObjective(config), config)
+fit = TrunkObjective.fit
 
 
 def _halves(taps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -237,8 +219,8 @@ def evaluate(
             columns[2].append((a - b).square().mean((1, 2, 3)))
         theirs, ours, mse = (torch.cat(column) for column in columns)
         return {
-            "spearman": round(spearman(theirs, ours), 4),
-            "spearman_mse": round(spearman(theirs, mse), 4),
+            "spearman": _spearman(theirs, ours),
+            "spearman_mse": _spearman(theirs, mse),
         }
 
     rng = torch.Generator().manual_seed(seed)
@@ -255,7 +237,6 @@ def evaluate(
     return scores
 
 
-def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
-    """Rank correlation (no ties expected)."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
+def _spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
+    found: Any = spearmanr(a, b)
+    return round(float(found.statistic), 4)

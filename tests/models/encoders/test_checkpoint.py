@@ -149,7 +149,7 @@ def test_other_encoder_types_and_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="its encoder is a SingleStyleCodeEncoder; expected one"):
         load_encoder(path, 14, 512)
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(AssetError, match=r"text\.pt: cannot read as a torch checkpoint"):
+    with pytest.raises(AssetError, match=r"text\.pt: not a readable torch checkpoint"):
         load_encoder(tmp_path / "text.pt", 14, 512)
     with pytest.raises(AssetError, match="no such file; set `checkpoint`"):
         load_encoder(tmp_path / "absent.pt", 14, 512)
@@ -169,6 +169,6 @@ def test_a_pickle_that_runs_code_is_refused(
     torch.save({"state_dict": {}, "opts": _Harmless()}, "evil.pt")
     Path("plain.pt").write_bytes(pickle.dumps(_Harmless()))
     for name in ("evil.pt", "plain.pt"):
-        with pytest.raises(AssetError, match="cannot read as a torch checkpoint"):
+        with pytest.raises(AssetError, match=r"refused to load|not a readable torch checkpoint"):
             load_encoder(name, 14, 512)
     assert not Path("executed").exists()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models import SampleRng, load_method
-from models.editing import apply_edits, find_direction
+from models.editing.direction import apply_edits
+from models.editing.find import find_direction
 from models.stylegan2.generator import Generator
 
 

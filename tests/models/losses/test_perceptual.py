@@ -182,7 +182,7 @@ def test_wrong_backbones_are_refused(tmp_path):
     with pytest.raises(AssetError, match=r"does not fit: expected features\.0\.weight .*nothing"):
         Lpips("squeeze", {})
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(AssetError, match="cannot read the backbone"):
+    with pytest.raises(AssetError, match=r"backbone .*net\.pth of lpips-squeeze: not a readable"):
         load_perceptual("lpips-squeeze", backbone=path)
     torch.save([1], path)
     with pytest.raises(AssetError, match="expected a state dict, found list"):

@@ -184,7 +184,7 @@ def test_a_run_is_measured(
     pictures = write_pictures(tmp_path / "in", face_bytes[:2])
     run = begin(str(tmp_path / "out"), str(pictures), job, Inverter(job, "cpu")).finish()
     path = save_direction(reddest(tiny_generator), tmp_path / "red.json")
-    monkeypatch.setattr(edits, "load_attributes", lambda source: Colours())
+    monkeypatch.setattr(edits, "load_attributes", Colours)
     result = run_response(run.uri, tiny_generator, [str(path)])
     assert result["run_id"] == read_run(run.uri)["run_id"]
     assert result["pictures"] == 2

@@ -132,7 +132,7 @@ def test_best_median_and_worst_are_the_right_samples(asking: Callable[..., Ask])
 
     assert isinstance(ranked, Metric)
     assert ranked.name == "trunk_distance"
-    best, median, worst = pair_groups(ask, images.schema, ranked)
+    best, median, worst = pair_groups(ask, {"images": images.schema}, ranked)
     assert [pair.value for pair in best.pairs] == list(range(PAIRS))
     assert [pair.value for pair in worst.pairs] == [100 - i for i in range(PAIRS)]
     assert {pair.value for pair in median.pairs} <= set(range(50 - PAIRS, 51 + PAIRS))
@@ -146,7 +146,9 @@ def test_keys_with_quotes_find_their_pictures(asking: Callable[..., Ask]) -> Non
     images = pa.table({"sample_key": table["sample_key"], "input": [{"bytes": b"x", "path": ""}]})
     ask = asking(latents=table, images=images)
 
-    groups = pair_groups(ask, images.schema, ranking_metric(metrics(ask, table.schema, 1)))
+    groups = pair_groups(
+        ask, {"images": images.schema}, ranking_metric(metrics(ask, table.schema, 1))
+    )
 
     assert {pair.original for group in groups for pair in group.pairs} == {b"x"}
 
@@ -159,7 +161,7 @@ def test_few_rows_get_few_bins_and_no_picture_twice(asking: Callable[..., Ask]) 
     ask = asking(latents=table, images=images)
 
     (found,) = metrics(ask, table.schema, 6)
-    groups = pair_groups(ask, images.schema, ranking_metric((found,)))
+    groups = pair_groups(ask, {"images": images.schema}, ranking_metric((found,)))
 
     assert len(found.counts) == 10
     assert [[pair.value for pair in group.pairs] for group in groups] == [[0, 1], [2, 3], [5, 4]]

@@ -13,7 +13,7 @@ from models.encoders.checkpoint import load_encoder, load_network
 from models.encoders.token_network import TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
 from models.stylegan2.generator import Generator
-from tasks.training.refine import FitRefineConfig, RefineObjective, adopt_trunk, fit
+from tasks.training.refine import FitRefineConfig, RefineObjective, fit
 from tests.models.tiny_networks import save_tiny_encoder
 from tests.tasks.training.conftest import SMALL
 
@@ -87,9 +87,9 @@ def test_resume_is_exact(config: FitRefineConfig, tmp_path: Path) -> None:
 def test_the_trunk_starts_where_an_encoder_ended(
     config: FitRefineConfig, tmp_path: Path, tiny_generator: Generator
 ) -> None:
-    network = RefineObjective(config, generator_of(config)).network
     path = str(config.first_stage)
-    assert adopt_trunk(network, path) > 30
+    started = dataclasses.replace(config, start_from=path)
+    network = RefineObjective(started, generator_of(config)).network
     own = network.trunk.state_dict()
     encoder = load_encoder(path, 8, 16).encoder.eval()
     name = "body.3.res_layer.1.weight"
@@ -99,8 +99,9 @@ def test_the_trunk_starts_where_an_encoder_ended(
     found = network.trunk.eval().pyramid(torch.cat([seen, anything], 1), 8)
     for mine, its in zip(found, encoder.pyramid(seen, 8), strict=True):
         torch.testing.assert_close(mine, its)
-    with pytest.raises(AssetError, match="no kernel of its trunk has the shape"):
-        adopt_trunk(network, encoder_file(tmp_path, tiny_generator, width=8))
+    wide = dataclasses.replace(config, start_from=encoder_file(tmp_path, tiny_generator, width=8))
+    with pytest.raises(AssetError, match="no kernel of its trunk fits"):
+        RefineObjective(wide, generator_of(config))
 
 
 @pytest.mark.parametrize(

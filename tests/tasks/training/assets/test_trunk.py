@@ -11,13 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import spearmanr
 
 from models.checkpoints.bundled import asset_path
 from models.errors import AssetError, ConfigError
 from models.losses.torchvision_shim import ensure_torchvision
 from models.losses.trunk import load_trunk
-from tasks.training.assets.trunk import FitTrunkConfig, evaluate, fit, spearman
+from tasks.training.assets.trunk import FitTrunkConfig, evaluate, fit
 from tasks.training.data import load_pictures
 from tasks.training.distortions import Distorter
 from tasks.training.squeezenet import SqueezeNet
@@ -98,13 +97,6 @@ def test_a_checkpoint_of_something_else_is_refused(config, tmp_path):
 def test_scores_need_pictures_held_out(config):
     with pytest.raises(ConfigError, match="validation: expected files of held-out pictures"):
         replace(config, validation=())
-
-
-def test_spearman_equals_scipy():
-    rng = torch.Generator().manual_seed(0)
-    a = torch.randn(50, generator=rng)
-    b = a + torch.randn(50, generator=rng)
-    assert spearman(a, b) == pytest.approx(spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-9)
 
 
 def test_every_distortion_changes_every_picture(pictures):
