@@ -174,10 +174,10 @@ def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> I
         file = pq.ParquetFile(PartFile(uri, part.bytes))
     in_place, row = _in_place(file, columns), 0
     with part_errors(uri):  # keys and states are small; reading them by groups takes longer
-        small = in_place and file.read([c for c in columns or [] if c != in_place])
+        small = None if in_place is None else file.read([c for c in columns or () if c != in_place])
     waiting: list[pa.Table] = []
     for group in range(file.num_row_groups):
-        if small:
+        if small is not None:
             table = small.slice(row, file.metadata.row_group(group).num_rows)
             row += table.num_rows
         else:
