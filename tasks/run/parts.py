@@ -24,9 +24,10 @@ Legend: N samples, L num_ws, D w_dim, H W picture.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -98,10 +99,7 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
         (pa.field("error", text), [r.error for r in rows]),
         (pa.field("method", text, nullable=False), [layout.method] * len(rows)),
         (codes, _tensor_array([r.w_plus for r in rows], codes.type)),
-        *(
-            (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
-            for name in layout.metrics
-        ),
+        *_metric_columns(rows, layout),
         *(_face_columns(rows) if layout.faces else ()),
         *([(pa.field("looks_aligned", pa.bool_()), looks)] if layout.checked else ()),
         *((pa.field(name, text), [r.texts.get(name) for r in rows]) for name in layout.texts),
@@ -109,6 +107,12 @@ def latents_table(rows: Sequence[Row], layout: Layout, run_id: str) -> pa.Table:
         (pa.field("run_id", text, nullable=False), [run_id] * len(rows)),
     ]
     return _table(columns, {SHAPE_KEY: json.dumps(list(layout.shape))})
+
+
+def _metric_columns(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[pa.Field, Any]]:
+    metrics = [row.metrics for row in rows]
+    for name in layout.metrics:
+        yield pa.field(name, pa.float32()), list(map(dict.get, metrics, repeat(name)))
 
 
 def _face_columns(rows: Sequence[Row]) -> list[tuple[pa.Field, Any]]:
@@ -168,10 +172,7 @@ def vectors_table(rows: Sequence[Row], layout: Layout) -> pa.Table:
     """sample_key, metrics, and `sketch` and `code`, fixed-size lists of uint8."""
     columns: list[tuple[pa.Field, Any]] = [
         (pa.field("sample_key", pa.string(), nullable=False), [r.sample_key for r in rows]),
-        *(
-            (pa.field(name, pa.float32()), [r.metrics.get(name) for r in rows])
-            for name in layout.metrics
-        ),
+        *_metric_columns(rows, layout),
     ]
     for name in ("sketch", "code"):
         kind = pa.list_(pa.field("element", pa.uint8()), len(rows[0].vectors[name]))
@@ -205,12 +206,15 @@ def has_rows_in_place(field_: pa.Field) -> bool:
 
 
 def _tensor_array(values: Sequence[np.ndarray | None], kind: pa.FixedSizeListType) -> pa.Array:
-    flat = np.zeros((len(values), kind.list_size), kind.value_type.to_pandas_dtype())
-    for index, value in enumerate(values):
-        if value is not None:
-            flat[index] = value.reshape(-1)
-    missing = pa.array([value is None for value in values], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
+    given, dtype = [v for v in values if v is not None], kind.value_type.to_pandas_dtype()
+    missing = np.array([value is None for value in values], bool)
+    flat = np.zeros((len(values), kind.list_size), dtype)
+    if given:
+        joined = np.concatenate(given, None, dtype=dtype, casting="same_kind")
+        flat[~missing] = joined.reshape(len(given), -1)
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(flat.reshape(-1)), type=kind, mask=pa.array(missing)
+    )
 
 
 # ---------------------------------------------------------------------------- files
@@ -246,16 +250,17 @@ def write_parts(
         files["vectors"] = lambda: to_arrow(vectors_table(inverted, layout))
         files["exact"] = lambda: to_npy([row.vectors["exact"] for row in inverted])
     parts: dict[str, Part] = {}
-    for kind, build in files.items():
-        data = build()
-        ending = ENDINGS.get(kind, "parquet")
-        path = f"{kind}/{shard_name(shard, generation)}-{attempt}.{ending}"
-        write_bytes(join(run.uri, path), data)
-        digest = hashlib.sha256(data).hexdigest()
-        count = len(rows if kind == "latents" else inverted)
-        parts[kind] = Part(path=path, rows=count, bytes=len(data), sha256=digest)
-        if len(parts) == 1:
-            crash_point("between_parts", shard)
+    with ThreadPoolExecutor(1) as beside:
+        for kind, build in files.items():
+            data = build()
+            digest = beside.submit(hashlib.sha256, data)
+            ending = ENDINGS.get(kind, "parquet")
+            path = f"{kind}/{shard_name(shard, generation)}-{attempt}.{ending}"
+            write_bytes(join(run.uri, path), data)
+            count, sha256 = len(rows if kind == "latents" else inverted), digest.result()
+            parts[kind] = Part(path=path, rows=count, bytes=len(data), sha256=sha256.hexdigest())
+            if len(parts) == 1:
+                crash_point("between_parts", shard)
     return parts
 
 
@@ -310,10 +315,11 @@ def to_arrow(table: pa.Table) -> bytes:
 
 
 def to_npy(vectors: Sequence[np.ndarray]) -> bytes:
-    """[N E] in NumPy's format."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.stack(vectors))
-    return buffer.getvalue()
+    """[N E] in NumPy's format, without the two copies that `np.save` of one array would take."""
+    header, (first, *_) = io.BytesIO(), vectors
+    about = np.lib.format.header_data_from_array_1_0(first)
+    np.lib.format.write_array_header_1_0(header, about | {"shape": (len(vectors), len(first))})
+    return b"".join([header.getvalue(), *(vector.data for vector in vectors)])
 
 
 def _leaf(field_: pa.Field) -> str:

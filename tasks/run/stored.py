@@ -172,14 +172,20 @@ def _slices(run_uri: str, part: Part, columns: list[str] | None, size: int) -> I
     uri = join(run_uri, part.path)
     with part_errors(uri):
         file = pq.ParquetFile(PartFile(uri, part.bytes))
-    in_place = _in_place(file, columns)
+    in_place, row = _in_place(file, columns), 0
+    with part_errors(uri):  # keys and states are small; reading them by groups takes longer
+        small = None if in_place is None else file.read([c for c in columns or () if c != in_place])
     waiting: list[pa.Table] = []
     for group in range(file.num_row_groups):
-        with part_errors(uri):
-            table = file.read_row_group(group, [c for c in columns or [] if c != in_place] or None)
+        if small is not None:
+            table = small.slice(row, file.metadata.row_group(group).num_rows)
+            row += table.num_rows
+        else:
+            with part_errors(uri):
+                table = file.read_row_group(group, columns)
         if "status" in table.column_names:
             is_ok = [status == "ok" for status in table["status"].to_pylist()]
-            table = table.filter(pa.array(is_ok))
+            table = table if all(is_ok) else table.filter(pa.array(is_ok))
         if in_place is not None:
             codes = _codes(file, uri, group, table.num_rows)
             table = table.append_column(file.schema_arrow.field(in_place), codes)
@@ -216,7 +222,10 @@ def _tensors(table: pa.Table) -> dict[str, Tensor]:
         if not pa.types.is_fixed_size_list(column.type):
             continue
         shape = json.loads((column.metadata or {})[b"shape"])
-        flat = table[column.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        # Neither `combine_chunks` nor `flatten`, which copy where there is nothing to join.
+        chunks, size = table[column.name].chunks, column.type.list_size
+        rows = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
+        flat = rows.values.slice(rows.offset * size, len(rows) * size).to_numpy()
         values = torch.from_numpy(np.array(flat)).reshape(table.num_rows, *shape)
         found[column.name] = values.float() if values.is_floating_point() else values
     return found

@@ -3,21 +3,27 @@
     y = (x - mean) @ component.T / step     the leading directions of a sample of the run
     code = round(y) + 128                   uint8; one step for all directions, so that distances of
                                             codes are distances of vectors
-    sketch                                  4 bits for each two directions, a wide one and a narrow
+    sketch = coarse, fine, rest
+    coarse                                  4 bits for each two directions, a wide one and a narrow
                                             one: the nearest of their 16 centroids (product
                                             quantisation, Jegou et al. 2011)
+    fine                                    2 bits for each direction: what is left of y there, in
+                                            four steps
+    rest                                    a byte: the squared length of x outside of the
+                                            directions, which distances of y miss
 
 Beyond the range a code is cut to 1 or 255. Directions left out and rounding only decide which rows
 are looked at: their order comes from the exact vectors.
 
-Legend: N rows, E values of a vector, P directions, M pairs of them.
+Legend: N rows, E values of a vector, P directions, M pairs of them, S bytes of a sketch:
+M / 2 + P / 4 + 1.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,21 +68,26 @@ class Projection:
         component: unit rows, largest variance first.
         step: width of a code in units of the vectors.
         centroids: of the pairs of directions, in units of the codes.
+        fine: width of a step of each direction, in units of the codes.
+        rest: least of it and width of a step, in squared units of the codes.
     """
 
     mean: Float32[np.ndarray, " E"]
     component: Float32[np.ndarray, "P E"]
     step: float
     centroids: Float32[np.ndarray, "M 16 2"]
+    fine: Float32[np.ndarray, " P"]
+    rest: Float32[np.ndarray, " 2"]
 
     @staticmethod
     def fit(sample: Float32[np.ndarray, "N E"], component: np.ndarray) -> "Projection":
-        """Centre, step and centroids of a sample along directions that were found for it."""
+        """Centre, steps and centroids of a sample along directions that were found for it."""
         mean = sample.mean(0, dtype=np.float64).astype(np.float32)
         along = (sample - mean) @ component.T
         reach = np.quantile(np.abs(along), REACH, axis=0).max(initial=0.0)
         step = max(float(reach), 1e-12) / 127
-        pairs = paired(along / np.float32(step))
+        along /= np.float32(step)
+        pairs = paired(along)
         import faiss
 
         # One thread, as sums split over threads round differently.
@@ -84,7 +95,17 @@ class Projection:
             quantizer = faiss.ProductQuantizer(pairs.shape[1], pairs.shape[1] // 2, 4)
             quantizer.train(np.resize(pairs, (max(len(pairs), FEWEST), pairs.shape[1])))
         centroids = faiss.vector_to_array(quantizer.centroids).reshape(-1, 16, 2)
-        return Projection(mean=mean, component=component, step=step, centroids=centroids)
+        left = along - _decoded(quantizer, quantizer.compute_codes(pairs), along.shape[1])
+        rest = (((sample - mean) / np.float32(step)) ** 2).sum(1) - (along**2).sum(1)
+        width = max(float(np.ptp(rest)) / 255, 1e-12)
+        return Projection(
+            mean=mean,
+            component=component,
+            step=step,
+            centroids=centroids,
+            fine=left.std(0).clip(1e-6).astype(np.float32),
+            rest=np.array([rest.min(), width], np.float32),
+        )
 
     def project(self, vectors: Float32[np.ndarray, "N E"]) -> Float32[np.ndarray, "N P"]:
         """In units of the codes, about `ZERO` less; not rounded."""
@@ -97,12 +118,37 @@ class Projection:
         return per_code, self.mean @ per_code
 
     def encode(self, vectors: Float32[np.ndarray, "N E"]) -> dict[str, np.ndarray]:
-        """`code` uint8 [N P] and `sketch` uint8 [N, M / 2]."""
+        """`code` uint8 [N P] and `sketch` uint8 [N S]."""
         along = self.project(vectors)
-        sketch = self.quantizer.compute_codes(paired(along))
+        coarse = self.quantizer.compute_codes(paired(along))
+        left = (along - _decoded(self.quantizer, coarse, along.shape[1])) / self.fine
+        steps = (left + np.float32(2)).clip(0, 3).astype(np.uint8)
+        fine = steps[:, ::4].copy()
+        for at in range(1, 4):
+            further = steps[:, at::4]
+            fine[:, : further.shape[1]] |= further << 2 * at
+        whole = np.vecdot(vectors, vectors) - vectors @ (2 * self.mean) + self.mean @ self.mean
+        rest = whole / np.float32(self.step**2) - np.vecdot(along, along) - self.rest[0]
+        rest = np.rint(rest / self.rest[1]).clip(0, 255).astype(np.uint8)
+        sketch = [coarse, fine, rest[:, None]]
         np.rint(along, out=along).clip(-127, 127, out=along)
         along += ZERO
-        return {"code": along.astype(np.uint8), "sketch": sketch}
+        return {"code": along.astype(np.uint8), "sketch": np.concatenate(sketch, 1)}
+
+    def restored(
+        self, sketch: UInt8[np.ndarray, "N S"]
+    ) -> tuple[Float32[np.ndarray, "N P"], Float32[np.ndarray, " N"]]:
+        """What a sketch says of `project` and of the squared length outside of the directions."""
+        size = self.coarse_bytes
+        steps = sketch[:, size:-1, None] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
+        left = steps.reshape(len(sketch), -1)[:, : len(self.fine)] - np.float32(1.5)
+        coarse = _decoded(self.quantizer, np.ascontiguousarray(sketch[:, :size]), len(self.fine))
+        return coarse + left * self.fine, sketch[:, -1] * self.rest[1] + self.rest[0]
+
+    @property
+    def coarse_bytes(self) -> int:
+        """Of a sketch, its first ones."""
+        return self.quantizer.code_size
 
     @cached_property
     def quantizer(self) -> "faiss.ProductQuantizer":
@@ -118,7 +164,7 @@ class Projection:
         """Keep it in the index's folder."""
         step = np.array([self.step], np.float64)
         tensors = {"mean": self.mean, "component": self.component, "step": step}
-        tensors["centroids"] = self.centroids
+        tensors |= {name: getattr(self, name) for name in ("centroids", "fine", "rest")}
         write_bytes(join(run_uri, PROJECTION), save(tensors))
 
     @staticmethod
@@ -135,9 +181,8 @@ class Projection:
         try:
             found = load(data)
             step = float(found.pop("step")[0])
-            return Projection(
-                **{name: found[name] for name in ("mean", "component", "centroids")}, step=step
-            )
+            names = ("mean", "component", "centroids", "fine", "rest")
+            return Projection(**{name: found[name] for name in names}, step=step)
         except (SafetensorError, KeyError, ValueError) as error:
             raise LedgerError(
                 f"{uri}: damaged, or of an earlier version ({error}); restore it, or delete the "
@@ -147,9 +192,21 @@ class Projection:
 
 def paired(values: Float32[np.ndarray, "N P"]) -> Float32[np.ndarray, "N 2*M"]:
     """Directions two by two: the widest beside the narrowest, so that all pairs are as wide."""
-    wide = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    half = wide.shape[1] // 2
-    return np.stack([wide[:, :half], wide[:, : half - 1 : -1]], 2).reshape(len(wide), -1)
+    rows, directions = values.shape
+    half = -(-directions // 2)
+    pairs = np.zeros((rows, half, 2), values.dtype)
+    pairs[:, :, 0] = values[:, :half]
+    pairs[:, directions % 2 :, 1] = values[:, : half - 1 : -1]
+    return pairs.reshape(rows, -1)
+
+
+def _decoded(
+    quantizer: "faiss.ProductQuantizer", coarse: np.ndarray, directions: int
+) -> Float32[np.ndarray, "N P"]:
+    """The centroids' values, unpaired."""
+    pairs: Any = quantizer.decode(coarse)  # pyright: ignore[reportCallIssue]
+    pairs = pairs.reshape(len(coarse), -1, 2)
+    return np.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], 1)[:, :directions]
 
 
 def default_index(run_uri: str, space: str = "w_plus") -> str:

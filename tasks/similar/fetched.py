@@ -94,15 +94,20 @@ def _fetched(segment: Segment, columns: Sequence[str]) -> pa.Table:
 
 
 def _indexed(table: pa.Table) -> pa.Table:
-    """Without the failed rows, in one piece."""
+    """Without the failed rows."""
     if table[SKETCH].null_count:
         table = table.filter(table[SKETCH].is_valid())
-    return table.combine_chunks().replace_schema_metadata()
+    return table.replace_schema_metadata()
 
 
 def _by_shard(table: pa.Table) -> dict[int, pa.Table]:
+    """Each shard's rows, in one piece; most of them are, and stay where they are."""
     shards = np.frombuffer(table["shard"].combine_chunks().buffers()[1], np.int32, len(table))
     starts = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
     rows = table.drop_columns("shard")
     cuts = zip(starts, [*starts[1:], len(shards)], strict=True)
-    return {int(shards[a]): rows.slice(a, z - a) for a, z in cuts}
+    found = {int(shards[a]): rows.slice(a, z - a) for a, z in cuts}
+    return {
+        shard: each if each[SKETCH].num_chunks == 1 else each.combine_chunks()
+        for shard, each in found.items()
+    }

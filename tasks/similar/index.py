@@ -9,7 +9,7 @@ sketches. Of an index on an object store the sketches alone are fetched and scan
 are ordered by the exact vectors. The index may still be growing: what is committed when it is
 opened is what is searched.
 
-Legend: Q queries, E values of a vector, P bytes of a code, R rows.
+Legend: Q queries, E values of a vector, P bytes of a code, B of a code or a sketch, R rows.
 """
 
 import difflib
@@ -18,7 +18,7 @@ import os
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -41,15 +41,16 @@ from tasks.storage.files import is_local
 if TYPE_CHECKING:
     import duckdb  # only a filter and a wrong key need it: 80 ms of a command
 
-RERANKED = 200
-"""Rows whose exact distance is computed, at least; and `RERANKED_EACH` for each that is wanted."""
-RERANKED_EACH = 10
+RERANKED, RERANKED_EACH = 200, 10
+"""Rows whose exact distance is computed, at least; and for each that is wanted."""
+FETCHED, FETCHED_EACH = 40, 5
+"""The same where each is a request to an object store."""
 SKETCHED = 200_000
 """Rows from which on sketches are worth their memory."""
 SCANNED = 3
 """Questions for which a process scans the codes before it packs the sketches."""
 SHORTLISTED_EACH = 10
-"""Rows found by their sketches, for each that is found by its code."""
+"""Rows found by the coarse part of their sketches, for each of `RERANKED`."""
 TOGETHER = 16
 """Questions whose candidates are read at once."""
 ROWS_A_THREAD = 2_000_000
@@ -225,8 +226,7 @@ class Index:
             LedgerError: a part is missing or damaged.
         """
         vectors = self._checked(vectors, k)
-        keep = min(max(RERANKED, RERANKED_EACH * k) + len(leave_out), len(self))
-        rows = self._candidates(self.projection.project(vectors), keep, where)
+        rows = self._candidates(self.projection.project(vectors), k, len(leave_out), where)
         answers: list[pa.Table] = []
         for at in range(0, len(vectors), TOGETHER):
             some = [np.sort(found[found >= 0]) for found in rows[at : at + TOGETHER]]
@@ -269,20 +269,30 @@ class Index:
     # ------------------------------------------------------------------ inside
 
     def _candidates(
-        self, queries: Float32[np.ndarray, "Q P"], keep: int, where: str | None
+        self, queries: Float32[np.ndarray, "Q P"], k: int, more: int, where: str | None
     ) -> Int64[np.ndarray, "Q R"]:
         """About the nearest rows; -1 where there are fewer."""
         kept = None if where is None else self._filtered(where)
         if kept is not None and not len(kept):
             return np.full((len(queries), 1), -1)
+        size = len(self) if kept is None else len(kept)
+        keep = min(max(RERANKED, RERANKED_EACH * k) + more, size)
         sketches = self._packed(len(queries), kept)
         if sketches is None:
             _, rows = scan(self._stretches(self._codes, kept), queries, keep)
-        elif self._has_codes:
-            return self._shortlisted(sketches, queries, keep)
-        else:
-            rows = sketches.nearest(queries, keep)
-        return rows if kept is None else np.where(rows < 0, -1, kept[rows.clip(0)])
+            return rows if kept is None else kept[rows]
+        found = []
+        for at in range(0, len(queries), TOGETHER):
+            some = queries[at : at + TOGETHER]
+            listed = sketches.nearest(some, min(SHORTLISTED_EACH * keep, size))
+            listed = listed if kept is None else kept[listed]
+            if self._has_codes:
+                found += self._nearest_codes(listed, some, keep)
+            else:
+                found += self._nearest_sketches(
+                    listed, some, min(max(FETCHED, FETCHED_EACH * k) + more, size)
+                )
+        return np.stack(found)
 
     @cached_property
     def _codes(self) -> list[UInt8[np.ndarray, "N P"]]:
@@ -306,28 +316,35 @@ class Index:
                 self._sketches = packed
             return packed
 
-    def _shortlisted(
-        self, sketches: Sketches, queries: Float32[np.ndarray, "Q P"], keep: int
-    ) -> Int64[np.ndarray, "Q R"]:
-        """The nearest by their codes of those that are nearest by their sketches."""
-        found = []
-        for at in range(0, len(queries), TOGETHER):
-            some = queries[at : at + TOGETHER]
-            listed = sketches.nearest(some, min(SHORTLISTED_EACH * keep, len(self)))
-            codes = self._codes_at(listed.reshape(-1)).reshape(*listed.shape, -1)
-            for query, rows, near in zip(some, listed, codes, strict=True):
-                _, places = scan([(0, near)], query[None], keep)
-                found.append(rows[places[0]])
-        return np.stack(found)
+    def _nearest_codes(
+        self, listed: Int64[np.ndarray, "Q R"], queries: Float32[np.ndarray, "Q P"], keep: int
+    ) -> Iterator[Int64[np.ndarray, " keep"]]:
+        codes = self._gathered(self._codes, listed)
+        for query, rows, near in zip(queries, listed, codes, strict=True):
+            _, places = scan([(0, near)], query[None], keep)
+            yield rows[places[0]]
 
-    def _codes_at(self, rows: Int64[np.ndarray, " R"]) -> UInt8[np.ndarray, "R P"]:
+    def _nearest_sketches(
+        self, listed: Int64[np.ndarray, "Q R"], queries: Float32[np.ndarray, "Q P"], keep: int
+    ) -> Iterator[Int64[np.ndarray, " keep"]]:
+        """By all that their sketches say."""
+        sketches = self._gathered([codes_of(table, "sketch") for table in self.tables], listed)
+        for query, rows, near in zip(queries, listed, sketches, strict=True):
+            along, rest = self.projection.restored(near)
+            distance = ((along - query) ** 2).sum(1) + rest
+            yield rows[np.argpartition(distance, keep - 1)[:keep]]
+
+    def _gathered(
+        self, parts: Sequence[UInt8[np.ndarray, "N B"]], listed: Int64[np.ndarray, "Q R"]
+    ) -> UInt8[np.ndarray, "Q R B"]:
+        rows = listed.reshape(-1)
         order = np.argsort(rows)
         cuts = np.searchsorted(rows[order], self._starts)
-        found = np.empty((len(rows), self._codes[0].shape[1]), np.uint8)
+        found = np.empty((len(rows), parts[0].shape[1]), np.uint8)
         for part in np.flatnonzero(np.diff(cuts)):
             at = order[cuts[part] : cuts[part + 1]]
-            found[at] = self._codes[part][rows[at] - self._starts[part]]
-        return found
+            found[at] = parts[int(part)][rows[at] - self._starts[part]]
+        return found.reshape(*listed.shape, -1)
 
     def _exact(self, rows: np.ndarray) -> Float16[np.ndarray, "M E"]:
         parts = np.searchsorted(self._starts, rows, "right") - 1

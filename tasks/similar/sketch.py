@@ -1,10 +1,11 @@
-"""A scan of sketches, 4 bits for each pair of directions, in memory: a shortlist for the codes.
+"""A scan of the coarse part of sketches, 4 bits for each pair of directions, in memory: a shortlist
+for the codes, or for the rest of the sketches.
 
 faiss adds up a query's distances to centroids by SIMD table look-ups (fast scan, Andre et al. 2015)
 and wants the sketches in blocks of 32, side by side: so they are packed first, which takes as long
 as three scans of the codes, and then a scan takes a tenth of the time.
 
-Legend: N rows, P directions, M pairs of them, Q queries, R rows that are kept of each.
+Legend: N rows, P directions, S bytes of a sketch, Q queries, R rows that are kept of each.
 """
 
 import os
@@ -22,10 +23,10 @@ class Sketches:
     """Packed sketches, a share for each core.
 
     Args:
-        parts: uint8 [N, M / 2] each, in the order of rows.
+        parts: uint8 [N S] each, in the order of rows.
     """
 
-    def __init__(self, projection: Projection, parts: Sequence[UInt8[np.ndarray, "N M/2"]]) -> None:
+    def __init__(self, projection: Projection, parts: Sequence[UInt8[np.ndarray, "N S"]]) -> None:
         self._quantizer = projection.quantizer
         each = max(1, -(-len(parts) // (os.cpu_count() or 1)))
         shares = [parts[at : at + each] for at in range(0, len(parts), each)]
@@ -57,7 +58,8 @@ class Sketches:
     def _pack(self, parts: Sequence[np.ndarray]) -> faiss.IndexPQFastScan:
         flat = faiss.IndexPQ(self._quantizer.d, self._quantizer.M, 4)
         flat.pq, flat.is_trained, flat.ntotal = self._quantizer, True, sum(map(len, parts))
-        flat.codes.resize(sum(part.size for part in parts))
+        width = self._quantizer.code_size
+        flat.codes.resize(flat.ntotal * width)
         memory = faiss.rev_swig_ptr(flat.codes.data(), flat.codes.size())
-        np.concatenate([part.reshape(-1) for part in parts], out=memory)
+        np.concatenate([part[:, :width] for part in parts], out=memory.reshape(-1, width))
         return faiss.IndexPQFastScan(flat)  # pyright: ignore[reportArgumentType]

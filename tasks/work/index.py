@@ -48,7 +48,7 @@ class IndexJob(StoredJob):
     space: SpaceName = "w_plus"
     """w, w_plus, style: of the codes; clip, identity, perceptual: of the stored pictures."""
     directions: Annotated[int, Ge(1)] = 128
-    """Bytes of a code, and a quarter for its sketch; fewer where the space or the run is
+    """Bytes of a code, and half as many for its sketch; fewer where the space or the run is
     smaller."""
     clip: str = field(default="refinery", metadata=FILE)
     """The CLIP of the space clip: "refinery", a folder or a hub id."""

@@ -126,6 +126,8 @@ class Result:
     @staticmethod
     def cat(parts: Sequence["Result"], notes: tuple[str, ...]) -> "Result":
         """Join along the batch."""
+        if len(parts) == 1:
+            return replace(parts[0], notes=notes)
         failures: Failures = {}
         at = 0
         for part in parts:

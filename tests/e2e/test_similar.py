@@ -16,10 +16,12 @@ from models.losses.identity import load_identity
 from models.losses.style_space import StyleSpace
 from models.statistics import statistics_for
 from pipeline.cli import run_app
+from tasks.run import vectors
 from tasks.run.ledger import read_markers
 from tasks.run.query import query
 from tasks.similar import Index, open_index
 from tasks.similar.duplicates import duplicates, spread
+from tasks.similar.index import FETCHED
 from tasks.storage.files import list_files, read_bytes, write_bytes
 from tasks.work.device import to_images
 from tests.conftest import make_tiny_generator
@@ -408,6 +410,11 @@ def test_object_storage(
         # All candidates of a part lie together: one read of each, after that of the vector.
         assert store.requests == {"GET": 1 + 5}
         assert all("/exact/" in path for path in store.paths)
+        store.forget()
+        with monkeypatch.context() as apart:
+            apart.setattr(vectors, "GAP_BYTES", 0)  # as those of a large index lie
+            assert answer(remote) == answer(local)
+        assert store.requests == {"GET": 1 + FETCHED + 1}, "its vector, candidates and itself"
         store.forget()
         (found,) = remote.search(local.vectors(["face-03.png"]), 3, "psnr > 30")
         assert found.equals(local.search(local.vectors(["face-03.png"]), 3, "psnr > 30")[0])

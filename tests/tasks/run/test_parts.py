@@ -21,6 +21,7 @@ from tasks.run.parts import (
     images_table,
     latents_table,
     residuals_table,
+    to_npy,
     to_parquet,
     write_parts,
 )
@@ -191,6 +192,13 @@ def test_parts_are_those_that_were_recorded(handle: RunHandle) -> None:
     """A refactor leaves every byte as it was."""
     made = write_parts(make_rows(doors=True), make_layout(), handle, 3, "one")
     assert {kind: part.sha256 for kind, part in made.items()} == RECORDED[1]
+
+
+def test_vectors_are_what_numpy_saves() -> None:
+    rows = np.random.default_rng(0).standard_normal((7, 1280)).astype(np.float16)
+    saved = io.BytesIO()
+    np.save(saved, rows)
+    assert to_npy(list(rows)) == saved.getvalue()
 
 
 @pytest.mark.parametrize(

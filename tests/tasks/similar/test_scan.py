@@ -115,6 +115,8 @@ def test_a_projection_is_kept(tmp_path: object) -> None:
         component=np.eye(3, dtype=np.float32)[:2],
         step=0.5,
         centroids=np.arange(32, dtype=np.float32).reshape(1, 16, 2),
+        fine=np.array([1, 2], np.float32),
+        rest=np.array([10, 2], np.float32),
     )
     assert Projection.read(str(tmp_path)) is None
     projection.write(str(tmp_path))
@@ -123,7 +125,14 @@ def test_a_projection_is_kept(tmp_path: object) -> None:
     assert found.step == 0.5
     encoded = found.encode(np.array([[1, 0, 9]], np.float32))
     assert encoded["code"].tolist() == [[130, 126]]
-    assert encoded["sketch"].tolist() == [[0]]
-    save_file({"mean": found.mean}, f"{tmp_path}/projection.safetensors")
-    with pytest.raises(LedgerError, match=r"earlier version \('step'\).*make it again"):
-        Projection.read(str(tmp_path))
+    # (2, -2) is 2 and -3 beside (0, 1), the nearest centroid: the last step, and the first.
+    assert encoded["sketch"].tolist() == [[0, 0b0011, (7**2 / 0.5**2 - 10) / 2]]
+    along, rest = found.restored(encoded["sketch"])
+    assert along.tolist() == [[0 + 1.5, 1 - 3]]
+    assert rest.tolist() == [7**2 / 0.5**2]
+    for missing in ("step", "fine"):
+        left = {name: each for name, each in vars(projection).items() if name != missing}
+        tensors = {name: np.atleast_1d(each).astype(np.float32) for name, each in left.items()}
+        save_file(tensors, f"{tmp_path}/projection.safetensors")
+        with pytest.raises(LedgerError, match=rf"earlier version \('{missing}'\).*make it again"):
+            Projection.read(str(tmp_path))

@@ -34,11 +34,29 @@ def test_a_wide_direction_beside_a_narrow_one() -> None:
 
 def test_a_sketch_is_the_nearest_centroids(projection: Projection, vectors: np.ndarray) -> None:
     sketches = projection.encode(vectors[:50])["sketch"]
-    assert sketches.shape == (50, 6)  # 21 directions are 11 pairs of 4 bits
-    nibbles = np.stack([sketches & 15, sketches >> 4], 2).reshape(50, 12)[:, :11]
+    assert sketches.shape == (50, 6 + 6 + 1)  # 21 directions are 11 pairs of 4 bits
+    coarse = sketches[:, :6]
+    nibbles = np.stack([coarse & 15, coarse >> 4], 2).reshape(50, 12)[:, :11]
     pairs = paired(projection.project(vectors[:50])).reshape(50, 11, 1, 2)
     apart = ((pairs - projection.centroids) ** 2).sum(3)
     assert np.array_equal(nibbles, apart.argmin(2))
+
+
+def test_what_a_sketch_restores(projection: Projection, vectors: np.ndarray) -> None:
+    """The fine half leaves little of the coarse one's error; distances are nearly the vectors',
+    with the rest nearer than without."""
+    along, rest = projection.restored(projection.encode(vectors)["sketch"])
+    exact = projection.project(vectors)
+    pairs = paired(exact).reshape(len(exact), 11, 1, 2)
+    before = ((pairs - projection.centroids) ** 2).sum(3).min(2).sum(1)
+    assert ((along - exact) ** 2).sum(1).mean() < 0.15 * before.mean()
+    outside = ((vectors - projection.mean) ** 2).sum(1) / projection.step**2 - (exact**2).sum(1)
+    assert rest == pytest.approx(outside, abs=float(projection.rest[1]))
+    to = projection.project(vectors[:1])
+    apart = ((vectors - vectors[0]) ** 2).sum(1) / projection.step**2
+    estimated = ((along - to) ** 2).sum(1) + rest + outside[0]
+    assert np.corrcoef(estimated[1:], apart[1:])[0, 1] > 0.97
+    assert np.abs(estimated - apart)[1:].mean() < np.abs(estimated - rest - apart)[1:].mean()
 
 
 def test_the_nearest_are_among_those_listed(projection: Projection, vectors: np.ndarray) -> None:
