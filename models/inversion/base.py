@@ -109,7 +109,8 @@ class Inversion:
             w_plus=tensors["w_plus"],
             noise=tuple(noise[i] for i in sorted(noise)) or None,
             features=features or None,
-            residual={k: LowRank(**parts) for k, parts in residual.items()} or None,
+            residual={k: LowRank(u=parts["u"], v=parts["v"]) for k, parts in residual.items()}
+            or None,
             weights={k: WeightDelta(**parts) for k, parts in weights.items()} or None,
             style_shift=shifts or None,
         )
