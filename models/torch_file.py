@@ -42,7 +42,7 @@ def read_torch_file(path: Path, name: str = "") -> Any:
             reason = "unexpected content"
         raise AssetError(
             f"{name}: not a readable torch checkpoint ({type(error).__name__}: {reason}); it is "
-            f"broken or cut short: download it again"
+            f"another kind of file, broken or cut short: take another, or download it again"
         ) from error
 
 

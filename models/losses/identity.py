@@ -126,7 +126,7 @@ def load_identity(source: str | Path) -> Identity:
 
 
 def _load_arcface(path: Path) -> ArcFace:
-    state = read_state_dict(path, f"identity {path} (IR-SE50's model_ir_se50.pth, or dlib's .dat)")
+    state = read_state_dict(path, f"identity {path}: expected model_ir_se50.pth or dlib's .dat")
     with torch.device("meta"):
         network = ArcFace()
     check_layout(state, network.state_dict(), f"identity {path}: not ArcFace's IR-SE50")

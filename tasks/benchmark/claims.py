@@ -43,7 +43,7 @@ class _Ratio:
             measured = f"not measured: {column} of {' and '.join(missing) or self.over}"
             is_met = None
         else:
-            measured = f"{a:.4g} / {b:.4g} = {a / b:.3g}"
+            measured = f"{a:.4g} / {b:.4g} = {a / b:.4g}"
             is_met = self.least <= a / b <= self.most
         return ClaimResult(claim=self.claim, wanted=self.wanted, measured=measured, is_met=is_met)
 
