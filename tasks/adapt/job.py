@@ -24,7 +24,7 @@ from models.adaptation.domain import CARD, Domain, add_domains, save_domain, wit
 from models.checkpoints.bundled import asset_path
 from models.checkpoints.load import load_generator
 from models.errors import AssetError, ConfigError
-from models.files import atomically
+from models.files import PARTIAL_SUFFIX, atomically
 from models.inversion.base import Inversion, SampleRng, sample_seed
 from models.inversion.registry import load_method, method_class
 from models.losses.clip import load_clip
@@ -288,6 +288,8 @@ class _Job:
         made = form.domain(domain.name, self.generator_hash, tensors, card)
         folder = self.folder(domain)
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f".*{PARTIAL_SUFFIX}"):  # by a job that was killed as it wrote
+            left.unlink(missing_ok=True)
         self._final_preview(made, folder)
         _write_row(folder, domain, config, state, self.seconds, made)
         return save_domain(made, folder)  # last: its card says that all is there

@@ -18,6 +18,7 @@ import tasks.adapt.loop as loop
 from models.adaptation.domain import add_domains, load_domain, without_noise
 from models.checkpoints.native import save_generator
 from models.errors import AssetError, ConfigError
+from models.files import PARTIAL_SUFFIX
 from models.losses.trunk import PerceptualTrunk, TrunkArchitecture
 from models.stylegan2.generator import Generator
 from tasks.adapt.config import AdaptConfig, ClipConfig, DomainConfig
@@ -394,6 +395,15 @@ def test_killed_and_resumed_is_uninterrupted(
     assert len(seen) == 4
     adapt(replace(config, steps=1), seen.append)
     assert len(seen) == 5
+
+
+def test_what_a_killed_job_left_half_written_goes(place: Path, tmp_path: Path) -> None:
+    left = tmp_path / "warm" / f".job.parquet.0123456789abcdef{PARTIAL_SUFFIX}"
+    left.parent.mkdir()
+    left.write_bytes(b"PAR1")
+    (folder,) = adapt(job(place, tmp_path, images(place)))
+    names = {"card.json", "job.parquet", "preview.png", "tokens.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names
 
 
 def test_a_damaged_checkpoint(place: Path, tmp_path: Path) -> None:
