@@ -53,7 +53,7 @@ class E4e(Method):
             )
         self.latent_avg = average.float().expand(generator.num_ws, -1)
         self.encoder = loaded.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._sha256 = loaded.sha256
+        self._sha256, self._card = loaded.sha256, loaded.card
 
     @classmethod
     def tiny_network(cls, generator: Generator) -> PyramidEncoder:

@@ -7,7 +7,6 @@ network gives both.
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,19 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from models.checkpoints.bundled import find_for_generator
 from models.encoders.checkpoint import check_size, load_network
 from models.encoders.token_network import TokenArchitecture, TokenNetwork
-from models.errors import AssetError, ConfigError
+from models.errors import AssetError
 from models.inversion.base import Inversion, Method, SampleRng
-from models.inversion.e4e import E4e, E4eConfig
+from models.inversion.first_stage import FirstStage
 from models.inversion.weights import check_generator, weights_file
 from models.settings import NotNegative, check_fields
-from models.stylegan2.generator import Generator, weights_hash
+from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.tokens import kernel_channels
-
-logger = logging.getLogger(__name__)
 
 SEEN_SIZE = 256
 """Renders are averaged down to this before the network sees them, as its training does, px."""
@@ -84,22 +80,17 @@ class Refine(Method):
         check_generator("refine", path, trained_with, generator, config.allow_other_generator)
         self.network: TokenNetwork = network.to(memory_format=torch.channels_last)
         self.is_two_stage = network.architecture.stages == "two"
-        self._first = self._first_stage() if self.is_two_stage else None
-        wanted = card.get("first_stage_sha256")
-        if self._first is not None and self._first.hashes()["e4e"] != wanted:
-            logger.warning(
-                "refine: the network was trained on the codes of another first stage (sha256 %s); "
-                "set `first_stage` to that encoder",
-                wanted,
-            )
+        self._first: FirstStage | None = None
+        if self.is_two_stage:
+            trained_on, allow = card.get("first_stage_sha256"), config.allow_other_generator
+            self._first = FirstStage("refine", generator, config.first_stage, allow, trained_on)
 
     @classmethod
     def tiny_network(cls, generator: Generator) -> TokenNetwork:
         return TokenNetwork(TokenArchitecture.tiny(generator))
 
     def hashes(self) -> dict[str, str]:
-        first = {} if self._first is None else {"first_stage": self._first.hashes()["e4e"]}
-        return {"refine": self._sha256, **first}
+        return {"refine": self._sha256, **(self._first.hashes() if self._first else {})}
 
     @torch.no_grad()
     def invert(
@@ -115,7 +106,8 @@ class Refine(Method):
         """
         self.check_inputs(images, init, rng)
         self.network.to(images.device)
-        start = self._start(images, init, rng)
+        # A one-stage network finds codes of its own.
+        start = None if self._first is None else self._first.invert(images, init, rng)
         seen = None if start is None else _seen(start.render(self.generator), images)
         dtype = self.generator.compute_dtype
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
@@ -148,31 +140,6 @@ class Refine(Method):
             own = LowRank(u=u.contiguous(), v=v.contiguous())
             total[layer] = LowRank.total([total[layer], own]) if layer in total else own
         return total
-
-    def _start(
-        self, images: Float[Tensor, "N 3 H W"], init: Inversion | None, rng: SampleRng
-    ) -> Inversion | None:
-        """What a two-stage network refines."""
-        if not self.is_two_stage:
-            return None
-        if init is not None:
-            return init
-        if self._first is None:
-            raise ConfigError(
-                "refine: the network refines the codes of a first stage and there is none: put "
-                "another [[method]] (for example e4e) before it, or set `first_stage`"
-            )
-        return self._first.invert(images, None, rng)
-
-    def _first_stage(self) -> E4e | None:
-        """The encoder of pictures that no method has inverted; None where there is none."""
-        checkpoint, allow = self.config.first_stage, self.config.allow_other_generator
-        if checkpoint is None:
-            found = find_for_generator(weights_hash(self.generator), "e4e.safetensors")
-            if found is None:
-                return None  # the chain may have a method before this one
-        config = E4eConfig(checkpoint=checkpoint, allow_other_generator=allow)
-        return E4e(self.generator, config)
 
 
 def _seen(

@@ -1,7 +1,8 @@
 """ReStyle: an encoder that looks at its own render and corrects the codes (arXiv 2104.02699).
 
-w+_0 = latent_avg; w+_{t+1} = w+_t + E(picture, G(w+_t)), for a few iterations (the paper's
-equations 3 and 4).
+w+_0 = latent_avg, or the codes of another encoder where the network was trained to correct those
+(the paper's encoder bootstrapping); w+_{t+1} = w+_t + E(picture, G(w+_t)), for a few iterations
+(equations 3 and 4).
 
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.e4e import E4e, E4eConfig
+from models.inversion.first_stage import FirstStage
 from models.settings import Count, check_fields
+from models.stylegan2.generator import Generator
 
 SEEN_SIZE = 256
 """Renders are averaged down to this before the encoder sees them, as in the original, px."""
@@ -27,18 +30,33 @@ class RestyleConfig(E4eConfig):
 
     iterations: Count = 5
     """Passes of the encoder, each over the render of the one before; 5 as published."""
+    first_stage: str | None = None
+    """Encoder file whose codes are corrected where no method comes before; without it, the bundled
+    e4e of the generator where the network was trained on an encoder's codes, else `latent_avg`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 class Restyle(E4e):
-    """Codes from `latent_avg` on, or from an earlier method's, by repeated passes of an encoder."""
+    """Codes from `latent_avg` or a first stage's on, or from an earlier method's, by repeated
+    passes of an encoder."""
 
     Config = RestyleConfig
     name = "restyle"
     in_channels = 6
     summary = "repeated passes of an encoder that sees its render (ReStyle, arXiv 2104.02699)"
+
+    def __init__(self, generator: Generator, config: RestyleConfig) -> None:
+        super().__init__(generator, config)
+        trained_on = self._card.get("first_stage_sha256")
+        self._first: FirstStage | None = None
+        if trained_on or config.first_stage:
+            allow = config.allow_other_generator
+            self._first = FirstStage(self.name, generator, config.first_stage, allow, trained_on)
+
+    def hashes(self) -> dict[str, str]:
+        return {**super().hashes(), **(self._first.hashes() if self._first else {})}
 
     @torch.no_grad()
     def invert(
@@ -47,8 +65,13 @@ class Restyle(E4e):
         """See `Method.invert`; deterministic. Only the codes of `init` are used, as the start.
 
         A row fails where its codes are no longer finite; it keeps those of the pass before.
+
+        Raises:
+            ConfigError: a network trained on a first stage's codes, without `init` and without one.
         """
         self.check_inputs(images, init, rng)
+        if self._first is not None:
+            init = self._first.invert(images, init, rng)
         start = self.latent_avg.to(images.device).expand(len(images), -1, -1)
         w_plus = start if init is None else init.w_plus.float()
         failures = {} if init is None else dict(init.failures)

@@ -26,6 +26,8 @@ from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, PyramidEncoder
 from models.errors import AssetError
+from models.inversion.base import SampleRng
+from models.inversion.e4e import E4e, E4eConfig
 from models.losses.style_space import StyleSpace
 from models.stylegan2.generator import Generator
 from tasks.training.blocks import adopt, descend, example_edit, for_losses
@@ -43,22 +45,32 @@ from tasks.training.schedules import progress
 class EncoderObjective(InverterObjective[FitEncoderConfig]):
     """Encoder, latent discriminator, their optimisers and pools."""
 
+    paths = (*InverterObjective.paths, "first_stage")
+
     def __init__(self, config: FitEncoderConfig, generator: Generator) -> None:
         super().__init__(config, generator)
         self.spread, self.edit = self.statistics.w_std, example_edit(generator)
-        in_channels = 3 if config.iterations == 1 else 6
+        self.first: E4e | None = None
+        if config.first_stage is not None:
+            self.first = E4e(generator, E4eConfig(checkpoint=config.first_stage))
+        in_channels = 6 if config.sees_render else 3
         self.architecture = self.sized(
             EncoderArchitecture, kind=config.kind, in_channels=in_channels
         )
         network = build_encoder(self.architecture)
         if config.start_from:
             _start_from(network, config.start_from)
+        if self.first is not None:
+            _silence(network)
         self.style_space = StyleSpace(generator, self.statistics.style_anchor)
         self.discriminator = LatentDiscriminator(generator.w_dim).to(config.device)
         self.optimizer_d = torch.optim.Adam(
             self.discriminator.parameters(), lr=config.discriminator_learning_rate
         )
         self.pool_real, self.pool_fake = CodePool(config.pool), CodePool(config.pool)
+        identity: dict[str, Any] = {}
+        if self.first is not None:
+            identity["first_stage"] = self.first.hashes()["e4e"]
         self.trains(
             network,
             parts={
@@ -67,6 +79,7 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
                 "pool_real": self.pool_real,
                 "pool_fake": self.pool_fake,
             },
+            **identity,
         )
 
     # ------------------------------------------------------------------ one update
@@ -76,7 +89,7 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
         stage = self._set_stage(share)
         known, drawn = self._draw(self.config.num_synthetic)
         seen = torch.cat([drawn, pictures[len(drawn) :]]) if len(drawn) else pictures
-        total, logged, codes = torch.zeros(()), {}, None
+        total, logged, codes = torch.zeros(()), {}, self._mixed(self._first_codes(seen))
         for _ in range(self.config.iterations):
             loss, logged, codes = self._losses(seen, known, codes, share, stage)
             total = total + loss
@@ -109,7 +122,8 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
             total = total + self.config.code_weight * logged["code"].mean()
         shrunk = progress(share, self.config.shrink_start, self.config.shrink_end)
         if deltas.shape[1] and self.config.delta_weight:
-            logged["delta"] = delta_penalty(deltas, self.generator.num_ws, self.spread)
+            offsets = w_plus[:, 1 : stage + 1] - w_plus[:, :1]
+            logged["delta"] = delta_penalty(offsets, self.generator.num_ws, self.spread)
             weight = self.config.delta_weight * self.config.delta_growth ** min(shrunk, 1.0)
             total = total + weight * logged["delta"].mean()
         if self.config.nscd_weight:
@@ -168,7 +182,7 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
         self, pictures: Float[Tensor, "N 3 H W"], guess: Float[Tensor, "N L D"] | None = None
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N S D"]]:
         """w and offsets, or, where the encoder sees its last render too, what to add to them."""
-        if self.config.iterations > 1:
+        if self.config.sees_render:
             with torch.no_grad():
                 start = self.generator.latent_avg.expand(len(pictures), self.generator.num_ws, -1)
                 pictures = torch.cat(
@@ -182,6 +196,20 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
             # pSp has no offsets; relative to its first row its codes read as if it had.
             return codes[:, 0], codes[:, 1:] - codes[:, :1]
 
+    @torch.no_grad()
+    def _first_codes(self, pictures: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N L D"] | None:
+        """The first stage's codes; None where the passes begin with the mean code."""
+        if self.first is None:
+            return None
+        return self.first.invert(pictures, None, SampleRng([0] * len(pictures))).w_plus
+
+    def _mixed(self, codes: Float[Tensor, "N L D"] | None) -> Float[Tensor, "N L D"] | None:
+        """Codes some way towards those of the picture before, `first_mixed` of it at most."""
+        if codes is None or not self.config.first_mixed:
+            return codes
+        share = self.config.first_mixed * torch.rand(len(codes), 1, 1).to(codes)
+        return codes.lerp(codes.roll(1, 0), share)
+
     def _render(self, w_plus: Tensor, noise: Any) -> Float[Tensor, "N 3 H W"]:
         return for_losses(self.generator.synthesis(w_plus, noise))
 
@@ -190,7 +218,7 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
     @torch.no_grad()
     def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
         self.network.eval()
-        w_plus = None
+        w_plus = self._first_codes(pictures)
         for _ in range(self.config.iterations):
             w_plus = absolute_codes(*self._encode(pictures, w_plus), self.generator, w_plus)
         assert w_plus is not None
@@ -211,7 +239,10 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
         method = self.config.method
         space = "w" if self.config.is_in_w else "w_plus"
         kind = self.config.kind
-        return self.write(method, f"refinery train {method}", scores, shown, kind=kind, space=space)
+        fields = {"kind": kind, "space": space}
+        if "first_stage" in self.identity:
+            fields["first_stage_sha256"] = self.identity["first_stage"]
+        return self.write(method, f"refinery train {method}", scores, shown, **fields)
 
 
 fit = EncoderObjective.fit
@@ -227,6 +258,14 @@ def absolute_codes(
     rest = generator.num_ws - 1 - deltas.shape[1]
     offsets = F.pad(deltas, (0, 0, 1, rest))
     return (generator.latent_avg if start is None else start) + w[:, None] + offsets
+
+
+def _silence(encoder: PyramidEncoder) -> None:
+    """Let every head say zero, whatever it sees."""
+    with torch.no_grad():
+        for head in encoder.styles:
+            for parameter in head.linear.parameters():  # pyright: ignore
+                parameter.zero_()
 
 
 def _start_from(encoder: PyramidEncoder, path: str) -> None:

@@ -47,6 +47,12 @@ class FitEncoderConfig(InverterConfig):
     iterations: Count = 1
     """Passes for each batch: after the first the encoder sees the picture and the render of its
     codes so far (6 channels), and adds to them."""
+    first_stage: str | None = None
+    """Encoder file whose codes the passes begin with (ReStyle's bootstrapping) instead of the mean
+    code. The network begins silent, so that its first pass leaves them as they are."""
+    first_mixed: Share = 0.0
+    """How far the first stage's codes are moved, at most, towards those of another picture of the
+    batch. On the pictures it was trained on an encoder's own codes leave little to correct."""
 
     delta_weight: NotNegative = 0.03
     """Of the mean norm of the offsets in units of W's spread; 0.03 is the published 2e-4 of their
@@ -102,6 +108,11 @@ class FitEncoderConfig(InverterConfig):
                 f"anneal: expected at most 1 - close_end = {1 - self.close_end:.3g}, got "
                 f"{self.anneal}: the rate must not fall before only w is left"
             )
+
+    @property
+    def sees_render(self) -> bool:
+        """True where the encoder sees the picture and the render of the codes so far."""
+        return self.iterations > 1 or self.first_stage is not None
 
     @property
     def is_in_w(self) -> bool:

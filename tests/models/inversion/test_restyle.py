@@ -2,23 +2,32 @@
 
 import gzip
 import json
+import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from models.encoders.checkpoint import load_encoder
+from models.encoders.checkpoint import build_encoder, load_encoder
+from models.encoders.psp import EncoderArchitecture
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator
-from tests.models.tiny_networks import save_tiny_encoder
+from tests.models.tiny_networks import save_network, save_tiny_encoder
 
 
 def save(folder: Path, generator: Generator, kind: str, in_channels: int) -> str:
     path = folder / "x.safetensors"
     return str(save_tiny_encoder(path, generator, kind=kind, in_channels=in_channels))
+
+
+def bootstrapped(path: Path, generator: Generator, first_stage: str) -> Path:
+    architecture = EncoderArchitecture.tiny(generator, in_channels=6)
+    make = partial(build_encoder, architecture)
+    return save_network(path, generator, make, first_stage_sha256=first_stage)
 
 
 def pictures() -> torch.Tensor:
@@ -54,6 +63,30 @@ def test_passes_go_on_from_an_earlier_method(tmp_path: Path, tiny_generator: Gen
     torch.testing.assert_close(second.w_plus, want.w_plus)
     failed = Inversion(w_plus=first.w_plus, failures={1: "before"})
     assert one.invert(pictures(), failed, SampleRng([0, 1])).failures == {1: "before"}
+
+
+def test_a_network_trained_on_an_encoders_codes_begins_with_them(
+    tmp_path: Path, tiny_generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone it is the chain of both; another encoder is warned of, none is refused."""
+    first = str(save_tiny_encoder(tmp_path / "first.safetensors", tiny_generator))
+    e4e = load_method("e4e", tiny_generator, checkpoint=first)
+    path = str(bootstrapped(tmp_path / "x.safetensors", tiny_generator, e4e.hashes()["e4e"]))
+    alone = load_method("restyle", tiny_generator, checkpoint=path, first_stage=first)
+    seeds = SampleRng([0, 1])
+    want = alone.invert(pictures(), e4e.invert(pictures(), None, seeds), seeds)
+    assert torch.equal(alone.invert(pictures(), None, seeds).w_plus, want.w_plus)
+    assert alone.hashes()["first_stage"] == e4e.hashes()["e4e"]
+    assert "another first stage" not in caplog.text
+    without = load_method("restyle", tiny_generator, checkpoint=path)
+    with pytest.raises(ConfigError, match=r"restyle: the network goes on from .*`first_stage`"):
+        without.invert(pictures(), None, seeds)
+    chained = [m.invert(pictures(), want, seeds).w_plus for m in (without, alone)]
+    assert torch.equal(*chained)
+    second = str(save_tiny_encoder(tmp_path / "second.safetensors", tiny_generator, width=8))
+    with caplog.at_level(logging.WARNING):
+        load_method("restyle", tiny_generator, checkpoint=path, first_stage=second)
+    assert "restyle: the network was trained on the codes of another first stage" in caplog.text
 
 
 def test_a_picture_that_is_not_finite_fails_alone(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from models.encoders.checkpoint import load_encoder
 from models.errors import AssetError, ConfigError
+from models.files import file_sha256
 from models.inversion.base import SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator, weights_hash
@@ -367,6 +368,63 @@ def test_restyle_adds_to_what_it_rendered(config: FitEncoderConfig, tmp_path: Pa
     path = fit(fit_config)
     loaded = load_encoder(path, 8, 16)
     assert loaded.encoder.architecture.in_channels == 6
+
+
+def test_restyle_begins_with_a_first_stages_codes(config: FitEncoderConfig, tmp_path: Path) -> None:
+    """Its network is silent at first; the method finds the same codes as the training's passes."""
+    e4e = fit(dataclasses.replace(config, images=16))
+    settings = {"first_stage": str(e4e), "out": str(tmp_path / "restyle"), "iterations": 1}
+    fit_config = preset(FitRestyleConfig, config, **settings, start_from=str(e4e), images=32)
+    generator, pictures = load(config), held_out(config)
+    objective = EncoderObjective(fit_config, generator)
+    first = load_encoder(e4e, 8, 16).encoder(pictures) + generator.latent_avg
+    before = objective.score(pictures)[1][0]
+    torch.testing.assert_close(before, generator.synthesis(first), atol=1e-5, rtol=1e-5)
+    path = fit(fit_config)
+    loaded = load_encoder(path, 8, 16)
+    assert loaded.encoder.architecture.in_channels == 6
+    assert loaded.card["first_stage_sha256"] == file_sha256(e4e)
+    assert loaded.card["provenance"]["settings"]["first_stage"] == "e4e.safetensors"
+
+    method = load_method(
+        "restyle", generator, checkpoint=str(path), first_stage=str(e4e), iterations=1
+    )
+    found = method.invert(pictures, None, SampleRng([0] * len(pictures))).w_plus
+    seen = torch.cat([pictures, generator.synthesis(first)], 1)
+    torch.testing.assert_close(found, first + loaded.encoder(seen), atol=1e-5, rtol=1e-5)
+    assert (found - first).abs().mean() > 1e-4  # 32 pictures taught it to say something
+
+
+def test_first_codes_are_moved_towards_those_of_another_picture(
+    config: FitEncoderConfig, tmp_path: Path
+) -> None:
+    e4e = fit(dataclasses.replace(config, images=16))
+    settings = {"first_stage": str(e4e), "out": str(tmp_path / "restyle"), "first_mixed": 0.5}
+    objective = EncoderObjective(preset(FitRestyleConfig, config, **settings), load(config))
+    codes = objective._first_codes(held_out(config))
+    assert codes is not None
+    mixed = objective._mixed(codes)
+    assert mixed is not None
+    towards = codes.roll(1, 0) - codes
+    share = ((mixed - codes) * towards).sum((1, 2)) / towards.square().sum((1, 2))
+    torch.testing.assert_close(mixed, codes + share[:, None, None] * towards)
+    assert share.min() >= 0
+    assert 0.05 < share.max() <= 0.5
+    assert share.std() > 0.01  # each picture its own
+
+
+def test_offsets_are_those_of_the_codes_and_not_of_one_pass(
+    config: FitEncoderConfig, tmp_path: Path
+) -> None:
+    """Passes that each add a little would otherwise add up to offsets that nothing holds."""
+    settings = {"out": str(tmp_path / "restyle"), "open_start": 0.0, "open_end": 0.0}
+    objective = EncoderObjective(preset(FitRestyleConfig, config, **settings), load(config))
+    stage, pictures = objective._set_stage(1.0), held_out(config)
+    guess = objective.generator.latent_avg + torch.randn(len(pictures), 8, 16)
+    _, logged, codes = objective._losses(pictures, torch.empty(0), guess, 1.0, stage)
+    want = (codes[:, 1:] - codes[:, :1]).norm(dim=2).mean(1) / objective.spread
+    torch.testing.assert_close(logged["delta"], want)
+    assert want.min() > 1
 
 
 @pytest.mark.parametrize(
