@@ -55,6 +55,22 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Editing:
+    """How the pictures of a chain are edited.
+
+    Attributes:
+        kept: strength of what a picture has beside its codes, an edit's `residual`.
+        times: factor of the protocol's strengths.
+    """
+
+    kept: float = 1.0
+    times: float = 1.0
+
+
+AS_IT_IS = Editing()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chain:
     """One row of the table.
 
@@ -62,13 +78,12 @@ class Chain:
         name: also of its run's folder.
         links: its methods, the first one first.
         note: how it is run, for the table.
-        kept: under edit, the strength of what a picture has beside its codes, an edit's `residual`.
     """
 
     name: str
     links: tuple[Link, ...]
     note: str = ""
-    kept: float = 1.0
+    editing: Editing = AS_IT_IS
 
     @property
     def reencoder(self) -> str | None:
@@ -100,7 +115,16 @@ CHAINS: tuple[Chain, ...] = (
     Chain(name="cycle_refine", links=(_network("cycle_refine", weights="cycle", is_search=True),)),
     Chain(name="clcae", links=(_network("clcae"),)),
     Chain(
-        name="clcae-half", links=(_network("clcae"),), note="edits keep half of the map", kept=0.5
+        name="clcae-half",
+        links=(_network("clcae"),),
+        note="edits keep half of the map",
+        editing=Editing(kept=0.5),
+    ),
+    Chain(
+        name="clcae-further",
+        links=(_network("clcae"),),
+        note="edits go 1.5 times as far and keep three quarters of the map",
+        editing=Editing(kept=0.75, times=1.5),
     ),
     Chain(name="refine", links=(E4E, _network("refine"))),
     Chain(

@@ -49,8 +49,10 @@ class _Ratio:
 
 
 LESS = 0.9999
-FAR, AGE, PTI = "an edit ages as far", "age_change", "e4e+pti"
+FAR, AGE = "an edit ages as far", "age_change"
+PTI, FURTHER = "e4e+pti", "clcae-further"
 CLAIMS = (
+    _Ratio("ReStyle corrects e4e", "MSE < 1 x", "restyle", "e4e", "mse", LESS),
     _Ratio("LSAP: NSCD below e4e's", "<= 0.75 x", "lsap", "e4e", "nscd", 0.75),
     _Ratio("LSAP: perceptual distance", "<= 1 x", "lsap", "e4e", "perceptual", 1.0),
     _Ratio("LSAP: quality under edit", "< 1 x", "lsap", "e4e", "frechet_edited", LESS),
@@ -62,6 +64,7 @@ CLAIMS = (
     _Ratio("CLCAE: MSE against e4e", "<= 0.5 x", "clcae", "e4e", "mse", 0.5),
     _Ratio(f"CLCAE: {FAR}", ">= 0.8 x", "clcae", "e4e", AGE, least=0.8),
     _Ratio(f"CLCAE, half of the map kept: {FAR}", ">= 0.8 x", "clcae-half", "e4e", AGE, least=0.8),
+    _Ratio(f"CLCAE, edits half as far again: {FAR}", ">= 0.8 x", FURTHER, "e4e", AGE, least=0.8),
     _Ratio("RefineStyle two-stage: MSE", "<= 0.5 x", "refine", "e4e", "mse", 0.5),
     _Ratio(f"RefineStyle two-stage: {FAR}", ">= 0.85 x", "refine", "e4e", AGE, least=0.85),
     _Ratio("RefineStyle one-stage: MSE", "<= 1 x", "refine-one-stage", "e4e", "mse", 1.0),

@@ -72,9 +72,9 @@ class InversionTable:
         with fixed_threads(threads):
             has_reencoder = chain.reencoder is not None
             self.rows[chain.name] = score_run(
-                run_uri, self.instruments, inverter, has_reencoder, chain.kept
+                run_uri, self.instruments, inverter, has_reencoder, chain.editing
             )
-            stored = read_stored(run_uri, self.generator, chain.kept)
+            stored = read_stored(run_uri, self.generator, chain.editing)
             self.inputs = stored.inputs[:SHOWN]
             self.pictures[chain.name] = edited_examples(
                 stored, self.instruments, self.shown_edits, SHOWN

@@ -26,6 +26,7 @@ from models.inversion.base import Inversion, Method, SampleRng
 from models.losses.frechet import FrechetFeatures, frechet_distance
 from models.losses.perceptual import Perceptual
 from models.stylegan2.generator import Generator
+from tasks.benchmark.chains import AS_IT_IS, Editing
 from tasks.benchmark.costs import costs
 from tasks.benchmark.faces import FaceNetwork, attribute_changes
 from tasks.run.query import query
@@ -87,24 +88,24 @@ class Stored:
 
     inversion: Inversion
     inputs: Float[Tensor, "N 3 H W"]
-    kept: float = 1.0
+    editing: Editing = AS_IT_IS
+
+    def moved(self, edit: Edit) -> Float[Tensor, "N L D"]:
+        """The edited codes."""
+        return edit(self.inversion.w_plus, self.editing.times)
 
     def edited(self, generator: Generator, edit: Edit) -> Inversion:
-        found = self.inversion
-        return found.edited(generator, edit(found.w_plus), self.kept)
+        return self.inversion.edited(generator, self.moved(edit), self.editing.kept)
 
 
-def read_stored(run_uri: str, generator: Generator, kept: float = 1.0) -> Stored:
-    """All inverted samples of a run.
-
-    Args:
-        kept: under edit, the strength of what a sample has beside its codes.
-    """
+def read_stored(run_uri: str, generator: Generator, editing: Editing = AS_IT_IS) -> Stored:
+    """All inverted samples of a run."""
     batches = list(read_inversions(run_uri, generator, with_inputs=True))
     inputs = [data for batch in batches for data in batch.inputs or ()]
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in inputs])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-    return Stored(inversion=Inversion.cat([b.inversion for b in batches]), inputs=images, kept=kept)
+    inversion = Inversion.cat([b.inversion for b in batches])
+    return Stored(inversion=inversion, inputs=images, editing=editing)
 
 
 def trimmed_mean(values: Float[Tensor, " N"]) -> float:
@@ -162,10 +163,14 @@ def drift_outside(
 
 @torch.no_grad()
 def score_run(
-    run_uri: str, judges: Instruments, inverter: Inverter, has_reencoder: bool, kept: float = 1.0
+    run_uri: str,
+    judges: Instruments,
+    inverter: Inverter,
+    has_reencoder: bool,
+    editing: Editing = AS_IT_IS,
 ) -> dict[str, Any]:
     """Everything that the table says of one chain. See docs/benchmark.md for the definitions."""
-    stored = read_stored(run_uri, judges.generator, kept)
+    stored = read_stored(run_uri, judges.generator, editing)
     found: dict[str, object] = {"pictures": len(stored.inputs), **column_means(run_uri)}
     reconstruction = _render(stored.inversion, judges.generator)
     known = _Known(
@@ -264,7 +269,7 @@ def _identities(pictures: Tensor, known: _Known, judges: Instruments) -> dict[st
 def _score_edit(edit: Edit, stored: Stored, known: _Known, judges: Instruments) -> dict[str, Any]:
     generator, codes = judges.generator, stored.inversion.w_plus
     edited = _render(stored.edited(generator, edit), generator)
-    plain, moved = (_batched(generator.synthesis, w_plus) for w_plus in (codes, edit(codes)))
+    plain, moved = (_batched(generator.synthesis, w_plus) for w_plus in (codes, stored.moved(edit)))
     mask = edit_mask(plain, moved)
     drift = _batched(
         partial(drift_outside, perceptual=judges.perceptual), known.reconstruction, edited, mask

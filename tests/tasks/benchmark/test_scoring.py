@@ -15,9 +15,11 @@ from models.statistics import statistics_for
 from models.stylegan2.generator import Generator, weights_hash
 from models.stylegan2.residual import LowRank
 from tasks.benchmark import scoring
+from tasks.benchmark.chains import Editing
 from tasks.benchmark.scoring import (
     Edit,
     Instruments,
+    Stored,
     drift_outside,
     edit_mask,
     edit_strengths,
@@ -166,6 +168,22 @@ def test_a_run_is_scored_from_what_it_stored(
     assert found["age_change"] == pytest.approx(sum(aged) / 2, abs=1e-4)
     assert found["edits"]["age-3"]["change"]["age"] == pytest.approx(-aged[1], abs=1e-4)
     assert "smile_change" not in found  # no edit of it was asked for
+
+
+def test_an_edit_goes_as_far_and_keeps_as_much_as_the_chain_says(tiny_generator: Generator) -> None:
+    w_plus = tiny_generator.mapping(torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
+    shape = tiny_generator.activations(w_plus, 3, "const", None).shape
+    f = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found, edit = Inversion(w_plus=w_plus, features={3: f}), make_edit(tiny_generator)
+    editing = Editing(kept=0.5, times=1.5)
+    stored = Stored(inversion=found, inputs=torch.zeros(2, 3, 32, 32), editing=editing)
+    moved = edit.direction.apply(w_plus, 1.5 * edit.strength)
+    torch.testing.assert_close(stored.moved(edit), moved)
+    want = found.edited(tiny_generator, moved, 0.5).render(tiny_generator)
+    got = stored.edited(tiny_generator, edit).render(tiny_generator)
+    torch.testing.assert_close(got, want)
+    plain = Stored(inversion=found, inputs=stored.inputs).edited(tiny_generator, edit)
+    assert not torch.allclose(got, plain.render(tiny_generator), atol=1e-2)
 
 
 def test_scores_do_not_depend_on_how_many_fit_into_memory(
