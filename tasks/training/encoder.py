@@ -58,9 +58,8 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
             EncoderArchitecture, kind=config.kind, in_channels=in_channels
         )
         network = build_encoder(self.architecture)
-        if config.start_from:
-            _start_from(network, config.start_from)
-        if self.first is not None:
+        has_corrected = bool(config.start_from) and _start_from(network, config.start_from)
+        if self.first is not None and not has_corrected:
             _silence(network)
         self.style_space = StyleSpace(generator, self.statistics.style_anchor)
         self.discriminator = LatentDiscriminator(generator.w_dim).to(config.device)
@@ -268,7 +267,8 @@ def _silence(encoder: PyramidEncoder) -> None:
                 parameter.zero_()
 
 
-def _start_from(encoder: PyramidEncoder, path: str) -> None:
+def _start_from(encoder: PyramidEncoder, path: str) -> bool:
+    """Take a file's weights; whether its network has seen renders before."""
     arch = encoder.architecture
     loaded = load_encoder(path, arch.num_ws, arch.w_dim).encoder
     in_channels = max(arch.in_channels, loaded.architecture.in_channels)
@@ -281,3 +281,4 @@ def _start_from(encoder: PyramidEncoder, path: str) -> None:
     if loaded.architecture.kind != arch.kind:
         state = {k: v for k, v in state.items() if not k.startswith("styles.")}
     adopt(encoder, state, path)
+    return loaded.architecture.kind == arch.kind and loaded.architecture.in_channels > 3

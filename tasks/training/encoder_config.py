@@ -49,7 +49,8 @@ class FitEncoderConfig(InverterConfig):
     codes so far (6 channels), and adds to them."""
     first_stage: str | None = None
     """Encoder file whose codes the passes begin with (ReStyle's bootstrapping) instead of the mean
-    code. The network begins silent, so that its first pass leaves them as they are."""
+    code. The network begins silent, so that its first pass leaves them as they are; one that goes
+    on from a network of this kind (`start_from`) begins as that one."""
     first_mixed: Share = 0.0
     """How far the first stage's codes are moved, at most, towards those of another picture of the
     batch. On the pictures it was trained on an encoder's own codes leave little to correct."""

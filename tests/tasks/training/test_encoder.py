@@ -394,6 +394,12 @@ def test_restyle_begins_with_a_first_stages_codes(config: FitEncoderConfig, tmp_
     torch.testing.assert_close(found, first + loaded.encoder(seen), atol=1e-5, rtol=1e-5)
     assert (found - first).abs().mean() > 1e-4  # 32 pictures taught it to say something
 
+    # A run that goes on from that network goes on correcting.
+    settings = {"start_from": str(path), "out": str(tmp_path / "again")}
+    again = EncoderObjective(dataclasses.replace(fit_config, **settings), generator)
+    again.network.eval()
+    torch.testing.assert_close(again.network(seen), loaded.encoder(seen))
+
 
 def test_first_codes_are_moved_towards_those_of_another_picture(
     config: FitEncoderConfig, tmp_path: Path
