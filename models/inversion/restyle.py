@@ -22,14 +22,17 @@ from models.stylegan2.generator import Generator
 
 SEEN_SIZE = 256
 """Renders are averaged down to this before the encoder sees them, as in the original, px."""
+ITERATIONS = 5
+"""Passes, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestyleConfig(E4eConfig):
     """Settings of the method `restyle`."""
 
-    iterations: Count = 5
-    """Passes of the encoder, each over the render of the one before; 5 as published."""
+    iterations: Count | None = None
+    """Passes of the encoder, each over the render of the one before; without it, as many as the
+    network's card says it was trained with, or the published 5."""
     first_stage: str | None = None
     """Encoder file whose codes are corrected where no method comes before; without it, the bundled
     e4e of the generator where the network was trained on an encoder's codes, else `latent_avg`."""
@@ -50,6 +53,7 @@ class Restyle(E4e):
     def __init__(self, generator: Generator, config: RestyleConfig) -> None:
         super().__init__(generator, config)
         trained_on = self._card.get("first_stage_sha256")
+        self.iterations: int = config.iterations or self._card.get("iterations", ITERATIONS)
         self._first: FirstStage | None = None
         if trained_on or config.first_stage:
             allow = config.allow_other_generator
@@ -76,7 +80,7 @@ class Restyle(E4e):
         w_plus = start if init is None else init.w_plus.float()
         failures = {} if init is None else dict(init.failures)
         images = images.float()
-        for iteration in range(self.config.iterations):
+        for iteration in range(self.iterations):
             seen = torch.cat([images, self._seen(w_plus, images)], 1)
             found = w_plus + self.offsets(seen)
             is_finite = found.isfinite().flatten(1).all(1)

@@ -238,7 +238,9 @@ class EncoderObjective(InverterObjective[FitEncoderConfig]):
         method = self.config.method
         space = "w" if self.config.is_in_w else "w_plus"
         kind = self.config.kind
-        fields = {"kind": kind, "space": space}
+        fields: dict[str, Any] = {"kind": kind, "space": space}
+        if self.config.sees_render:
+            fields["iterations"] = self.config.iterations
         if "first_stage" in self.identity:
             fields["first_stage_sha256"] = self.identity["first_stage"]
         return self.write(method, f"refinery train {method}", scores, shown, **fields)

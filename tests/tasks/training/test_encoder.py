@@ -368,6 +368,8 @@ def test_restyle_adds_to_what_it_rendered(config: FitEncoderConfig, tmp_path: Pa
     path = fit(fit_config)
     loaded = load_encoder(path, 8, 16)
     assert loaded.encoder.architecture.in_channels == 6
+    assert load_method("restyle", load(config), checkpoint=str(path)).iterations == 3
+    assert load_method("restyle", load(config), checkpoint=str(path), iterations=2).iterations == 2
 
 
 def test_restyle_begins_with_a_first_stages_codes(config: FitEncoderConfig, tmp_path: Path) -> None:
