@@ -10,15 +10,15 @@ from torch import Tensor
 
 from models.checkpoints.bundled import find_for_generator
 from models.errors import ConfigError
-from models.inversion.base import Inversion, SampleRng
+from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.e4e import E4e, E4eConfig
 from models.stylegan2.generator import Generator, weights_hash
 
 logger = logging.getLogger(__name__)
 
 
-class FirstStage:
-    """The codes that a network of a method was trained to go on from.
+class FirstStage(Method):
+    """The codes that a network of a method was trained to go on from; a part of that method.
 
     Args:
         method: its registry name, for messages.
@@ -37,6 +37,7 @@ class FirstStage:
         allow_other_generator: bool,
         trained_on: str | None,
     ) -> None:
+        super().__init__(generator, None)
         self.method = method
         self.encoder: E4e | None = None
         known = checkpoint or find_for_generator(weights_hash(generator), "e4e.safetensors")

@@ -16,6 +16,7 @@ from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator
+from tasks.benchmark.costs import network_parameters
 from tests.models.tiny_networks import save_network, save_tiny_encoder
 
 
@@ -78,6 +79,9 @@ def test_a_network_trained_on_an_encoders_codes_begins_with_them(
     assert torch.equal(alone.invert(pictures(), None, seeds).w_plus, want.w_plus)
     assert alone.hashes()["first_stage"] == e4e.hashes()["e4e"]
     assert "another first stage" not in caplog.text
+    # Both networks count, and are found by what walks over a method's networks.
+    both = network_parameters(alone)
+    assert both == network_parameters(e4e) + network_parameters(alone, is_first=False)
     without = load_method("restyle", tiny_generator, checkpoint=path)
     with pytest.raises(ConfigError, match=r"restyle: the network goes on from .*`first_stage`"):
         without.invert(pictures(), None, seeds)
