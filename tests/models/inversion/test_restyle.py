@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import build_encoder, load_encoder
 from models.encoders.psp import EncoderArchitecture
 from models.encoders.restyle import BackboneEncoder, ProgressiveBackboneEncoder
 from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, SampleRng
 from models.inversion.registry import load_method
+from models.inversion.restyle import Restyle
 from models.stylegan2.generator import Generator
 from tasks.benchmark.costs import network_parameters
 from tests.models.tiny_networks import save_network, save_tiny_encoder
@@ -166,3 +168,25 @@ def test_official_restyle_checkpoints_load_strictly(
     expected = rf"not an official {name} .* 1 missing \(styles\.3\.convs\.0\.bias \[512\]\); 1 unex"
     with pytest.raises(AssetError, match=expected):
         load_encoder(path, 18, 512)
+
+
+# ---------------------------------------------------------------------- the bundled network
+
+
+def test_the_bundled_network_corrects_the_bundled_e4e(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a setting: its own first stage, as many passes as it has learned, nearer pictures."""
+    generator = load_generator("faces64")
+    z = torch.randn(8, generator.z_dim, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        inputs = generator.synthesis(generator.mapping(z, truncation_psi=0.8)).clamp(-1, 1)
+    seeds = SampleRng(range(8))
+    with caplog.at_level(logging.WARNING):
+        e4e, restyle = load_method("e4e", generator), load_method("restyle", generator)
+    assert caplog.text == ""
+    assert isinstance(restyle, Restyle)
+    assert restyle.iterations == 2
+    assert restyle.hashes()["first_stage"] == e4e.hashes()["e4e"]
+    first, found = (m.invert(inputs, None, seeds).render(generator) for m in (e4e, restyle))
+    mse = [(x.detach() - inputs).square().mean((1, 2, 3)) for x in (first, found)]
+    assert mse[1].mean() < 0.9 * mse[0].mean()
+    assert (mse[1] < mse[0]).sum() >= 6
