@@ -85,6 +85,11 @@ class FitEncoderConfig(InverterConfig):
                 f"open_start and open_end: expected 0 <= open_start <= open_end <= 1, "
                 f"got {self.open_start} and {self.open_end}"
             )
+        if self.first_mixed and self.first_stage is None:
+            raise ConfigError(
+                f"first_mixed: {self.first_mixed:g} of the way from a first stage's codes, and "
+                "there is none: set `first_stage`, or leave it out"
+            )
         self._check_way_back()
         if self.batch - self.num_synthetic < 2:
             raise ConfigError(

@@ -439,13 +439,14 @@ def test_offsets_are_those_of_the_codes_and_not_of_one_pass(
     ("settings", "message"),
     [
         ({"iterations": 0}, "iterations must be >= 1"),
+        ({"first_mixed": 0.5}, r"first_mixed: 0\.5 of the way .* set `first_stage`"),
         ({"close_start": 0.9, "close_end": 0.8}, "close_start and close_end"),
         ({"shrink_start": -0.1, "shrink_end": 0.8}, r"shrink_start must be in 0\.\.1, got -0\.1"),
         ({"close_start": 0.1, "close_end": 0.2}, "close_start: expected at least open_end"),
         ({"adversarial_decay": 0.0}, "adversarial_decay must be > 0 and <= 1, got 0"),
     ],
 )
-def test_an_impossible_way_back_is_refused(
+def test_an_impossible_way_is_refused(
     config: FitEncoderConfig, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
