@@ -9,7 +9,7 @@ Legend: L num_ws, D w_dim.
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,6 +163,17 @@ def check_layout(
 
 
 # ---------------------------------------------------------------------- our format
+
+
+def differing_sizes(found: Architecture, wanted: Architecture, but: Collection[str] = ()) -> str:
+    """In which sizes a file's network differs from a run's, for a message; empty where in none.
+
+    Args:
+        but: sizes that may differ.
+    """
+    its, own = found.to_dict(), wanted.to_dict()
+    names = [name for name in own if name not in but and its.get(name) != own[name]]
+    return ", ".join(f"its {name} is {its.get(name)}, this run's {own[name]}" for name in names)
 
 
 def load_network(path: str | Path, kinds: Kinds) -> tuple[Any, str, dict[str, Any]]:

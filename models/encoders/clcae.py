@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from models.encoders.checkpoint import (
     Kinds,
     check_size,
+    differing_sizes,
     filled,
     load_network,
     read_official,
@@ -288,6 +289,16 @@ class ClcaeEncoder(PyramidEncoder):
     @property
     def _is_real(self) -> bool:
         return self.architecture.attention == "all"
+
+    def begin_as(self, other: "ClcaeEncoder") -> None:
+        """Take the weights of an encoder of the same sizes.
+
+        Raises:
+            ValueError: other sizes.
+        """
+        if different := differing_sizes(other.architecture, self.architecture):
+            raise ValueError(different)
+        self.load_state_dict(other.state_dict())
 
     def _start_rows(self, arch: ClcaeArchitecture) -> None:
         """What the rows of w+ are before training: b (norm form, no offset), or e4e's b + delta."""

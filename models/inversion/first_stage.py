@@ -26,7 +26,7 @@ class FirstStage(Method):
             there is one.
         allow_other_generator: accept an encoder of another generator.
         trained_on: sha256 of the encoder that the network was trained on (`first_stage_sha256` of
-            its card); a warning says where it is another one.
+            its card); a warning says where it is another one, or cannot be known.
     """
 
     def __init__(
@@ -45,7 +45,15 @@ class FirstStage(Method):
             return  # the chain may have a method before this one
         config = E4eConfig(checkpoint=checkpoint, allow_other_generator=allow_other_generator)
         self.encoder = E4e(generator, config)
-        if self.encoder.hashes()["e4e"] != trained_on:
+        if trained_on is None:
+            if checkpoint is not None:
+                logger.warning(
+                    "%s: nobody knows whether the network was trained on the codes of "
+                    "`first_stage` %s: its card names no first stage",
+                    method,
+                    checkpoint,
+                )
+        elif self.encoder.hashes()["e4e"] != trained_on:
             logger.warning(
                 "%s: the network was trained on the codes of another first stage (sha256 %s); "
                 "set `first_stage` to that encoder",

@@ -2,7 +2,7 @@
 
 Source: RefineStyle (arXiv 2410.06104). In two stages a frozen encoder (or an earlier method of the
 chain) gives the codes, and a token network looks at the picture and their render; in one stage the
-network gives both.
+network gives both. A network of several passes looks at the render of the one before.
 
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
@@ -16,12 +16,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.encoders.checkpoint import check_size, load_network
-from models.encoders.token_network import TokenArchitecture, TokenNetwork
-from models.errors import AssetError
+from models.encoders.token_network import (
+    TOKEN_NETWORKS,
+    Refinement,
+    TokenArchitecture,
+    TokenNetwork,
+)
+from models.errors import AssetError, ConfigError
 from models.inversion.base import Inversion, Method, SampleRng
 from models.inversion.first_stage import FirstStage
 from models.inversion.weights import check_generator, weights_file
-from models.settings import NotNegative, check_fields
+from models.settings import Count, NotNegative, check_fields
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import LowRank, Residual
 from models.stylegan2.tokens import kernel_channels
@@ -44,6 +49,9 @@ class RefineConfig:
     e4e of the generator. A network trained in one stage needs none."""
     strength: NotNegative = 1.0
     """Factor of the residuals; 0 leaves the first stage's picture."""
+    iterations: Count | None = None
+    """Passes of the network, each over the render of the one before; without it, as many as it was
+    trained with. Fewer are quicker and further from the picture."""
     allow_other_generator: bool = False
     """Accept networks that were trained with another generator. Right for a generator fine-tuned
     from that one, which shares its W; wrong for any other."""
@@ -66,8 +74,7 @@ class Refine(Method):
     def __init__(self, generator: Generator, config: RefineConfig) -> None:
         super().__init__(generator, config)
         path = weights_file("refine", generator, config.checkpoint)
-        kinds = {"refine": (TokenArchitecture, TokenNetwork)}
-        network, self._sha256, card = load_network(path, kinds)
+        network, self._sha256, card = load_network(path, TOKEN_NETWORKS)
         check_size(path, network.architecture, generator.num_ws, generator.w_dim)
         channels = tuple(kernel_channels(generator))
         if network.architecture.channels != channels:
@@ -79,6 +86,13 @@ class Refine(Method):
         trained_with = card.get("generator_hash")
         check_generator("refine", path, trained_with, generator, config.allow_other_generator)
         self.network: TokenNetwork = network.to(memory_format=torch.channels_last)
+        trained = network.architecture.iterations
+        self.iterations = config.iterations or trained
+        if self.iterations > trained:
+            raise ConfigError(
+                f"refine: `iterations` is {self.iterations}, {path} was trained with {trained}: "
+                "choose as many or fewer"
+            )
         self.is_two_stage = network.architecture.stages == "two"
         self._first: FirstStage | None = None
         if self.is_two_stage:
@@ -108,10 +122,7 @@ class Refine(Method):
         self.network.to(images.device)
         # A one-stage network finds codes of its own.
         start = None if self._first is None else self._first.invert(images, init, rng)
-        seen = None if start is None else _seen(start.render(self.generator), images)
-        dtype = self.generator.compute_dtype
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-            found = self.network(images.float(), seen)
+        found = self._refinement(images, start)
         average = self.generator.latent_avg.float().to(images.device)
         if start is None:
             start = Inversion(w_plus=average + found.offsets().float())
@@ -123,23 +134,40 @@ class Refine(Method):
         for row in (~is_finite).nonzero()[:, 0].tolist():
             failures.setdefault(row, "refine: the network's output is not finite (is the picture?)")
         return replace(
-            start,
+            _with_residual(start, self._scaled(found.residual, is_finite)),
             w_plus=torch.where(start.w_plus.isfinite(), start.w_plus, average),
-            residual=self._added(start.residual, found.residual, is_finite),
             failures=failures,
         )
 
-    def _added(
-        self, before: Residual | None, found: Residual, is_finite: Bool[Tensor, " N"]
-    ) -> dict[int, LowRank]:
-        """The sum of both residuals; that of a row which is not finite is zero."""
-        total = dict(before or {})
+    def _refinement(self, images: Float[Tensor, "N 3 H W"], start: Inversion | None) -> Refinement:
+        """What the passes write, each over the render of the one before."""
+        found, seen = None, None
+        dtype = self.generator.compute_dtype
+        for _ in range(self.iterations):
+            if start is not None:
+                so_far = start if found is None else _with_residual(start, found.residual)
+                seen = _seen(so_far.render(self.generator), images)
+            with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+                found = self.network(images.float(), seen, found)
+        assert found is not None
+        return found
+
+    def _scaled(self, found: Residual, is_finite: Bool[Tensor, " N"]) -> dict[int, LowRank]:
+        """The residual at its strength; that of a row which is not finite is zero."""
+        own = {}
         for layer, low_rank in found.items():
             u = torch.where(is_finite[:, None, None], self.config.strength * low_rank.u, 0.0)
             v = torch.where(is_finite[:, None, None, None, None], low_rank.v, 0.0)
-            own = LowRank(u=u.contiguous(), v=v.contiguous())
-            total[layer] = LowRank.total([total[layer], own]) if layer in total else own
-        return total
+            own[layer] = LowRank(u=u.contiguous(), v=v.contiguous())
+        return own
+
+
+def _with_residual(start: Inversion, residual: Residual) -> Inversion:
+    """An inversion with more residuals."""
+    total = dict(start.residual or {})
+    for layer, own in residual.items():
+        total[layer] = LowRank.total([total[layer], own]) if layer in total else own
+    return replace(start, residual=total)
 
 
 def _seen(

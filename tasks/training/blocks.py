@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.encoders.checkpoint import SizedNetwork, save_encoder
+from models.encoders.checkpoint import Kinds, SizedNetwork, load_network, save_encoder
 from models.errors import AssetError
 from models.statistics import Statistics, statistics_for
 from models.stylegan2.generator import Generator
@@ -89,7 +89,8 @@ def save_with_page(network: SizedNetwork, path: Path, card: Mapping[str, Any]) -
 
 
 def started_from(path: str | None) -> dict[str, Any]:
-    """For a card: the file that a run went on from, and how long that one had been trained.
+    """For a card: the file that a run went on from, how long that one had been trained, and what
+    it went on from itself.
 
     Empty without a file, or where it has no card.
     """
@@ -97,9 +98,36 @@ def started_from(path: str | None) -> dict[str, Any]:
     if card is None or not card.is_file():
         return {}
     made = json.loads(card.read_text()).get("provenance", {})
-    shown = made.get("images_shown", made.get("pairs_shown", 0))
-    before = {"file": Path(str(path)).name, "method": made.get("method", ""), "images_shown": shown}
-    return {"started_from": before}
+    known = ("images_shown", "pairs_shown", "started_from")
+    before = {"file": Path(str(path)).name, "method": made.get("method", "")}
+    return {"started_from": before | {name: made[name] for name in known if name in made}}
+
+
+def starting_network(path: str, kinds: Kinds, generator_hash: str) -> tuple[Any, dict[str, Any]]:
+    """The network that a run starts from, and its card; told where it is of another generator.
+
+    Raises:
+        AssetError: missing, damaged, or of none of these kinds.
+    """
+    try:
+        network, _, card = load_network(path, kinds)
+    except AssetError as error:
+        raise AssetError(f"start_from: {error}") from error
+    if card.get("generator_hash") != generator_hash:
+        logger.warning("start_from %s: it was trained with another generator", path)
+    return network, card
+
+
+def begin_as(network: Any, found: nn.Module, path: str) -> None:
+    """Take over a network of the same kind.
+
+    Raises:
+        AssetError: of other sizes.
+    """
+    try:
+        network.begin_as(found)
+    except ValueError as error:
+        raise AssetError(f"start_from {path}: {error}; choose another file or its sizes") from error
 
 
 def adopt(module: nn.Module, state: Mapping[str, Tensor], path: str) -> int:

@@ -82,7 +82,6 @@ def _page(weights: Path, card: dict[str, Any]) -> str:
         f"{name} {settings[key]:g}" for key, name in TOLD if settings.get(key) and key not in silent
     ]
     scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in card["scores"].items())
-    shown = made.get("images_shown", made.get("pairs_shown", 0))
     return f"""# {title} for {made["generator"]}
 
 {what[0].upper()}{what[1:]}.
@@ -90,7 +89,7 @@ def _page(weights: Path, card: dict[str, Any]) -> str:
 
 - **Data.** {data}.
 - **Terms.** {card["terms"]}
-- **Shown.** {shown:,}, in {settings["precision"]}.{_before(made)}
+- **Shown.** {_shown(made):,}, in {settings["precision"]}.{_before(made)}
 - **Settings.** {", ".join(told)}.{_face_network(settings.get("identity"))}
 - **Generator.** `{card["generator_hash"]}`; the file fits no other.
 
@@ -105,13 +104,15 @@ Made by `refinery train {weights.stem.replace("refine_one_stage", "refine --set 
 
 
 def _before(made: dict[str, Any]) -> str:
-    start = made.get("started_from")
-    if not start:
-        return " From random weights."
-    return (
-        f" From {start['file']} ({start['method']}), which had been shown "
-        f"{start['images_shown']:,}."
-    )
+    chain, start = [], made.get("started_from")
+    while start:
+        chain.append(f"{start['file']} ({start['method']}), which had been shown {_shown(start):,}")
+        start = start.get("started_from")
+    return f" From {', itself from '.join(chain)}." if chain else " From random weights."
+
+
+def _shown(made: dict[str, Any]) -> int:
+    return made.get("images_shown", made.get("pairs_shown", 0))
 
 
 def _face_network(identity: str | None) -> str:

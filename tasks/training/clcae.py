@@ -17,15 +17,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.encoders.checkpoint import load_network
-from models.encoders.clcae import FEATURE_LAYER, ClcaeArchitecture, ClcaeEncoder
+from models.encoders.checkpoint import ENCODERS, load_network
+from models.encoders.clcae import CLCAE, FEATURE_LAYER, ClcaeArchitecture, ClcaeEncoder
 from models.encoders.contrastive import TOWERS, ContrastiveTowers, info_nce
 from models.errors import AssetError
 from models.inversion.base import Inversion
 from models.settings import Count, CountOrNone, NotNegative, Several, Share
 from models.stylegan2.generator import Generator
-from tasks.training.blocks import adopt, descend, example_edit, for_losses, random_edits
-from tasks.training.clcae_align import encoder_state
+from tasks.training.blocks import (
+    adopt,
+    begin_as,
+    descend,
+    example_edit,
+    for_losses,
+    random_edits,
+    starting_network,
+)
 from tasks.training.network import InverterConfig, InverterObjective
 
 
@@ -35,7 +42,7 @@ class FitClcaeConfig(InverterConfig):
 
     `start_from` takes an e4e encoder or the towers of stage 1 (published: stage 1's tower): trunk,
     pyramid and every head whose shape agrees. At the `head_width` 64 an e4e encoder of our own can
-    be taken over.
+    be taken over. A network of this kind, of the same sizes, is trained further.
     """
 
     batch: Several = 16
@@ -128,10 +135,20 @@ class ClcaeObjective(InverterObjective[FitClcaeConfig]):
         )
         network = ClcaeEncoder(self.architecture)
         if config.start_from:
-            adopt(network, _own_names(encoder_state(config.start_from)), config.start_from)
+            self._start_from(config.start_from, network)
         self.towers = _load_towers(config, self.generator_hash)
         self.memory = PairMemory(config.align_memory)
         self.trains(network, parts={"memory": self.memory})
+
+    def _start_from(self, path: str, network: ClcaeEncoder) -> None:
+        """Begin as an encoder of this kind, or with what fits of another or of stage 1's towers."""
+        kinds = {**ENCODERS, **TOWERS, **CLCAE}
+        found, _ = starting_network(path, kinds, self.generator_hash)
+        if isinstance(found, ClcaeEncoder):
+            begin_as(network, found, path)
+            return
+        image = found.image if isinstance(found, ContrastiveTowers) else found
+        adopt(network, _own_names(image.state_dict()), path)
 
     # ------------------------------------------------------------------ one update
 

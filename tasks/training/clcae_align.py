@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.encoders.checkpoint import ENCODERS, load_network
+from models.encoders.checkpoint import ENCODERS
 from models.encoders.contrastive import (
     TOWERS,
     ContrastiveArchitecture,
@@ -25,7 +25,7 @@ from models.encoders.contrastive import (
 from models.optim import Ranger
 from models.settings import Count, Positive, Several, Share
 from models.stylegan2.generator import Generator
-from tasks.training.blocks import adopt, descend, for_losses
+from tasks.training.blocks import adopt, descend, for_losses, starting_network
 from tasks.training.network import NetworkConfig, NetworkObjective
 
 HELD_OUT_SEED = 20_221
@@ -67,16 +67,6 @@ class FitClcaeAlignConfig(NetworkConfig):
     """For the card: on what terms the weights may be used."""
 
 
-def encoder_state(path: str) -> dict[str, Tensor]:
-    """Tensors of an encoder's file, or of the image tower of an aligned pair of towers.
-
-    Raises:
-        AssetError: missing, damaged, or another kind of network.
-    """
-    module, _, _ = load_network(path, {**ENCODERS, **TOWERS})
-    return (module.image if isinstance(module, ContrastiveTowers) else module).state_dict()
-
-
 class AlignObjective(NetworkObjective[FitClcaeAlignConfig]):
     """Both towers and their optimiser."""
 
@@ -90,7 +80,10 @@ class AlignObjective(NetworkObjective[FitClcaeAlignConfig]):
         self.architecture = self.sized(ContrastiveArchitecture)
         towers = ContrastiveTowers(self.architecture)
         if config.start_from:
-            adopt(towers.image, encoder_state(config.start_from), config.start_from)
+            kinds = {**ENCODERS, **TOWERS}
+            found, _ = starting_network(config.start_from, kinds, self.generator_hash)
+            image = found.image if isinstance(found, ContrastiveTowers) else found
+            adopt(towers.image, image.state_dict(), config.start_from)
         make = Ranger if config.optimiser == "ranger" else torch.optim.Adam
         self.trains(towers, make, optimiser=config.optimiser)
         rng = torch.Generator().manual_seed(HELD_OUT_SEED)

@@ -12,7 +12,6 @@ Legend: N batch, Y synthetic pictures of it, L num_ws, D w_dim, S open offsets, 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.encoders.checkpoint import build_encoder, load_encoder
+from models.encoders.checkpoint import build_encoder, differing_sizes, load_encoder
 from models.encoders.e4e import Encoder4Editing
 from models.encoders.latent_discriminator import CodePool, LatentDiscriminator
 from models.encoders.psp import EncoderArchitecture, PyramidEncoder
@@ -273,12 +272,11 @@ def _start_from(encoder: PyramidEncoder, path: str) -> bool:
     """Take a file's weights; whether its network has seen renders before."""
     arch = encoder.architecture
     loaded = load_encoder(path, arch.num_ws, arch.w_dim).encoder
-    in_channels = max(arch.in_channels, loaded.architecture.in_channels)
-    if replace(loaded.architecture, kind=arch.kind, in_channels=in_channels) != arch:
-        raise AssetError(
-            f"start_from {path}: its sizes are {loaded.architecture.to_dict()}, this run's are "
-            f"{arch.to_dict()}: choose another file or the same width, units and head_width"
-        )
+    may_differ = {"kind"}
+    if loaded.architecture.in_channels <= arch.in_channels:
+        may_differ.add("in_channels")
+    if different := differing_sizes(loaded.architecture, arch, may_differ):
+        raise AssetError(f"start_from {path}: {different}; choose another file or its sizes")
     state = loaded.state_dict()
     if loaded.architecture.kind != arch.kind:
         state = {k: v for k, v in state.items() if not k.startswith("styles.")}

@@ -7,7 +7,8 @@ public (arXiv 2410.06104); what is chosen here is said in docs/methods.md.
 Legend: N batch, L num_ws, D w_dim, H W image.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.encoders.checkpoint import load_encoder
-from models.encoders.token_network import Grouping, TokenArchitecture, TokenNetwork
+from models.encoders.checkpoint import ENCODERS, load_encoder
+from models.encoders.token_network import (
+    TOKEN_NETWORKS,
+    Grouping,
+    Refinement,
+    TokenArchitecture,
+    TokenNetwork,
+)
 from models.errors import ConfigError
 from models.inversion.base import SampleRng
 from models.inversion.e4e import E4e, E4eConfig
@@ -27,9 +34,18 @@ from models.settings import Count, NotNegative, Share
 from models.stylegan2.generator import Generator
 from models.stylegan2.residual import Residual
 from models.stylegan2.tokens import Factorization, kernel_channels, relative_energy
-from tasks.training.blocks import adopt, descend, example_edit, for_losses
+from tasks.training.blocks import (
+    adopt,
+    begin_as,
+    descend,
+    example_edit,
+    for_losses,
+    starting_network,
+)
 from tasks.training.losses import delta_penalty
 from tasks.training.network import InverterConfig, InverterObjective
+
+logger = logging.getLogger(__name__)
 
 BETAS = (0.95, 0.99)
 """Ranger's, published with 0.999: RAdam's rectification then holds the rate down for most of a
@@ -38,7 +54,11 @@ short run (at a third of it after 500 updates); with 0.99 it is at three quarter
 
 @dataclass(frozen=True, kw_only=True)
 class FitRefineConfig(InverterConfig):
-    """Settings of one run of `refinery train refine`. The defaults suit a 64 px generator."""
+    """Settings of one run of `refinery train refine`. The defaults suit a 64 px generator.
+
+    `start_from` takes a network of this kind, of the same sizes and as many `iterations` or fewer,
+    or an encoder, whose trunk it takes.
+    """
 
     stages: Literal["two", "one"] = "two"
     """"two" learns tokens alone, for the codes of a frozen encoder; "one" learns codes and tokens
@@ -62,6 +82,10 @@ class FitRefineConfig(InverterConfig):
     """Hidden width of the blocks' feed-forward layers."""
     depth: Count = 1
     """Blocks of each group."""
+    iterations: Count = 1
+    """Passes for each batch, of the two-stage form: each sees the render of the one before, and
+    adds to its tokens; the loss is the sum over them, and reaches the tokens of all passes before.
+    The published network makes one."""
     head_width: Count = 32
     """Channels inside the style heads of the one-stage form."""
     anneal: Share = 0.5
@@ -79,6 +103,11 @@ class FitRefineConfig(InverterConfig):
         super().__post_init__()
         if self.stages == "one" and self.first_stage is not None:
             raise ConfigError('first_stage: stages = "one" has none; leave it out or choose "two"')
+        if self.stages == "one" and self.iterations > 1:
+            raise ConfigError(
+                f'iterations: stages = "one" makes one pass, got {self.iterations}; leave it out '
+                'or choose "two"'
+            )
 
 
 class RefineObjective(InverterObjective[FitRefineConfig]):
@@ -96,30 +125,42 @@ class RefineObjective(InverterObjective[FitRefineConfig]):
             TokenArchitecture, channels=tuple(kernel_channels(generator))
         )
         network = TokenNetwork(self.architecture)
+        first_stage = self.first and self.first.hashes()["e4e"]
         if config.start_from:
-            loaded = load_encoder(config.start_from, generator.num_ws, generator.w_dim)
-            adopt(network.trunk, loaded.encoder.state_dict(), config.start_from)
-        self.trains(
-            network,
-            partial(Ranger, betas=BETAS),
-            first_stage=self.first and self.first.hashes()["e4e"],
-        )
+            self._start_from(config.start_from, network, first_stage)
+        self.trains(network, partial(Ranger, betas=BETAS), first_stage=first_stage)
+
+    def _start_from(self, path: str, network: TokenNetwork, first_stage: str | None) -> None:
+        """Begin as a network of this kind, or with an encoder's trunk."""
+        if Path(path).suffix != ".safetensors":
+            official = load_encoder(path, self.generator.num_ws, self.generator.w_dim).encoder
+            adopt(network.trunk, official.state_dict(), path)
+            return
+        kinds = {**ENCODERS, **TOKEN_NETWORKS}
+        found, card = starting_network(path, kinds, self.generator_hash)
+        if not isinstance(found, TokenNetwork):
+            adopt(network.trunk, found.state_dict(), path)
+            return
+        begin_as(network, found, path)
+        if card.get("first_stage_sha256") != first_stage:
+            logger.warning("start_from %s: it was trained on the codes of another encoder", path)
 
     # ------------------------------------------------------------------ one update
 
     def step(self, pictures: Float[Tensor, "N 3 H W"], shown: int) -> dict[str, Tensor]:
         config, share = self.config, self.set_rate(shown)
         self.network.token_gain = self._token_gain(share)
-        w_plus, residual, logged = self._invert(pictures)
-        # The stored noise: it is what refined pictures are rendered with.
-        renders = for_losses(self.generator.synthesis(w_plus, "const", None, residual))
-        table = self.losses(renders, pictures)
-        energy = relative_energy(self.generator, w_plus, residual)
-        total = self.losses.total(table) + config.token_weight * energy.mean()
-        if "delta" in logged:
-            total = total + config.delta_weight * logged["delta"].mean()
+        total, logged = torch.zeros((), device=pictures.device), {}
+        for w_plus, found, renders in self._passes(pictures):
+            table = self.losses(renders, pictures)
+            energy = relative_energy(self.generator, w_plus, found.residual)
+            total = total + self.losses.total(table) + config.token_weight * energy.mean()
+            logged = {**{k: v.detach() for k, v in table.items()}, "energy": energy}
+            if found.deltas is not None:
+                logged["delta"] = delta_penalty(found.deltas, self.generator.num_ws, self.spread)
+                total = total + config.delta_weight * logged["delta"].mean()
         descend(total, list(self.network.parameters()), self.optimizer)
-        return {**{k: v.detach() for k, v in table.items()}, "energy": energy, **logged}
+        return logged
 
     def _token_gain(self, share: float) -> float:
         config = self.config
@@ -127,21 +168,25 @@ class RefineObjective(InverterObjective[FitRefineConfig]):
             return 1.0
         return config.token_start + (1 - config.token_start) * share / config.token_warm_up
 
-    def _invert(
+    def _passes(
         self, pictures: Float[Tensor, "N 3 H W"]
-    ) -> tuple[Float[Tensor, "N L D"], Residual, dict[str, Tensor]]:
-        """Codes, residual and what else is to be penalised."""
-        first = self._first_stage(pictures)
-        with self.autocast():
-            found = self.network(pictures, first and first[1])
-        if first is not None:
-            return first[0], found.residual, {}
-        w_plus = self.generator.latent_avg + found.offsets()
-        return (
-            w_plus,
-            found.residual,
-            {"delta": delta_penalty(found.deltas, self.generator.num_ws, self.spread)},
-        )
+    ) -> Iterator[tuple[Float[Tensor, "N L D"], Refinement, Float[Tensor, "N 3 H W"]]]:
+        """Codes, what is written for them, and their render, after each pass."""
+        first, found = self._first_stage(pictures), None
+        seen = first and first[1]
+        for _ in range(self.config.iterations):
+            with self.autocast():
+                found = self.network(pictures, seen, found)
+            w_plus = first[0] if first else self.generator.latent_avg + found.offsets()
+            renders = self._render(w_plus, found.residual)
+            yield w_plus, found, renders
+            seen = renders.detach().float()
+
+    def _render(
+        self, w_plus: Float[Tensor, "N L D"], residual: Residual | None = None
+    ) -> Float[Tensor, "N 3 H W"]:
+        """At the losses' size, with the stored noise: it is what refined pictures have."""
+        return for_losses(self.generator.synthesis(w_plus, "const", None, residual))
 
     @torch.no_grad()
     def _first_stage(
@@ -160,18 +205,18 @@ class RefineObjective(InverterObjective[FitRefineConfig]):
     def score(self, pictures: Float[Tensor, "N 3 H W"]) -> tuple[dict[str, Tensor], list[Tensor]]:
         self.network.eval()
         gain, self.network.token_gain = self.network.token_gain, 1.0
-        w_plus, residual, _ = self._invert(pictures)
-        renders = for_losses(self.generator.synthesis(w_plus, "const", None, residual))
-        plain = for_losses(self.generator.synthesis(w_plus))
-        moved = w_plus + self.edit.to(w_plus)
-        edited = for_losses(self.generator.synthesis(moved, "const", None, residual))
+        *before, (w_plus, found, renders) = self._passes(pictures)
+        residual, plain = found.residual, self._render(w_plus)
+        edited = self._render(w_plus + self.edit.to(w_plus), residual)
         self.network.token_gain = gain
         self.network.train()
         scores = self.losses.scores(renders, pictures)
-        before = self.losses(plain, pictures)
+        unrefined = self.losses(plain, pictures)
         scores["first_mse"] = (plain - pictures).square().mean((1, 2, 3))
-        if "perceptual" in before:
-            scores[f"first_{self.losses.perceptual_name}"] = before["perceptual"]
+        if "perceptual" in unrefined:
+            scores[f"first_{self.losses.perceptual_name}"] = unrefined["perceptual"]
+        for index, (_, _, earlier) in enumerate(before):
+            scores[f"mse_pass_{index + 1}"] = (earlier - pictures).square().mean((1, 2, 3))
         scores["energy"] = relative_energy(self.generator, w_plus, residual)
         return scores, [renders, plain, edited]
 

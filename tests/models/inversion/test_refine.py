@@ -9,9 +9,12 @@ import torch
 
 from models.encoders.token_network import TokenArchitecture, TokenNetwork
 from models.errors import AssetError, ConfigError
+from models.files import file_sha256
 from models.inversion.base import Inversion, Method, SampleRng
+from models.inversion.refine import Refine
 from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator
+from models.stylegan2.residual import LowRank
 from tests.conftest import make_tiny_generator
 from tests.models.tiny_networks import save_network, save_tiny_encoder
 from tests.test_method_contract import pictures
@@ -74,6 +77,79 @@ def test_rank_is_that_of_the_network(method: Method) -> None:
         assert torch.linalg.matrix_rank(low_rank.kernel().flatten(2)).max() <= 2
 
 
+def test_passes_look_at_the_render_of_the_one_before(
+    tmp_path: Path, tiny_generator: Generator
+) -> None:
+    settings = files(tmp_path, tiny_generator)
+    path = tiny_refine(tmp_path, tiny_generator, iterations=2)
+    settings["checkpoint"] = str(path)
+    method = load_method("refine", tiny_generator, **settings)
+    once = load_method("refine", tiny_generator, **settings, iterations=1)
+    found, first = (m.invert(pictures(), None, SEEDS) for m in (method, once))
+    assert isinstance(method, Refine)
+    network = method.network
+    plain = tiny_generator.synthesis(first.w_plus)
+    with torch.no_grad():
+        one = network(pictures(), plain)
+        seen = tiny_generator.synthesis(first.w_plus, residual=one.residual)
+        two = network(pictures(), seen, one)
+    assert found.residual is not None
+    assert first.residual is not None
+    for layer in two.residual:
+        torch.testing.assert_close(first.residual[layer].kernel(), one.residual[layer].kernel())
+        torch.testing.assert_close(found.residual[layer].kernel(), two.residual[layer].kernel())
+        assert (two.residual[layer].kernel() - one.residual[layer].kernel()).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"`iterations` is 3, .* was trained with 2"):
+        load_method("refine", tiny_generator, **settings, iterations=3)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_every_pass_sees_what_a_start_brings(
+    iterations: int, tmp_path: Path, tiny_generator: Generator
+) -> None:
+    """Its noise and its residual are in every render; a broken picture fails alone; in half
+    precision the same is found, nearly."""
+    path = tiny_refine(tmp_path, tiny_generator, iterations=iterations)
+    method = load_method("refine", tiny_generator, checkpoint=str(path))
+    first = torch.randn(3, 8, 16)
+    noise = tuple(torch.randn(3, 1, *m.shape[2:]) for m in tiny_generator.noises.buffers())
+    plain = method.invert(pictures(), Inversion(w_plus=first), SEEDS)
+    start = Inversion(w_plus=first, noise=noise, residual=plain.residual)
+    assert isinstance(method, Refine)
+    renders, network = [], method.network
+
+    def seen(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        renders.append(inputs[1])
+
+    hook = network.register_forward_pre_hook(seen)
+    found = method.invert(pictures(), start, SEEDS)
+    hook.remove()
+    assert len(renders) == iterations
+    torch.testing.assert_close(renders[0], start.render(tiny_generator))
+    if iterations == 2:
+        with torch.no_grad():
+            once = network(pictures(), renders[0])
+        so_far = {
+            k: LowRank.total([start.residual[k], v])  # type: ignore[index]
+            for k, v in once.residual.items()
+        }
+        want = Inversion(w_plus=first, noise=noise, residual=so_far).render(tiny_generator)
+        torch.testing.assert_close(renders[1], want)
+    broken = pictures()
+    broken[1] = float("nan")
+    failed = method.invert(broken, start, SEEDS)
+    assert set(failed.failures) == {1}
+    tiny_generator.compute_dtype = torch.bfloat16
+    half = method.invert(pictures(), start, SEEDS)
+    tiny_generator.compute_dtype = None
+    for layer, low_rank in (found.residual or {}).items():
+        assert failed.residual is not None
+        assert half.residual is not None
+        torch.testing.assert_close(failed.residual[layer].kernel()[0], low_rank.kernel()[0])
+        error = (half.residual[layer].kernel() - low_rank.kernel()).square().mean().sqrt()
+        assert 0 < error < 0.1 * low_rank.kernel().square().mean().sqrt()
+
+
 def test_what_a_start_brings_is_kept(method: Method) -> None:
     """Its noise and features are rendered with, its residual is added to."""
     generator = method.generator
@@ -124,8 +200,19 @@ def test_networks_that_do_not_belong_are_refused(
         load_method("refine", make_tiny_generator(seed=1), checkpoint=path)
     with pytest.raises(AssetError, match="8 rows of 16, the generator needs 10 rows of 16"):
         load_method("refine", make_tiny_generator(resolution=64), checkpoint=path)
-    with caplog.at_level(logging.WARNING):
-        load_method("refine", tiny_generator, **files(tmp_path, tiny_generator))
-    assert "trained on the codes of another first stage" in caplog.text
+    # What its card says of the first stage is compared with the one that it gets.
+    network = TokenNetwork(TokenArchitecture.tiny(tiny_generator))
+    settings = files(tmp_path, tiny_generator)
+    own = file_sha256(Path(settings["first_stage"]))
+    for trained_on, told in (
+        (own, ""),
+        ("f" * 64, "trained on the codes of another first stage (sha256 ffff"),
+        (None, "its card names no first stage"),
+    ):
+        caplog.clear()
+        save_network(Path(path), tiny_generator, lambda: network, first_stage_sha256=trained_on)
+        with caplog.at_level(logging.WARNING):
+            load_method("refine", tiny_generator, **settings)
+        assert told in caplog.text if told else not caplog.text
     with pytest.raises(ConfigError, match="strength must be >= 0, got -1"):
         load_method("refine", tiny_generator, checkpoint=path, strength=-1.0)

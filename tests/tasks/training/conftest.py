@@ -11,6 +11,8 @@ import torch
 
 from models.checkpoints.native import save_generator
 from models.stylegan2.generator import Generator
+from tasks.training.data import load_pictures
+from tasks.training.trainer import TrainingConfig
 
 SMALL: dict[str, Any] = {
     "width": 4,
@@ -42,6 +44,11 @@ def places(tmp_path: Path, generator_file: str, face_bytes: list[bytes]) -> dict
         "validation": data,
         "out": str(tmp_path / "run"),
     }
+
+
+def held_out(config: TrainingConfig) -> torch.Tensor:
+    """What a run validates with, in [-1, 1]."""
+    return load_pictures(config.validation, 32).float().div(127.5).sub(1)
 
 
 def check_half_precision(make: Callable[[str], Any], term: str) -> None:

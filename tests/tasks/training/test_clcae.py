@@ -22,6 +22,7 @@ from tasks.training.clcae import ClcaeObjective, FitClcaeConfig, PairMemory, fit
 from tasks.training.clcae_align import AlignObjective, FitClcaeAlignConfig
 from tasks.training.clcae_align import fit as fit_align
 from tests.models.tiny_networks import save_tiny_encoder
+from tests.tasks.training.conftest import held_out
 
 SIZES: dict[str, Any] = {"width": 4, "units": (1, 1, 1, 1), "head_width": 8, "log_images": 16}
 
@@ -214,6 +215,27 @@ def test_an_e4e_encoder_gives_its_heads(
     objective.network.eval()
     _, w_plus, _ = objective._encode(pictures)
     torch.testing.assert_close(w_plus, tiny_generator.latent_avg + e4e(pictures))
+
+
+def test_a_run_goes_on_from_an_encoder_of_its_kind(config: FitClcaeConfig, tmp_path: Path) -> None:
+    before = fit(dataclasses.replace(config, images=32))
+    known = json.loads(before.with_suffix(".json").read_text())
+    settings = {"start_from": str(before), "out": str(tmp_path / "more")}
+    more = dataclasses.replace(config, **settings, images=16)
+    generator = load_generator(config.generator)
+    objective = ClcaeObjective(more, generator)
+    started = objective.score(held_out(config))[0]["mse"].mean()
+    assert float(started) == pytest.approx(known["scores"]["mse"], rel=1e-3)
+    again = fit(more)
+    assert again.read_bytes() != before.read_bytes()
+    last = dataclasses.replace(more, start_from=str(again), out=str(tmp_path / "last"))
+    made = json.loads(fit(last).with_suffix(".json").read_text())["provenance"]
+    assert made["started_from"]["images_shown"] == 16
+    assert made["started_from"]["started_from"]["images_shown"] == 32
+    page = (tmp_path / "last" / "CLCAE_CARD.md").read_text()
+    assert "which had been shown 16, itself from clcae.safetensors" in page
+    with pytest.raises(AssetError, match=r"start_from .*: its hidden is 8, this run's 4; choose"):
+        ClcaeObjective(dataclasses.replace(more, hidden=4), generator)
 
 
 def test_alignment_takes_negatives_from_the_memory(

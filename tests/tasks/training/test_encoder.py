@@ -29,7 +29,7 @@ from tasks.training.encoder import (
 )
 from tasks.training.losses import PictureLosses, code_distance, delta_penalty
 from tasks.training.schedules import annealed, closed_offsets, open_offsets, progress
-from tests.tasks.training.conftest import SMALL
+from tests.tasks.training.conftest import SMALL, held_out
 
 
 @pytest.fixture
@@ -157,12 +157,6 @@ def load(config: FitEncoderConfig) -> Generator:
     return load_generator(config.generator)
 
 
-def held_out(config: FitEncoderConfig) -> torch.Tensor:
-    from tasks.training.data import load_pictures
-
-    return load_pictures(config.validation, 32).float().div(127.5).sub(1)
-
-
 def test_resuming_is_exact(config: FitEncoderConfig, tmp_path: Path) -> None:
     whole = fit(config)
     stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"), time_limit_s=0.0)
@@ -194,7 +188,7 @@ def test_a_run_can_start_from_an_earlier_encoder(config: FitEncoderConfig, tmp_p
     assert all(torch.equal(value, want[name]) for name, value in encoder.state_dict().items())
     card = json.loads(fit(again).with_suffix(".json").read_text())
     assert card["provenance"]["settings"]["start_from"] == "e4e.safetensors"
-    with pytest.raises(AssetError, match=r"start_from .*'width': 4.* this run's are .*'width': 6"):
+    with pytest.raises(AssetError, match=r"start_from .*: its width is 4, this run's 6; choose"):
         EncoderObjective(dataclasses.replace(again, width=6), load(config))
 
 

@@ -10,14 +10,16 @@ import torch
 
 from models.checkpoints.load import load_generator
 from models.encoders.checkpoint import load_encoder, load_network
-from models.encoders.token_network import TokenArchitecture, TokenNetwork
+from models.encoders.token_network import TOKEN_NETWORKS
 from models.errors import AssetError, ConfigError
+from models.inversion.base import SampleRng
+from models.inversion.registry import load_method
 from models.stylegan2.generator import Generator
 from tasks.training.refine import FitRefineConfig, RefineObjective, fit
 from tests.models.tiny_networks import save_tiny_encoder
-from tests.tasks.training.conftest import SMALL
+from tests.tasks.training.conftest import SMALL, held_out
 
-TOKENS: dict[str, Any] = {"rank": 2, "token_width": 16, "heads": 2, "feed_forward": 16}
+SIZES: dict[str, Any] = {"rank": 2, "token_width": 16, "heads": 2, "feed_forward": 16}
 
 
 def encoder_file(folder: Path, generator: Generator, width: int = 4) -> str:
@@ -29,7 +31,7 @@ def encoder_file(folder: Path, generator: Generator, width: int = 4) -> str:
 def config(places: dict[str, Any], tmp_path: Path, tiny_generator: Generator) -> FitRefineConfig:
     torch.manual_seed(0)
     first_stage = encoder_file(tmp_path, tiny_generator)
-    return FitRefineConfig(**places, first_stage=first_stage, **SMALL, **TOKENS)
+    return FitRefineConfig(**places, first_stage=first_stage, **SMALL, **SIZES)
 
 
 def rows(config: FitRefineConfig) -> list[dict[str, Any]]:
@@ -39,7 +41,7 @@ def rows(config: FitRefineConfig) -> list[dict[str, Any]]:
 def test_a_run_learns_and_writes_weights_and_card(config: FitRefineConfig) -> None:
     config = dataclasses.replace(config, images=320, checkpoint_images=10_000, learning_rate=1e-2)
     path = fit(config)
-    network, _, card = load_network(path, {"refine": (TokenArchitecture, TokenNetwork)})
+    network, _, card = load_network(path, TOKEN_NETWORKS)
     assert network.architecture.channels[0] == (16, 16)
     assert card["provenance"]["images_shown"] == 320
     assert len(card["first_stage_sha256"]) == 64
@@ -58,7 +60,7 @@ def test_one_stage_raises_the_gain_of_its_tokens(config: FitRefineConfig) -> Non
     assert path.name == "refine_one_stage.safetensors"
     logged = [row for row in rows(config) if "mse" in row]
     assert {"delta", "energy"} <= set(logged[0])
-    network, _, card = load_network(path, {"refine": (TokenArchitecture, TokenNetwork)})
+    network, _, card = load_network(path, TOKEN_NETWORKS)
     assert card["first_stage_sha256"] is None
     assert len(network.trunk.styles) == 8
     objective = RefineObjective(config, generator_of(config))
@@ -104,6 +106,43 @@ def test_the_trunk_starts_where_an_encoder_ended(
         RefineObjective(wide, generator_of(config))
 
 
+def test_a_run_goes_on_from_a_network_and_adds_a_pass(
+    config: FitRefineConfig, tmp_path: Path, tiny_generator: Generator
+) -> None:
+    """It begins as that one; the second pass then lowers what is left, and the method finds what
+    the training found."""
+    before = fit(dataclasses.replace(config, images=160, learning_rate=1e-2))
+    settings = {"start_from": str(before), "iterations": 2, "out": str(tmp_path / "more")}
+    more = dataclasses.replace(config, **settings, images=320, learning_rate=1e-2)
+    objective = RefineObjective(more, generator_of(config))
+    known = json.loads(before.with_suffix(".json").read_text())
+    started = objective.score(held_out(config))[0]["mse"].mean()
+    assert float(started) == pytest.approx(known["scores"]["mse"], rel=1e-3)
+
+    path = fit(more)
+    network, _, card = load_network(path, TOKEN_NETWORKS)
+    assert network.architecture.iterations == 2
+    assert card["provenance"]["started_from"]["images_shown"] == 160
+    assert card["scores"]["mse"] < 0.95 * known["scores"]["mse"]
+    method = load_method(
+        "refine", tiny_generator, checkpoint=str(path), first_stage=config.first_stage
+    )
+    once = load_method(
+        "refine", tiny_generator, checkpoint=str(path), first_stage=config.first_stage, iterations=1
+    )
+    seen = held_out(config)
+    renders = [
+        m.invert(seen, None, SampleRng([0] * len(seen))).render(tiny_generator)
+        for m in (method, once)
+    ]
+    mse = [float((render - seen).square().mean()) for render in renders]
+    assert mse[0] == pytest.approx(card["scores"]["mse"], rel=2e-3)
+    assert mse[0] < mse[1]
+    other = dataclasses.replace(more, rank=3)
+    with pytest.raises(AssetError, match=r"start_from .*: its rank is 2, this run's 3; choose"):
+        RefineObjective(other, generator_of(config))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -111,6 +150,11 @@ def test_the_trunk_starts_where_an_encoder_ended(
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
         ({"token_warm_up": 1.5}, "token_warm_up must be in"),
         ({"stages": "one"}, "first_stage: stages"),
+        (
+            {"stages": "one", "first_stage": None, "iterations": 2},
+            'iterations: stages = "one" makes one pass, got 2',
+        ),
+        ({"iterations": 0}, "iterations must be >= 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(
