@@ -35,6 +35,7 @@ from tasks.input.decode import decode
 from tasks.input.plan import plan_shards
 from tasks.input.read import read_shard
 from tasks.job import InputConfig
+from tasks.training.trainer import has_bfloat16_instructions
 from tasks.work.device import to_images
 from tasks.work.station import stored_doors
 
@@ -103,11 +104,13 @@ class ChainRow:
 
 
 def rows(stops: Sequence[float]) -> list[ChainRow]:
-    """Pivotal tuning at its own threshold, `refine_opt` at several."""
+    """Pivotal tuning at its own threshold, `refine_opt` at several; in bfloat16 where the CPU has
+    it."""
     own = SETTINGS["refine_opt"]
     found = [ChainRow("e4e", "pti", PIVOT, settings=SETTINGS["pti"])]
     found += [ChainRow("clcae", "refine_opt", stop, settings=own) for stop in stops]
-    found.append(ChainRow("clcae", "refine_opt", PIVOT, "bfloat16", own))
+    if has_bfloat16_instructions():
+        found.append(ChainRow("clcae", "refine_opt", PIVOT, "bfloat16", own))
     found.append(ChainRow("e4e", "refine_opt", PIVOT, settings=EVERYWHERE))
     return found
 
@@ -196,6 +199,7 @@ COLUMNS = {
 def page(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     machine = result["machine"]
+    has_half = any(row["precision"] == "bfloat16" for row in result["rows"])
     shown = {name: column for name, column in COLUMNS.items() if name in result["rows"][0]}
     lines = [
         "# Equal perceptual distance",
@@ -203,7 +207,8 @@ def page(result: Mapping[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{result['images']} pictures, {machine['chip']}, torch {machine['torch']}, "
-        f"{machine['date']}; CPU time, batch {BATCH}, rows in turn.",
+        f"{machine['date']}; CPU time, batch {BATCH}, rows in turn."
+        + ("" if has_half else " This CPU has no bfloat16."),
         "",
         "| chain | precision | " + " | ".join(title for title, _ in shown.values()) + " |",
         "|---|---|" + "---:|" * len(shown),
