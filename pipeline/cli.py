@@ -25,7 +25,8 @@ app = App(
     "to latent codes, edits and metrics in Parquet.",
     help_epilogue="Any command takes --debug: full tracebacks and logs. "
     "Exit codes: 0 fine; 1 finished, but shards were quarantined or verification found problems; "
-    "2 a setting, a file or a place is wrong; 130 stopped (run again to resume).",
+    "2 a setting, a file or a place is wrong; 3 a bug of ours; "
+    "130 stopped (run again to resume).",
     default_parameter=Parameter(negative_iterable=()),
     suppress_keyboard_interrupt=False,
     console=console,

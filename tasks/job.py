@@ -92,7 +92,7 @@ class OutputConfig:
     "auto", which `refinery invert` begins with: these two, of generators above 256 px thumbnail and
     inversion."""
     picture_format: Literal["png", "webp", "jpeg"] = "png"
-    """png and webp are lossless; jpeg is quality 95."""
+    """png is lossless; so is webp, and jpeg has quality 95, without `quality`."""
     quality: Annotated[int, Ge(1), Le(100)] | None = field(default=None, metadata=UNLESS_SET)
     """Of jpeg; with it webp is lossy."""
     latents: Literal["float32", "float16"] = "float32"
@@ -124,7 +124,7 @@ class Job:
     """The job's line in `tasks.work.kinds.KINDS`."""
 
     generator: str = field(metadata=PLACE)
-    """A bundled name ("faces64") or a path or URL of a checkpoint."""
+    """A bundled name ("faces64", "hands64") or a path or URL of a checkpoint."""
     output: OutputConfig = field(default_factory=OutputConfig)
     batch: Literal["auto"] | Annotated[int, Ge(1)] = field(
         default="auto", metadata=ROUNDING | SINCE_3 | {"before": 16}
