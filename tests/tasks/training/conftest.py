@@ -51,13 +51,13 @@ def held_out(config: TrainingConfig) -> torch.Tensor:
     return load_pictures(config.validation, 32).float().div(127.5).sub(1)
 
 
-def check_half_precision(make: Callable[[str], Any], term: str) -> None:
-    """The first loss of an objective, made for a precision, is close to full precision's."""
+def first_losses(make: Callable[[str], Any], term: str) -> tuple[float, float]:
+    """The first loss of an objective, made for full and for half precision."""
     losses = []
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         objective = make(precision)
         torch.manual_seed(1)
         losses.append(float(objective.step(torch.empty(0, 3, 32, 32), 0)[term].mean().detach()))
-    assert losses[0] == pytest.approx(losses[1], rel=0.03)
-    assert losses[0] != losses[1]
+    full, half = losses
+    return full, half
